@@ -1,0 +1,198 @@
+"""Options of a command: a dataclass, filled from a YAML recipe (a list of flags) and from the command line."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
+
+import yaml
+
+from elastic_model.folders import shipped
+
+Options = TypeVar("Options")
+
+BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping (JSON)"}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that reports a mistake as a ValueError: one line, the same as for a mistake in a recipe."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see --help")
+
+
+def option(default: Any = dataclasses.MISSING, *, help: str, positional: bool = False) -> Any:
+    """A dataclass field with its help text; without a default it is required, a mutable default is copied."""
+    metadata = {"help": help, "positional": positional}
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse(options: type[Options], argv: list[str] | None = None, *, prog: str | None = None) -> Options:
+    """An instance of the dataclass `options`: its defaults <- the YAML file of `--config` <- the flags in `argv`.
+
+    Field types: str, int, float, bool, Path, dict, Literal, `list[...]` of these and `... | None` (written none).
+    An unknown key, a missing one or a value of the wrong type is a ValueError of one line.
+    """
+    hints = typing.get_type_hints(options)
+    given = vars(_parser(options, hints, prog).parse_args(sys.argv[1:] if argv is None else argv))
+    recipe = given.pop("config", None)
+    raw = _read_recipe(Path(recipe), hints) if recipe else {}
+    values = {name: _convert(hints[name], value, f"{recipe}: {name}") for name, value in raw.items()}
+    values |= {name: _convert(hints[name], value, _flag(name)) for name, value in given.items()}
+    missing = [field.name for field in dataclasses.fields(options) if _required(field) and field.name not in values]  # type: ignore[arg-type]
+    if missing:
+        raise ValueError(f"{_flag(missing[0])} is required; see --help")
+    return options(**values)
+
+
+def to_yaml(options: Any) -> str:
+    """The dataclass instance as a recipe that `parse` reads back."""
+    plain = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def run(command: Callable[[], int | None]) -> int:
+    """The exit code of `command()`; bad input (ValueError, OSError) becomes one line on stderr and code 2.
+
+    ELASTIC_MODEL_TRACEBACK=1 shows the whole traceback instead.
+    """
+    try:
+        return command() or 0
+    except (ValueError, OSError) as error:
+        if os.environ.get("ELASTIC_MODEL_TRACEBACK") == "1":
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _parser(options: type[Any], hints: dict[str, Any], prog: str | None) -> Parser:
+    summary = (options.__doc__ or "").split("\n\n")[0]
+    parser = Parser(prog=prog, description=summary, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--config", metavar="FILE", help="YAML recipe: a list of these flags; flags given here win")
+    for field in dataclasses.fields(options):
+        _add_flag(parser, field, hints[field.name])
+    return parser
+
+
+def _add_flag(parser: Parser, field: dataclasses.Field[Any], hint: Any) -> None:
+    kind = _without_none(hint)
+    text = field.metadata.get("help", "").replace("%", "%%") + _default_text(field)
+    if field.metadata.get("positional"):
+        parser.add_argument(field.name, nargs="?", metavar=field.name.upper(), help=text)
+        return
+    names = list(dict.fromkeys([_flag(field.name), "--" + field.name]))  # --batch-size and --batch_size
+    arguments: dict[str, Any] = {"dest": field.name, "help": text, "metavar": _metavar(kind)}
+    if typing.get_origin(kind) is list:
+        arguments["nargs"] = "*"
+    elif kind is bool:
+        arguments |= {"nargs": "?", "const": "true"}
+    parser.add_argument(*names, **arguments)
+
+
+def _default_text(field: dataclasses.Field[Any]) -> str:
+    if _required(field):
+        return " (required)"
+    default = field.default_factory() if callable(field.default_factory) else field.default
+    if default is None or default == [] or default == {}:
+        return ""
+    shown = " ".join(map(str, default)) if isinstance(default, list) else default
+    return f" (default: {shown})".replace("%", "%%")
+
+
+def _metavar(kind: Any) -> str:
+    if typing.get_origin(kind) is list:
+        return _metavar(typing.get_args(kind)[0])
+    if typing.get_origin(kind) is Literal:
+        return "{" + ",".join(map(str, typing.get_args(kind))) + "}"
+    return {str: "TEXT", int: "N", float: "X", bool: "true|false", dict: "JSON"}.get(kind, "PATH")
+
+
+def _read_recipe(file: Path, hints: dict[str, Any]) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(shipped(file).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not a YAML file: {error}") from error
+    if not isinstance(content, dict | None):
+        raise ValueError(f"{file}: a recipe is a mapping of flags (batch_size: 64), got a {type(content).__name__}")
+    recipe = {str(name).replace("-", "_"): value for name, value in (content or {}).items()}
+    for name in recipe:
+        if name not in hints:
+            close = difflib.get_close_matches(name, hints, n=1)
+            guess = f"did you mean {close[0]}? " if close else ""
+            raise ValueError(
+                f"{file}: unknown key {name!r} (value {recipe[name]!r}); {guess}allowed: {', '.join(hints)}"
+            )
+    return recipe
+
+
+def _without_none(hint: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return hint
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    """The value of one option from a flag's text or a recipe's YAML value; `name` is what an error calls it."""
+    kind = _without_none(hint)
+    if value is None or isinstance(value, str) and value.lower() in ("none", "null"):
+        if kind is not hint:
+            return None
+    if typing.get_origin(kind) is list:
+        items = value if isinstance(value, list) else [value]
+        return [_convert(typing.get_args(kind)[0], item, name) for item in items]
+    if typing.get_origin(kind) is Literal:
+        return _choice(typing.get_args(kind), value, name)
+    try:
+        return _scalar(kind, value)
+    except (ValueError, TypeError, KeyError):
+        allowed = KINDS.get(kind, "text") + ("" if kind is hint else " or none")
+        raise ValueError(f"{name}: expected {allowed}, got {value!r}") from None
+
+
+def _choice(choices: tuple[Any, ...], value: Any, name: str) -> Any:
+    for choice in choices:
+        if str(value) == str(choice):
+            return choice
+    raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def _scalar(kind: Any, value: Any) -> Any:
+    if kind is dict:
+        value = json.loads(value) if isinstance(value, str) else value
+        if not isinstance(value, dict):
+            raise TypeError
+        return value
+    if isinstance(value, list | dict | None) or isinstance(value, bool) and kind is not bool:
+        raise TypeError
+    if kind is bool:
+        return BOOLEANS[str(value).lower()]
+    if kind is int and isinstance(value, float):
+        raise TypeError
+    return kind(str(value))  # PyYAML reads 1e-3 as text and 3 for a float field as int: both go through str

@@ -1,0 +1,146 @@
+"""Output folders: written beside, then renamed, and never in the place of something that is not ours."""
+
+import ctypes
+import glob
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MARKER = ".elastic-model"  # the file that says: this folder was made by us and may be replaced by us
+MARKER_TEXT = "This folder was written by elastic-model, which may replace it. Delete this file to protect it.\n"
+PACKAGES = ("elastic_model", "pretrain", "finetune", "export")
+RENAME_EXCHANGE = 2  # linux/fs.h
+AT_FDCWD = -100  # fcntl.h
+
+
+def shipped(path: Path) -> Path:
+    """`path` as given if it exists, else the file of that name inside the installed packages.
+
+    So `pretrain/recipes/tiny.yaml` means the same in a checkout and, anywhere else, in an installed wheel.
+    """
+    path = Path(path)
+    if path.exists() or path.is_absolute() or path.parts[:1] not in {(package,) for package in PACKAGES}:
+        return path
+    installed = Path(__file__).parents[1] / path
+    return installed if installed.exists() else path
+
+
+def is_ours(path: Path) -> bool:
+    """Whether the folder carries the marker that `new_folder` and `claim_folder` write."""
+    return (Path(path) / MARKER).is_file()
+
+
+def check_output(path: Path) -> None:
+    """ValueError unless `path` is free: absent, an empty folder, or a folder of ours."""
+    path = Path(path)
+    if not path.exists() and not path.is_symlink():
+        return
+    if not path.is_dir():
+        raise ValueError(f"output {path} exists and is not a folder; choose another output")
+    if not is_ours(path) and any(path.iterdir()):
+        raise ValueError(f"output folder {path} exists and was not made by elastic-model; choose another output")
+
+
+def claim_folder(path: Path) -> Path:
+    """The folder `path`, made or already ours, to which a job adds files over time (a training run)."""
+    path = Path(path)
+    check_output(path)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / MARKER).write_text(MARKER_TEXT)
+    return path
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends: all of it or nothing.
+
+    On success every file is fsynced and the folder renamed; a folder of ours already there is exchanged for it in one
+    step and removed. A folder that is not ours: ValueError, before anything is written. On an error inside the block
+    the temporary folder is removed and `path` stays as it was.
+    """
+    target = Path(os.path.abspath(path))
+    check_output(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target)
+    temporary = target.parent / f".{target.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.new"
+    temporary.mkdir()
+    try:
+        yield temporary
+        (temporary / MARKER).write_text(MARKER_TEXT)
+        sync_tree(temporary)
+        check_output(target)  # somebody else may have written there meanwhile
+        _replace_folder(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_path(target.parent)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary file that becomes `path` when the block ends: fsynced, then renamed over what was there."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
+    try:
+        yield temporary
+        sync_path(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_path(path.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """fsync every file and folder below `folder`, and `folder` itself."""
+    for path in [*folder.rglob("*"), folder]:
+        sync_path(path)
+
+
+def sync_path(path: Path) -> None:
+    """fsync one file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace_folder(new: Path, target: Path) -> None:
+    """Rename `new` to `target`; a folder of ours there ends up in the place of `new`."""
+    if not target.exists() or not any(target.iterdir()):
+        os.replace(new, target)
+        return
+    if not _exchange(new, target):  # without renameat2 there is a moment in which `target` does not exist
+        old = new.with_suffix(".old")
+        os.replace(target, old)
+        os.replace(new, target)
+        os.replace(old, new)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two folders in one atomic step (Linux renameat2); False where that is not to be had."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    if renameat2 is None:
+        return False
+    return renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what killed processes of this machine left beside `target`."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.{socket.gethostname()}.*.new"):
+        process = path.name.split(".")[-3]
+        if process.isdigit() and not _alive(int(process)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

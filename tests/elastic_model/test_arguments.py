@@ -1,0 +1,131 @@
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from elastic_model.arguments import option, parse, run, to_yaml
+
+
+@dataclass
+class Options:
+    """Options of a test command."""
+
+    text: list[str] = option(["a.txt"], help="files, 100 % text")
+    output: Path = option(Path("out"), help="folder")
+    batch_size: int = option(8, help="rows")
+    learning_rate: float = option(1e-3, help="peak")
+    schedule: Literal["linear", "cosine"] = option("linear", help="decay")
+    limit: int | None = option(None, help="at most")
+    resume: bool = option(False, help="continue")
+    budget: dict | None = option(None, help="budget")
+
+
+@dataclass
+class Positional:
+    checkpoint: Path = option(help="what to read", positional=True)
+    output: Path = option(help="what to write", positional=True)
+    depth: int = option(help="required flag")
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text: str) -> str:
+        (tmp_path / "r.yaml").write_text(text)
+        return str(tmp_path / "r.yaml")
+
+    return write
+
+
+def test_defaults_then_recipe_then_flags(recipe):
+    file = recipe("batch_size: 16\nlearning_rate: 5e-4\ntext: [b.txt, c.txt]\nresume: true\nbudget: {speedup: 4}\n")
+    options = parse(Options, ["--config", file, "--batch-size", "32", "--output", "x"])
+    assert options == Options(["b.txt", "c.txt"], Path("x"), 32, 5e-4, "linear", None, True, {"speedup": 4})
+
+
+def test_both_spellings_of_a_flag_and_every_kind_of_value():
+    argv = "--batch_size 4 --limit 3 --resume --schedule cosine --text x y --budget".split() + ['{"flops": 1e9}']
+    options = parse(Options, argv)
+    assert (options.batch_size, options.limit, options.resume, options.schedule) == (4, 3, True, "cosine")
+    assert (options.text, options.budget) == (["x", "y"], {"flops": 1e9})
+    assert parse(Options, ["--limit", "none", "--resume", "false"]) == Options()
+
+
+def test_mutable_defaults_are_not_shared():
+    Options().text.append("b.txt")
+    assert Options().text == ["a.txt"]
+
+
+def test_positional_and_required_options():
+    assert parse(Positional, ["a", "b", "--depth", "3"]) == Positional(Path("a"), Path("b"), 3)
+    with pytest.raises(ValueError, match="--output is required"):
+        parse(Positional, ["a", "--depth", "3"])
+    with pytest.raises(ValueError, match="unrecognized arguments: c"):
+        parse(Positional, ["a", "b", "c", "--depth", "3"])
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("batch_sise: 3", "unknown key 'batch_sise' (value 3); did you mean batch_size? allowed: text, output"),
+        ("batch_size: many", "batch_size: expected a whole number, got 'many'"),
+        ("batch_size: 2.5", "batch_size: expected a whole number, got 2.5"),
+        ("batch_size: true", "batch_size: expected a whole number, got True"),
+        ("batch_size: null", "batch_size: expected a whole number, got None"),
+        ("batch_size: [1, 2]", "batch_size: expected a whole number, got [1, 2]"),
+        ("limit: x", "limit: expected a whole number or none, got 'x'"),
+        ("resume: maybe", "resume: expected true or false, got 'maybe'"),
+        ("schedule: quadratic", "schedule: expected one of linear, cosine, got 'quadratic'"),
+        ("budget: 4", "budget: expected a mapping (JSON) or none, got 4"),
+        ("- batch_size", "a recipe is a mapping of flags"),
+        ("a: b: c", "not a YAML file"),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_named(recipe, line, named):
+    with pytest.raises(ValueError) as raised:
+        parse(Options, ["--config", recipe(line)])
+    assert named in str(raised.value) and "r.yaml" in str(raised.value)
+
+
+def test_a_mistake_in_a_flag_is_named():
+    with pytest.raises(ValueError, match="--batch-size: expected a whole number, got 'x'"):
+        parse(Options, ["--batch-size", "x"])
+    with pytest.raises(ValueError, match="unrecognized arguments: --batch 3"):
+        parse(Options, ["--batch", "3"])
+
+
+def test_a_run_can_be_repeated_from_its_yaml(recipe):
+    options = Options(text=["x"], limit=3, budget={"speedup": 2})
+    assert parse(Options, ["--config", recipe(to_yaml(options))]) == options
+
+
+def test_run_turns_bad_input_into_one_line_and_code_2(capsys, tmp_path):
+    def bad():
+        raise ValueError("first\n  second")
+
+    assert run(bad) == 2
+    assert capsys.readouterr().err == "error: first second\n"
+    assert run(lambda: (tmp_path / "missing").read_text() and None) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'missing'}: No such file or directory\n"
+    assert run(lambda: None) == 0 and run(lambda: 143) == 143
+
+
+def test_run_shows_the_traceback_on_request(monkeypatch):
+    monkeypatch.setenv("ELASTIC_MODEL_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="detail"):
+        run(lambda: int("detail"))
+
+
+def test_help_lists_every_option(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(Options, ["--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "--batch-size" in shown and "(default: 8)" in shown and "100 % text" in shown and "{linear,cosine}" in shown
+
+
+def test_parsing_loads_no_framework():
+    code = "import sys, elastic_model.arguments; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -1,0 +1,110 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from elastic_model import folders
+from elastic_model.folders import MARKER, claim_folder, is_ours, new_file, new_folder, shipped
+
+
+def contents(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_finished_folder_appears_whole_and_marked(tmp_path):
+    with new_folder(tmp_path / "deep" / "out") as folder:
+        (folder / "weights").write_text("1")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert contents(tmp_path / "deep" / "out") == {"weights", MARKER}
+    assert contents(tmp_path / "deep") == {"out"}
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_a_folder_of_ours_is_exchanged(tmp_path, monkeypatch, atomic):
+    if not atomic:
+        monkeypatch.setattr(folders, "_exchange", lambda first, second: False)
+    for name in ("first", "second"):
+        with new_folder(tmp_path / "out") as folder:
+            (folder / name).write_text(name)
+    assert contents(tmp_path / "out") == {"second", MARKER}
+    assert contents(tmp_path) == {"out"}
+
+
+def test_an_error_leaves_what_was_there(tmp_path):
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "old").write_text("old")
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "out") as folder:
+        (folder / "new").write_text("new")
+        raise RuntimeError
+    assert contents(tmp_path / "out") == {"old", MARKER}
+    assert contents(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("make", [new_folder, claim_folder])
+def test_what_is_not_ours_is_not_touched(tmp_path, make):
+    foreign = tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "chapter").write_text("years of work")
+    with pytest.raises(ValueError, match="thesis exists and was not made by elastic-model"):
+        with make(foreign):
+            pass
+    with pytest.raises(ValueError, match="chapter exists and is not a folder"):
+        with make(foreign / "chapter"):
+            pass
+    assert contents(foreign) == {"chapter"} and (foreign / "chapter").read_text() == "years of work"
+
+
+def test_an_empty_folder_is_nobodys(tmp_path):
+    (tmp_path / "out").mkdir()
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "file").write_text("")
+    assert contents(tmp_path / "out") == {"file", MARKER}
+    assert is_ours(claim_folder(tmp_path / "out"))
+
+
+def test_a_killed_writer_leaves_the_old_folder_and_its_rest_is_removed(tmp_path):
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "old").write_text("old")
+    code = (
+        "import os, signal, sys; from pathlib import Path; from elastic_model.folders import new_folder\n"
+        "with new_folder(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'half').write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")])
+    assert killed.returncode == -signal.SIGKILL
+    assert contents(tmp_path / "out") == {"old", MARKER} and len(contents(tmp_path)) == 2
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "new").write_text("new")
+    assert contents(tmp_path) == {"out"} and contents(tmp_path / "out") == {"new", MARKER}
+
+
+def test_a_writer_that_lives_keeps_its_temporary_folder(tmp_path):
+    with new_folder(tmp_path / "out") as slow:
+        with new_folder(tmp_path / "out") as quick:
+            (quick / "quick").write_text("")
+        assert slow.exists()
+        (slow / "slow").write_text("")
+    assert contents(tmp_path / "out") == {"slow", MARKER}
+
+
+def test_a_new_file_replaces_the_old_one_at_once(tmp_path):
+    (tmp_path / "table").write_text("old")
+    with pytest.raises(RuntimeError), new_file(tmp_path / "table") as file:
+        file.write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "table").read_text() == "old" and contents(tmp_path) == {"table"}
+    with new_file(tmp_path / "table") as file:
+        file.write_text("new")
+    assert (tmp_path / "table").read_text() == "new" and contents(tmp_path) == {"table"}
+
+
+def test_shipped_names_mean_the_same_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shipped(Path("elastic_model/folders.py")).samefile(folders.__file__)
+    assert shipped(Path("somewhere/else.txt")) == Path("somewhere/else.txt")
+    os.mkdir("elastic_model")
+    Path("elastic_model/folders.py").write_text("my own")
+    assert shipped(Path("elastic_model/folders.py")).read_text() == "my own"
