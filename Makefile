@@ -1,0 +1,55 @@
+# Everything from a fresh clone: each target makes the virtual environment first if it is not there.
+# `make` alone lists the targets.
+
+PYTHON ?= python3
+TASKS ?= era
+WORKERS ?= 2
+RUN := .venv/bin/python
+INSTALLED := .venv/.installed
+
+# Nothing below asks a model hub. Tests take one thread a worker; the demo takes what the machine has.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint format types checkpoints data clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED)  ## make .venv and install the project into it with the versions of constraints.txt
+
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,export,serve,dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## text -> checkpoint -> task -> one int8 file, measured on the test split; goes on where it stopped
+	$(RUN) benchmarks/demo.py
+
+test: lint types  ## lint, types and the quick tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --durations=10
+
+test-slow: $(INSTALLED)  ## the tests that take minutes: the whole path on a small scale, the wheel in a clean environment
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow --durations=10
+
+lint: $(INSTALLED)  ## ruff: rules and format
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(INSTALLED)  ## ruff: repair what it can and format
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+types: $(INSTALLED)  ## mypy
+	$(RUN) -m mypy
+
+checkpoints: $(INSTALLED)  ## make the checkpoints that benchmarks need, e.g. TASKS="era sst2", in checkpoints/
+	$(RUN) benchmarks/checkpoints.py $(TASKS)
+
+data: $(INSTALLED)  ## fetch the source of the embedded data with npm and make it again, the same text byte for byte
+	$(RUN) benchmarks/make_data.py
+
+clean:  ## remove what the targets made (demo, checkpoints, builds, caches), but not .venv
+	rm -rf demo checkpoints build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
