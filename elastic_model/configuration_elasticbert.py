@@ -1,0 +1,148 @@
+"""The configuration of an elastic BERT encoder."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from .checks import check_exit_layers, check_exit_policy, check_length_config
+from .losses import exit_weights
+
+
+@strict
+class ElasticBertConfig(PreTrainedConfig):
+    """BERT's fields, and what makes the encoder elastic.
+
+    Exits: `num_output_layers` (an exit after each of the last n layers; None = every layer; 1 = static use, one classifier) or
+    `exit_layers` (explicit, 1-based, rising, ending at the last layer); `max_output_layers`: the depth the checkpoint was made
+    with. Width: `num_attention_heads_per_layer`, `intermediate_size_per_layer` (one entry per layer, for pruned models) and
+    `attention_head_size`. Training: `exit_loss` (a key of `losses.EXIT_LOSSES`), `gradient_equilibrium`, `exit_groups`,
+    `learned_exit_head` (BERxiT's, which the policy "learned" asks). Default operating point: `exit_policy`, `length_config`;
+    `keep_cls`: [CLS] is never dropped. `position_offset` and `type_vocab_size`: 2 and 1 for RoBERTa, 0 and 0 for DistilBERT.
+
+    Exits and per-layer lists are resolved when read: with `num_hidden_layers=k` set on a deeper model, lists are cut to the first
+    k, exits above k dropped and k added.
+    """
+
+    model_type = "elasticbert"
+    keys_to_ignore_at_inference = [
+        "exit_logits",
+        "exit_layers",
+        "exit_start_logits",
+        "exit_end_logits",
+        "exit_prediction_logits",
+        "exit_sop_logits",
+        "hidden_states",
+        "attentions",
+    ]
+    base_model_fsdp_plan = {"embeddings": "free_full_weight", "encoder.layer.*": "free_full_weight"}
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    pooler_act: str = "tanh"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    classifier_dropout: float | int | None = None
+    max_position_embeddings: int = 512
+    position_offset: int = 0
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = True
+
+    num_output_layers: int | None = None
+    max_output_layers: int | None = None
+    exit_layers: list[int] | tuple[int, ...] | None = None
+    num_attention_heads_per_layer: list[int] | tuple[int, ...] | None = None
+    intermediate_size_per_layer: list[int] | tuple[int, ...] | None = None
+    attention_head_size: int | None = None
+
+    exit_loss: str = "sum"
+    gradient_equilibrium: bool = True
+    exit_groups: int = 1
+    learned_exit_head: bool = False
+
+    length_config: list | tuple | float | None = None
+    keep_cls: bool = True
+    exit_policy: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.max_output_layers is None:
+            self.max_output_layers = self.num_hidden_layers
+        if isinstance(self.length_config, tuple):
+            self.length_config = list(self.length_config)
+        super().__post_init__(**kwargs)
+
+    def __getattribute__(self, name):
+        value = super().__getattribute__(name)
+        resolve = _RESOLVED.get(name)
+        return value if resolve is None else resolve(self, value)
+
+    @property
+    def head_sizes(self) -> list[int]:
+        """Width of all heads together, for each layer."""
+        return [heads * self.attention_head_size for heads in self.num_attention_heads_per_layer]
+
+    def validate_sizes(self):
+        """Widths that fit together; one entry per layer in the per-layer lists."""
+        if self.num_hidden_layers < 1:
+            raise ValueError(f"num_hidden_layers must be at least 1, got {self.num_hidden_layers}.")
+        if "attention_head_size" not in self.__dict__ or self.__dict__["attention_head_size"] is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size must be a multiple of num_attention_heads (or attention_head_size be given), "
+                    f"got {self.hidden_size} and {self.num_attention_heads}."
+                )
+        for name in ("num_attention_heads_per_layer", "intermediate_size_per_layer"):
+            values = getattr(self, name)
+            if len(values) != self.num_hidden_layers or min(values) < 1:
+                raise ValueError(f"{name} must have one entry of at least 1 per layer, {self.num_hidden_layers}, got {values}.")
+
+    def validate_exits(self):
+        """Exits within the layers, ending at the last one; a known weighting."""
+        if self.num_output_layers is not None and not 1 <= self.num_output_layers <= self.max_output_layers:
+            raise ValueError(f"num_output_layers must be 1 to {self.max_output_layers}, got {self.num_output_layers}.")
+        check_exit_layers(self.exit_layers, self.num_hidden_layers)
+        exit_weights(self.exit_loss, self.exit_layers)
+        if self.exit_groups < 1:
+            raise ValueError(f"exit_groups must be at least 1, got {self.exit_groups}.")
+
+    def validate_operating_point(self):
+        """A default policy and length configuration that fit the model."""
+        check_exit_policy(self.exit_policy, len(self.exit_layers))
+        check_length_config(self.length_config, self.num_hidden_layers)
+
+
+def _exit_layers(config, given):
+    layers = config.num_hidden_layers
+    if given is None:
+        return list(range(max(0, layers - (config.num_output_layers or layers)) + 1, layers + 1))
+    below = [layer for layer in given if layer < layers]
+    return list(given) if not given or max(given) <= layers else [*below, layers]
+
+
+def _per_layer(uniform):
+    def resolve(config, given):
+        layers = config.num_hidden_layers
+        return [getattr(config, uniform)] * layers if given is None else list(given)[:layers]
+
+    return resolve
+
+
+def _length_config(config, given):
+    return given[: config.num_hidden_layers] if isinstance(given, list) else given
+
+
+# fields whose value depends on others, and that must follow when `from_pretrained` overrides those after construction
+_RESOLVED = {
+    "exit_layers": _exit_layers,
+    "num_attention_heads_per_layer": _per_layer("num_attention_heads"),
+    "intermediate_size_per_layer": _per_layer("intermediate_size"),
+    "attention_head_size": lambda config, given: config.hidden_size // config.num_attention_heads if given is None else given,
+    "length_config": _length_config,
+}

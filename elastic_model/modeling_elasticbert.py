@@ -1,0 +1,1078 @@
+"""The elastic BERT encoder and its task models: an exit after every layer, tokens that fall away, rows that leave.
+
+Legend of shapes: rows, tokens, width, heads, labels, vocabulary. "Real" tokens are those the attention mask marks.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .checks import check_exit_policy, check_layer_config, check_length_config
+from .configuration_elasticbert import ElasticBertConfig
+from .exit_policies import Prediction, leaving, predict
+from .length_drop import most_significant, restore, significance, take_tokens, tokens_to_keep
+from .losses import cross_entropy, exit_task_loss, exit_weights, gradient_equilibrium, uncertainty_loss, weighted_loss
+from .pretrained import load_foreign, save_code
+
+
+@dataclass
+class ElasticBertModelOutput(ModelOutput):
+    """last_hidden_state (rows, tokens, width), dropped tokens restored; pooler_output (rows, width) of the last exit."""
+
+    last_hidden_state: torch.FloatTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class ElasticBertExitOutput(ModelOutput):
+    """logits (rows, labels), (rows, tokens, labels) for token heads: each row's answer, from the exit it left at.
+
+    exit_logits: one tensor like logits per exit of the model, NaN where a row had left or the exit was not computed.
+    exit_layers (rows,): the layer, from 1, that each row left at. exit_losses: one scalar per computed exit, with labels.
+    exit_uncertainty (exits, rows): the learned exit head's, where the model has one.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    exit_logits: tuple[torch.FloatTensor, ...] | None = None
+    exit_layers: torch.LongTensor | None = None
+    exit_losses: tuple[torch.FloatTensor, ...] | None = None
+    exit_uncertainty: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class ElasticBertQuestionAnsweringOutput(ModelOutput):
+    """start_logits and end_logits (rows, tokens), and the same per exit; the rest as in ElasticBertExitOutput."""
+
+    loss: torch.FloatTensor | None = None
+    start_logits: torch.FloatTensor | None = None
+    end_logits: torch.FloatTensor | None = None
+    exit_start_logits: tuple[torch.FloatTensor, ...] | None = None
+    exit_end_logits: tuple[torch.FloatTensor, ...] | None = None
+    exit_layers: torch.LongTensor | None = None
+    exit_losses: tuple[torch.FloatTensor, ...] | None = None
+    exit_uncertainty: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class ElasticBertForPreTrainingOutput(ModelOutput):
+    """prediction_logits (rows, tokens, vocabulary) and sop_logits (rows, 2) of the last exit; while training with labels no
+    prediction_logits, since logits are computed at masked positions only. mlm_losses, sop_losses: a scalar per computed exit."""
+
+    loss: torch.FloatTensor | None = None
+    prediction_logits: torch.FloatTensor | None = None
+    sop_logits: torch.FloatTensor | None = None
+    exit_prediction_logits: tuple[torch.FloatTensor, ...] | None = None
+    exit_sop_logits: tuple[torch.FloatTensor, ...] | None = None
+    exit_layers: torch.LongTensor | None = None
+    mlm_losses: tuple[torch.FloatTensor, ...] | None = None
+    sop_losses: tuple[torch.FloatTensor, ...] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class ElasticBertEmbeddings(nn.Module):
+    """Word, position and (where the model has them) token type embeddings."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        if config.type_vocab_size:
+            self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.position_offset = config.position_offset
+
+    def forward(self, input_ids, token_type_ids=None, position_ids=None, inputs_embeds=None):
+        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (rows, tokens, width)
+        if position_ids is None:
+            position_ids = torch.arange(words.shape[1], device=words.device)[None] + self.position_offset
+        embeddings = words
+        if hasattr(self, "token_type_embeddings"):
+            if token_type_ids is None:
+                token_type_ids = torch.zeros(words.shape[:2], dtype=torch.long, device=words.device)
+            embeddings = embeddings + self.token_type_embeddings(token_type_ids)
+        embeddings = embeddings + self.position_embeddings(position_ids)
+        return self.dropout(self.LayerNorm(embeddings))
+
+
+def _attention_scores(query, key, attention_mask, scaling):
+    """Attention probabilities without dropout; query, key (rows, heads, tokens, size) -> (rows, heads, tokens, tokens)"""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    return scores.softmax(-1)
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention written out, the fallback of the attention interface: (rows, tokens, heads, size) and the probabilities."""
+    probabilities = _attention_scores(query, key, attention_mask, scaling)
+    probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
+    return torch.matmul(probabilities, value).transpose(1, 2).contiguous(), probabilities
+
+
+class ElasticBertSelfAttention(nn.Module):
+    """Multi-head attention whose number of heads is the layer's own."""
+
+    is_causal = False
+
+    def __init__(self, config, index):
+        super().__init__()
+        self.config = config
+        self.attention_head_size = config.attention_head_size
+        self.scaling = self.attention_head_size**-0.5
+        self.query = nn.Linear(config.hidden_size, config.head_sizes[index])
+        self.key = nn.Linear(config.hidden_size, config.head_sizes[index])
+        self.value = nn.Linear(config.hidden_size, config.head_sizes[index])
+        self.attention_dropout = config.attention_probs_dropout_prob
+
+    def forward(self, hidden, attention_mask=None, real=None, **kwargs):
+        """-> context (rows, tokens, all heads), probabilities where they were computed, and, where `real` is given, the tokens'
+        significance scores (rows, tokens): only then must probabilities be written out, whatever the attention implementation."""
+        shape = (*hidden.shape[:-1], -1, self.attention_head_size)
+        query, key, value = (
+            project(hidden).view(shape).transpose(1, 2)  # (rows, heads, tokens, size)
+            for project in (self.query, self.key, self.value)
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        if real is None:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+            context, probabilities = attend(
+                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+            )
+            return context.reshape(*hidden.shape[:-1], -1), probabilities, None
+        keys = real[:, None, None]  # a mask of our own: the attention implementation's need not be a dense one
+        probabilities = _attention_scores(query, key, keys, self.scaling)
+        scores = significance(probabilities, real)
+        kept = nn.functional.dropout(probabilities, p=dropout, training=self.training)
+        context = torch.matmul(kept, value).transpose(1, 2).reshape(*hidden.shape[:-1], -1)
+        return context, probabilities, scores
+
+
+class ElasticBertResidual(nn.Module):
+    """Projection back to the width, dropout, residual, LayerNorm."""
+
+    def __init__(self, config, width_in):
+        super().__init__()
+        self.dense = nn.Linear(width_in, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, inner, residual):
+        return self.LayerNorm(self.dropout(self.dense(inner)) + residual)
+
+
+class ElasticBertAttention(nn.Module):
+    """Holds BERT's key names `attention.self` and `attention.output`."""
+
+    def __init__(self, config, index):
+        super().__init__()
+        self.self = ElasticBertSelfAttention(config, index)
+        self.output = ElasticBertResidual(config, config.head_sizes[index])
+
+    def forward(self, hidden, attention_mask=None, real=None, **kwargs):
+        context, _, scores = self.self(hidden, attention_mask, real, **kwargs)
+        return self.output(context, hidden), scores
+
+
+class ElasticBertIntermediate(nn.Module):
+    """Holds BERT's key name `intermediate.dense`."""
+
+    def __init__(self, config, index):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size_per_layer[index])
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden):
+        return self.activation(self.dense(hidden))
+
+
+class ElasticBertLayer(GradientCheckpointingLayer):
+    """One layer; tokens may be dropped after its attention, before its feed-forward."""
+
+    def __init__(self, config, index):
+        super().__init__()
+        self.attention = ElasticBertAttention(config, index)
+        self.intermediate = ElasticBertIntermediate(config, index)
+        self.output = ElasticBertResidual(config, config.intermediate_size_per_layer[index])
+
+    def forward(self, hidden, attention_mask=None, real=None, counts=None, keep_cls=True, **kwargs):
+        """hidden (rows, tokens, width) -> the same with the kept tokens, and the kept tokens' indices and mask (rows, kept).
+
+        counts (rows,): how many of the `real` (rows, tokens) tokens stay; None: all of them, and no significance is computed.
+        """
+        hidden, scores = self.attention(hidden, attention_mask, None if counts is None else real, **kwargs)
+        kept = mask = None
+        if counts is not None:
+            kept, mask = most_significant(scores, real, counts, keep_cls)
+            hidden = take_tokens(hidden, kept)
+        return self.output(self.intermediate(hidden), hidden), kept, mask
+
+
+class ElasticBertPooler(nn.Module):
+    """Dense and activation over the first token; (rows, width)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.pooler_act]
+
+    def forward(self, first_token):
+        return self.activation(self.dense(first_token))
+
+
+@dataclass
+class Flow:
+    """What passes from layer to layer: the rows still inside, each with the tokens it still keeps.
+
+    hidden (rows, tokens, width); mask (rows, tokens), true at real tokens still kept, None = all. rows (rows,): their indices in
+    the batch, None = all. Once a token has been dropped: positions (rows, tokens), where each stood, and memory (rows, all tokens,
+    width), the last states. real_tokens (rows,): before any drop.
+    """
+
+    hidden: torch.Tensor
+    mask: torch.Tensor | None
+    rows: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    memory: torch.Tensor | None = None
+    real_tokens: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    attention_mask_is_stale: bool = True
+
+    def through(self, layer: ElasticBertLayer, config, length: float | int | None, **kwargs) -> None:
+        """Pass a layer, dropping tokens where `length` says so."""
+        if self.attention_mask_is_stale:
+            self.attention_mask = create_bidirectional_mask(
+                config=config, inputs_embeds=self.hidden, attention_mask=self.mask
+            )
+            self.attention_mask_is_stale = False
+        if length is None:
+            self.hidden, _, _ = layer(self.hidden, self.attention_mask, **kwargs)
+            return
+        real = self.real_mask()
+        if self.real_tokens is None:
+            self.real_tokens = real.sum(1)
+        counts = tokens_to_keep(length, self.real_tokens).minimum(real.sum(1))
+        before = self.hidden
+        self.hidden, kept, mask = layer(
+            self.hidden, self.attention_mask, real=real, counts=counts, keep_cls=config.keep_cls, **kwargs
+        )
+        if self.memory is None:
+            self.memory, self.positions = before, kept
+        else:
+            self.memory = restore(self.memory, before, self.positions, real)
+            self.positions = self.positions.gather(1, kept)
+        self.mask, self.attention_mask_is_stale = mask, True
+
+    def real_mask(self) -> torch.Tensor:
+        """(rows, tokens) booleans, true at real tokens still kept."""
+        if self.mask is None:
+            return torch.ones(self.hidden.shape[:2], dtype=torch.bool, device=self.hidden.device)
+        return self.mask.bool()
+
+    def all_tokens(self) -> torch.Tensor:
+        """Drop-and-restore: (rows, all tokens, width)."""
+        if self.memory is None:
+            return self.hidden
+        return restore(self.memory, self.hidden, self.positions, self.real_mask())
+
+    def first_token(self, keep_cls: bool) -> torch.Tensor:
+        """[CLS]; (rows, width). Where it may have been dropped, its last state."""
+        return (self.hidden if keep_cls or self.memory is None else self.all_tokens())[:, 0]
+
+    def select_rows(self, stay: torch.Tensor) -> None:
+        """Only the rows of `stay` (booleans) go on, cut to the longest of them."""
+        index = stay.nonzero().squeeze(1)
+        for name in ("hidden", "mask", "positions", "memory", "real_tokens"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value[index])
+        self.rows = index if self.rows is None else self.rows[index]
+        if self.memory is not None:
+            longest = int(self.real_mask().sum(1).max())
+            self.hidden, self.mask, self.positions = (
+                self.hidden[:, :longest],
+                self.mask[:, :longest],
+                self.positions[:, :longest],
+            )
+        self.attention_mask_is_stale = True
+
+    def branch_off(self, exits_from_here: int) -> "Flow":
+        """Gradient equilibrium: a copy for this exit's branch; what goes on is scaled too."""
+        branch = replace(self)
+        for name in ("hidden", "memory"):
+            if getattr(self, name) is not None:
+                scaled, upward = gradient_equilibrium(getattr(self, name), exits_from_here)
+                setattr(branch, name, scaled)
+                setattr(self, name, upward)
+        return branch
+
+
+@dataclass
+class Exit:
+    """An exit on the way up: its layer, from 1, its place among the model's exits, and the flow as its branch sees it.
+
+    `flow` is the branch's; rows leave by `leave`, which acts on what goes on.
+    """
+
+    layer: int
+    position: int
+    is_last: bool
+    flow: Flow
+    onward: Flow
+
+    def leave(self, leaves: torch.Tensor) -> None:
+        """The rows of `leaves` (booleans) do not go on."""
+        self.onward.select_rows(~leaves)
+
+
+class PerExit(nn.ModuleDict):
+    """One module per exit, keyed by layer - 1 as in the public checkpoints."""
+
+    def __init__(self, exit_layers: list[int], make: Callable[[], nn.Module]):
+        super().__init__({str(layer - 1): make() for layer in exit_layers})
+
+    def at(self, layer: int) -> nn.Module:
+        """The module of the exit after `layer`, from 1."""
+        return self[str(layer - 1)]
+
+    def zero_for_others(self, layers: list[int]) -> torch.Tensor:
+        """0, with a zero gradient for every parameter of the exits that are not in `layers`."""
+        others = [module for key, module in self.items() if int(key) + 1 not in layers]
+        return 0.0 * sum(parameter.sum() for module in others for parameter in module.parameters())
+
+
+def zero_for_others(model: nn.Module, layers: list[int]) -> torch.Tensor | float:
+    """What to add to the loss when only the exits of `layers` were computed: 0, but with a gradient for all exits' parameters.
+
+    Optimizers treat a missing gradient and a zero one differently, and distributed training wants every parameter to take part.
+    """
+    per_exit = [module for module in model.modules() if isinstance(module, PerExit)]
+    return sum(module.zero_for_others(layers) for module in per_exit if len(module) > len(layers))
+
+
+class ElasticBertEncoder(nn.Module):
+    """The layers, and a pooler per exit."""
+
+    def __init__(self, config, add_pooling_layer=True):
+        super().__init__()
+        self.config = config
+        self.layer = nn.ModuleList(ElasticBertLayer(config, index) for index in range(config.num_hidden_layers))
+        self.exit_layers = config.exit_layers
+        self.pooler = PerExit(self.exit_layers, lambda: ElasticBertPooler(config)) if add_pooling_layer else None
+
+    def exits(
+        self, flow: Flow, lengths, layers: list[int], wanted: list[int], equilibrium: bool, **kwargs
+    ) -> Iterator[Exit]:
+        """The only loop over layers and exits: yields each exit of `wanted` whose layer is executed, and always the last.
+
+        lengths: one entry per layer, or None; layers: those executed; equilibrium: scale the gradients of the exits yielded.
+        """
+        before = None
+        top = self.exit_layers[-1]
+        computed = [layer for layer in wanted if layer in layers or layer == top]
+        for number, layer in enumerate(self.layer, start=1):
+            if number in layers:
+                length = None if lengths is None or lengths[number - 1] in (before, 1.0) else lengths[number - 1]
+                flow.through(layer, self.config, length, **kwargs)
+                before = length or before
+            if number not in computed:
+                continue
+            exits_from_here = len(computed) - computed.index(number)
+            branch = flow.branch_off(exits_from_here) if equilibrium and exits_from_here > 1 else replace(flow)
+            yield Exit(number, self.exit_layers.index(number), number == top, branch, flow)
+            if not len(flow.hidden):
+                return
+
+
+class ElasticBertPreTrainedModel(PreTrainedModel):
+    """Weights initialised as BERT's; loads stock BERT, RoBERTa and DistilBERT checkpoints too (see `pretrained`)."""
+
+    config: ElasticBertConfig
+    base_model_prefix = "elasticbert"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ElasticBertEmbeddings", "ElasticBertLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "hidden_states": ElasticBertLayer,
+        "attentions": OutputRecorder(ElasticBertSelfAttention, index=1),
+    }
+    _keys_to_ignore_on_load_unexpected = [r"embeddings\.position_ids$"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As in transformers; a stock BERT, RoBERTa or DistilBERT checkpoint becomes an elastic model whose full depth is it."""
+        foreign = load_foreign(cls, pretrained_model_name_or_path, kwargs)
+        if foreign is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        config, state_dict, kwargs = foreign
+        model = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
+        (model[0] if isinstance(model, tuple) else model).config._name_or_path = str(pretrained_model_name_or_path)
+        return model
+
+    def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
+        """As in transformers, with the code that the checkpoint needs where the package is not installed."""
+        if is_main_process:
+            save_code(self.config, Path(__file__), save_directory)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+
+    def walk(self, inputs: tuple, sub_network: tuple, exits: list[int] | None, kwargs: dict) -> Iterator[Exit]:
+        """The encoder's exits for one forward: inputs and sub_network as `ElasticBertModel.exits` takes them, in its order;
+        exits: the exit layers to compute, None = all. While training, with gradient equilibrium as configured."""
+        exits = self.config.exit_layers if exits is None else list(exits)
+        if not exits or not set(exits) <= set(self.config.exit_layers):
+            raise ValueError(f"exits must be some of the exit layers {self.config.exit_layers}, got {exits}.")
+        weighted = all(exit_weights(self.config.exit_loss, exits))  # an exit without weight is not trained
+        equilibrium = self.training and self.config.gradient_equilibrium and weighted
+        return self.elasticbert.exits(*inputs, *sub_network, exits, equilibrium, **kwargs)
+
+    def policy_for(self, exit_policy: dict | None, labels, problem_type: str) -> dict | None:
+        """The policy in force: the argument's or the config's; none while training or when labels are given."""
+        policy = self.config.exit_policy if exit_policy is None else exit_policy
+        policy = check_exit_policy(policy, len(self.config.exit_layers), problem_type)
+        if policy and policy["name"] == "learned" and not self.config.learned_exit_head:
+            raise ValueError("exit_policy 'learned' needs a model with learned_exit_head=True in its config.")
+        if policy and policy["name"] == "constant" and policy["layer"] not in self.config.exit_layers:
+            raise ValueError(f"exit_policy 'constant': layer must be one of {self.config.exit_layers}, got {policy['layer']}.")
+        return None if self.training or labels is not None else policy
+
+
+def _values(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's values can be looked at: not while tracing or compiling, not on the meta device."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.is_meta or not tensor.numel())
+
+
+def _check_ids(name: str, ids, allowed: int, what: str) -> None:
+    if ids is None:
+        return
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {ids.dtype}.")
+    if _values(ids) and ((ids < 0) | (ids >= allowed)).any():
+        low, high = ids.min().item(), ids.max().item()
+        raise ValueError(f"{name} must lie within 0..{allowed - 1} ({what}), got values from {low} to {high}.")
+
+
+def _check_inputs(config, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds) -> None:
+    """Clear errors instead of an index error from inside a kernel."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("exactly one of input_ids and inputs_embeds must be given.")
+    shape = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:-1]
+    if len(shape) != 2 or shape[1] < 1:
+        raise ValueError(f"inputs must have the shape (rows, tokens) with at least one token, got {tuple(shape)}.")
+    longest = config.max_position_embeddings - config.position_offset
+    if position_ids is None and shape[1] > longest:
+        raise ValueError(f"inputs may have at most {longest} tokens (the position table), got {shape[1]}: truncate them.")
+    _check_ids("input_ids", input_ids, config.vocab_size, "the vocabulary")
+    _check_ids("position_ids", position_ids, config.max_position_embeddings, "the position table")
+    if config.type_vocab_size:
+        _check_ids("token_type_ids", token_type_ids, config.type_vocab_size, "type_vocab_size")
+    for name, ids in (("token_type_ids", token_type_ids), ("attention_mask", attention_mask)):
+        if ids is not None and ids.shape != shape:
+            raise ValueError(f"{name} must have the shape of the inputs, {tuple(shape)}, got {tuple(ids.shape)}.")
+    if attention_mask is not None and _values(attention_mask) and not attention_mask.bool().any(1).all():
+        empty = (~attention_mask.bool().any(1)).nonzero().squeeze(1).tolist()
+        raise ValueError(f"every row needs at least one real token, rows {empty} are padding only.")
+
+
+class ElasticBertModel(ElasticBertPreTrainedModel):
+    """The encoder: final hidden states, dropped tokens restored, and the last exit's pooled output."""
+
+    def __init__(self, config, add_pooling_layer=True):
+        super().__init__(config)
+        config.validate()
+        self.embeddings = ElasticBertEmbeddings(config)
+        self.encoder = ElasticBertEncoder(config, add_pooling_layer)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value):
+        self.embeddings.word_embeddings = value
+
+    def exits(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        token_type_ids=None,
+        position_ids=None,
+        inputs_embeds=None,
+        length_config=None,
+        layer_config=None,
+        wanted=None,
+        equilibrium=False,
+        **kwargs,
+    ) -> Iterator[Exit]:
+        """Walk up the layers, from exit to exit; see `ElasticBertEncoder.exits`. Arguments as in `forward`."""
+        config = self.config
+        _check_inputs(config, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        lengths = check_length_config(
+            config.length_config if length_config is None else length_config, config.num_hidden_layers
+        )
+        layers = check_layer_config(layer_config, config.num_hidden_layers)
+        hidden = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        flow = Flow(hidden, attention_mask if attention_mask is None else attention_mask.bool())
+        yield from self.encoder.exits(flow, lengths, layers, wanted or self.encoder.exit_layers, equilibrium, **kwargs)
+
+    def pool(self, exit: Exit) -> torch.Tensor:
+        """An exit's pooled [CLS]; (rows, width)."""
+        return self.encoder.pooler.at(exit.layer)(exit.flow.first_token(self.config.keep_cls))
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        length_config: list | float | None = None,
+        layer_config: list[int] | None = None,
+        exit_policy: dict | None = None,
+        **kwargs,
+    ) -> ElasticBertModelOutput:
+        """length_config, layer_config: the sub-network, None = the config's; exit_policy: only "never" and "constant" here."""
+        policy = check_exit_policy(exit_policy, len(self.encoder.exit_layers))
+        if policy is not None and policy["name"] != "constant":
+            raise ValueError(f"exit_policy {policy['name']!r} needs a task head; the bare model knows never and constant.")
+        lowest = self.encoder.exit_layers[-1] if policy is None else policy["layer"]
+        wanted = [layer for layer in self.encoder.exit_layers if layer >= lowest]
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        walk = self.exits(*inputs, length_config, layer_config, wanted, **kwargs)
+        last = next(walk)
+        return ElasticBertModelOutput(
+            last_hidden_state=last.flow.all_tokens(),
+            pooler_output=None if self.encoder.pooler is None else self.pool(last),
+        )
+
+
+@dataclass
+class Answers:
+    """What the exits of one forward said: logits {exit layer: (rows, ...)} in the whole batch, NaN where a row had left; the
+    same for the learned exit head's uncertainty (rows,); each row's answer (rows, ...) and the layer it left at (rows,)."""
+
+    logits: dict[int, torch.Tensor]
+    uncertainty: dict[int, torch.Tensor]
+    answer: torch.Tensor
+    left_at: torch.Tensor
+
+    def per_exit(self, exit_layers: list[int]) -> tuple[torch.Tensor, ...]:
+        """One tensor per exit of the model, NaN where an exit was not computed."""
+        missing = None
+        if len(self.logits) < len(exit_layers):
+            missing = torch.full_like(self.answer, torch.nan)
+        return tuple(self.logits.get(layer, missing) for layer in exit_layers)
+
+    def uncertainties(self, exit_layers: list[int]) -> torch.Tensor | None:
+        """(exits, rows), or None without a learned exit head."""
+        if not self.uncertainty:
+            return None
+        missing = torch.full_like(self.left_at, torch.nan, dtype=next(iter(self.uncertainty.values())).dtype)
+        return torch.stack([self.uncertainty.get(layer, missing) for layer in exit_layers])
+
+
+def _in_batch(values: torch.Tensor, rows: torch.Tensor | None, batch: int) -> torch.Tensor:
+    """Values of the rows inside, (inside, ...), at their places in the batch; NaN elsewhere."""
+    if rows is None:
+        return values
+    everywhere = values.new_full((batch, *values.shape[1:]), torch.nan)
+    everywhere[rows] = values
+    return everywhere
+
+
+def gather_answers(walk, head, policy, problem_type, exit_layers, mask=None, choices=1) -> Answers:
+    """Ask `head` at every exit of `walk` and let rows leave as `policy` says.
+
+    head(exit) -> logits (rows inside, ...) and the learned uncertainty (rows inside,) or None. mask (rows, tokens) for tasks that
+    answer per token. choices: how many consecutive rows make one question (multiple choice) and leave together.
+    """
+    answers = None
+    history: list[Prediction] = []
+    positions: list[int] = []
+    for exit in walk:
+        logits, doubt = head(exit)
+        rows = exit.flow.rows if exit.flow.rows is None or choices == 1 else exit.flow.rows[::choices] // choices
+        if answers is None:
+            left_at = torch.full((len(logits),), exit.layer, dtype=torch.long, device=logits.device)
+            answers = Answers({}, {}, logits.clone(), left_at)
+        batch = len(answers.left_at)
+        answers.logits[exit.layer] = _in_batch(logits, rows, batch)
+        if doubt is not None:
+            answers.uncertainty[exit.layer] = _in_batch(doubt, rows, batch)
+        if rows is None:
+            answers.answer, answers.left_at = logits, torch.full_like(answers.left_at, exit.layer)
+        else:
+            answers.answer = answers.answer.index_copy(0, rows, logits)
+            answers.left_at[rows] = exit.layer
+        if policy is None or exit.is_last:
+            continue
+        inside = mask if mask is None or rows is None else mask[rows]
+        history.append(predict(logits, problem_type, inside, doubt))
+        positions.append(exit.position)
+        leaves = leaving(policy, history, positions, exit_layers)
+        if leaves.any():
+            exit.leave(leaves.repeat_interleave(choices))
+            history = [prediction.select(~leaves) for prediction in history]
+    return answers
+
+
+def _check_labels(labels: torch.Tensor, classes: int) -> None:
+    if labels.is_floating_point():
+        raise ValueError(f"labels must be integers for this task, got {labels.dtype}.")
+    if _values(labels) and ((labels != -100) & ((labels < 0) | (labels >= classes))).any():
+        wrong = labels[(labels != -100) & ((labels < 0) | (labels >= classes))].unique().tolist()
+        raise ValueError(f"labels must lie within 0..{classes - 1} (or be -100, ignored), got {wrong}.")
+
+
+class ElasticBertExitModel(ElasticBertPreTrainedModel):
+    """A task model: one head per exit over the encoder, `classifiers.{layer - 1}` (`classifier` in static use)."""
+
+    pools = True  # the heads read the pooled [CLS]; else every token's state
+    head_name = "classifiers"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.elasticbert = ElasticBertModel(config, add_pooling_layer=self.pools)
+        rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(rate)
+        outputs = self.head_outputs()
+        self.is_static = config.num_output_layers == 1
+        if self.is_static:
+            setattr(self, self.head_name.removesuffix("s"), nn.Linear(config.hidden_size, outputs))
+        else:
+            setattr(self, self.head_name, PerExit(config.exit_layers, lambda: nn.Linear(config.hidden_size, outputs)))
+        if config.learned_exit_head:
+            self.exit_uncertainty = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    def head_outputs(self) -> int:
+        """Width of an exit's logits."""
+        return self.config.num_labels
+
+    def head(self, exit: Exit) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """logits (rows, labels) or (rows, tokens, labels), and the learned uncertainty (rows,) where the model has that head."""
+        states = self.elasticbert.pool(exit) if self.pools else exit.flow.all_tokens()
+        name = self.head_name
+        classify = getattr(self, name.removesuffix("s")) if self.is_static else getattr(self, name).at(exit.layer)
+        logits = classify(self.dropout(states))
+        if not self.config.learned_exit_head:
+            return logits, None
+        first = states if self.pools else exit.flow.first_token(self.config.keep_cls)
+        return logits, self.exit_uncertainty(first).squeeze(-1).sigmoid()
+
+    def answer(self, walk, policy: dict | None, problem_type: str, mask=None, choices=1) -> Answers:
+        """Every exit's logits and each row's answer; see `gather_answers`."""
+        return gather_answers(walk, self.head, policy, problem_type, self.config.exit_layers, mask, choices)
+
+    def outputs(self, answers: Answers) -> dict[str, torch.Tensor | tuple[torch.Tensor, ...] | None]:
+        """The fields of ElasticBertExitOutput but the loss."""
+        exit_layers = self.config.exit_layers
+        return {
+            "logits": answers.answer,
+            "exit_logits": answers.per_exit(exit_layers),
+            "exit_layers": answers.left_at,
+            "exit_uncertainty": answers.uncertainties(exit_layers),
+        }
+
+    def exits_loss(self, answers: Answers, loss_of: Callable, wrong: Callable) -> tuple[torch.Tensor, tuple]:
+        """The weighted loss over the exits computed, and the loss of each; loss_of(logits) -> scalar, wrong(logits) -> (rows,).
+
+        With a learned exit head its squared error, averaged over the exits below the last (the only ones it is asked at), is added.
+        """
+        losses = {layer: loss_of(logits) for layer, logits in answers.logits.items()}
+        loss = weighted_loss(losses, self.config.exit_loss)
+        below = [layer for layer in answers.uncertainty if layer != self.config.exit_layers[-1]]
+        if below:
+            terms = [uncertainty_loss(answers.uncertainty[layer], wrong(answers.logits[layer])) for layer in below]
+            loss = loss + sum(terms) / len(terms)
+        elif answers.uncertainty:
+            loss = loss + 0.0 * sum(doubt.sum() for doubt in answers.uncertainty.values())
+        return loss + zero_for_others(self, list(answers.logits)), tuple(losses.values())
+
+
+class ElasticBertForSequenceClassification(ElasticBertExitModel):
+    """Classification, regression (one label, or problem_type) and multi-label classification of sequences, at every exit."""
+
+    def problem(self, labels=None) -> str:
+        """What an exit's logits mean; as in transformers, inferred from the labels where the config does not say."""
+        if self.config.problem_type is None and labels is not None and self.config.num_labels > 1:
+            floating = labels.is_floating_point()
+            self.config.problem_type = "multi_label_classification" if floating else "single_label_classification"
+        default = "regression" if self.config.num_labels == 1 else "single_label_classification"
+        return self.config.problem_type or default
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        length_config: list | float | None = None,
+        layer_config: list[int] | None = None,
+        exit_policy: dict | None = None,
+        exits: list[int] | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> ElasticBertExitOutput:
+        """labels (rows,) classes, (rows,) floats for regression, (rows, labels) floats for multi-label.
+
+        length_config, layer_config, exit_policy: None = the config's; exits: the exit layers to compute (grouped training), None =
+        all. The policy is ignored while training and when labels are given.
+        """
+        problem_type = self.problem(labels)
+        policy = self.policy_for(exit_policy, labels, problem_type)
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        answers = self.answer(self.walk(inputs, (length_config, layer_config), exits, kwargs), policy, problem_type)
+        loss = losses = None
+        if labels is not None:
+            if problem_type == "single_label_classification":
+                _check_labels(labels, self.config.num_labels)
+            elif _values(labels) and not labels.isfinite().all():
+                raise ValueError("labels must be finite numbers, got NaN or infinity.")
+            loss, losses = self.exits_loss(
+                answers,
+                lambda logits: exit_task_loss(logits, labels, problem_type, num_items_in_batch),
+                lambda logits: _wrong(logits, labels, problem_type),
+            )
+        return ElasticBertExitOutput(loss=loss, exit_losses=losses, **self.outputs(answers))
+
+
+def _wrong(logits: torch.Tensor, labels: torch.Tensor, problem_type: str) -> torch.Tensor:
+    """What BERxiT's learned exit head should predict; (rows,): 1 where a row's answer is wrong, |tanh(y' - y)| in regression."""
+    if problem_type == "regression":
+        return (logits.reshape(len(logits), -1) - labels.reshape(len(logits), -1)).tanh().abs().mean(-1)
+    if problem_type == "multi_label_classification":
+        return ((logits > 0) != (labels > 0.5)).any(-1)
+    return ((logits.argmax(-1) != labels) & (labels != -100)).reshape(len(labels), -1).any(-1)
+
+
+class ElasticBertForTokenClassification(ElasticBertExitModel):
+    """A label per token, at every exit; dropped tokens are restored before a head reads them."""
+
+    pools = False
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        length_config: list | float | None = None,
+        layer_config: list[int] | None = None,
+        exit_policy: dict | None = None,
+        exits: list[int] | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> ElasticBertExitOutput:
+        """labels (rows, tokens), -100 where a token has none; the rest as in sequence classification."""
+        policy = self.policy_for(exit_policy, labels, "token_classification")
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        walk = self.walk(inputs, (length_config, layer_config), exits, kwargs)
+        mask = None if attention_mask is None else attention_mask.bool()
+        answers = self.answer(walk, policy, "token_classification", mask)
+        loss = losses = None
+        if labels is not None:
+            _check_labels(labels, self.config.num_labels)
+            loss, losses = self.exits_loss(
+                answers,
+                lambda logits: cross_entropy(logits, labels, num_items_in_batch),
+                lambda logits: _wrong(logits, labels, "token_classification"),
+            )
+        return ElasticBertExitOutput(loss=loss, exit_losses=losses, **self.outputs(answers))
+
+
+class ElasticBertForMultipleChoice(ElasticBertExitModel):
+    """One score per choice, at every exit; inputs (questions, choices, tokens). The choices of a question leave together."""
+
+    def head_outputs(self) -> int:
+        return 1
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        length_config: list | float | None = None,
+        layer_config: list[int] | None = None,
+        exit_policy: dict | None = None,
+        exits: list[int] | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> ElasticBertExitOutput:
+        """labels (questions,): the right choice; logits (questions, choices); the rest as in sequence classification."""
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None or given.dim() < 3:
+            shape = None if given is None else tuple(given.shape)
+            raise ValueError(f"multiple choice inputs must have the shape (questions, choices, tokens), got {shape}.")
+        choices = given.shape[1]
+        policy = self.policy_for(exit_policy, labels, "single_label_classification")
+        ids = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        inputs = tuple(None if one is None else one.flatten(0, 1) for one in ids)
+        walk = self.walk(inputs, (length_config, layer_config), exits, kwargs)
+
+        def head(exit):
+            scores, doubt = self.head(exit)
+            return scores.view(-1, choices), None if doubt is None else doubt.view(-1, choices).amax(-1)
+
+        exit_layers = self.config.exit_layers
+        answers = gather_answers(walk, head, policy, "single_label_classification", exit_layers, choices=choices)
+        loss = losses = None
+        if labels is not None:
+            _check_labels(labels, choices)
+            loss, losses = self.exits_loss(
+                answers,
+                lambda logits: cross_entropy(logits, labels, num_items_in_batch),
+                lambda logits: _wrong(logits, labels, "single_label_classification"),
+            )
+        return ElasticBertExitOutput(loss=loss, exit_losses=losses, **self.outputs(answers))
+
+
+class ElasticBertForQuestionAnswering(ElasticBertExitModel):
+    """The span that answers a question, at every exit: heads `qa_outputs.{layer - 1}` (`qa_output` in static use)."""
+
+    pools = False
+    head_name = "qa_outputs"
+
+    def head_outputs(self) -> int:
+        return 2
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        length_config: list | float | None = None,
+        layer_config: list[int] | None = None,
+        exit_policy: dict | None = None,
+        exits: list[int] | None = None,
+        **kwargs,
+    ) -> ElasticBertQuestionAnsweringOutput:
+        """start_positions, end_positions (rows,): tokens; one beyond the input is ignored, as in transformers."""
+        labels = None if start_positions is None or end_positions is None else (start_positions, end_positions)
+        policy = self.policy_for(exit_policy, labels, "question_answering")
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        walk = self.walk(inputs, (length_config, layer_config), exits, kwargs)
+        mask = None if attention_mask is None else attention_mask.bool()
+        answers = self.answer(walk, policy, "question_answering", mask)
+        loss = losses = None
+        if labels is not None:
+            spans = torch.stack([positions.reshape(-1) for positions in labels], dim=1)  # (rows, start and end)
+            tokens = answers.answer.shape[1]
+            if _values(spans) and (spans < 0).any():
+                raise ValueError(f"start_positions and end_positions must not be negative, got {spans.min().item()}.")
+            spans = spans.masked_fill(spans >= tokens, -100)
+            loss, losses = self.exits_loss(
+                answers,
+                lambda logits: sum(cross_entropy(logits[..., side], spans[:, side]) for side in (0, 1)) / 2,
+                lambda logits: _wrong(logits.transpose(1, 2), spans, "question_answering"),
+            )
+        both = self.outputs(answers)
+        return ElasticBertQuestionAnsweringOutput(
+            loss=loss,
+            exit_losses=losses,
+            start_logits=both["logits"][..., 0],
+            end_logits=both["logits"][..., 1],
+            exit_start_logits=tuple(logits[..., 0] for logits in both["exit_logits"]),
+            exit_end_logits=tuple(logits[..., 1] for logits in both["exit_logits"]),
+            exit_layers=both["exit_layers"],
+            exit_uncertainty=both["exit_uncertainty"],
+        )
+
+
+class ElasticBertPredictionTransform(nn.Module):
+    """Dense, GELU, LayerNorm: what an exit does to a token's state before the decoder; (..., width)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, states):
+        return self.LayerNorm(self.activation(self.dense(states)))
+
+
+class ElasticBertPredictions(nn.Module):
+    """Masked-token prediction: a transform per exit, and one decoder for all, tied to the word embeddings."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.transforms = PerExit(config.exit_layers, lambda: ElasticBertPredictionTransform(config))
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, states, layer):
+        """states (..., width) at the exit after `layer` -> logits (..., vocabulary)"""
+        return self.decoder(self.transforms.at(layer)(states))
+
+
+class ElasticBertMaskedModel(ElasticBertPreTrainedModel):
+    """A model with masked-token prediction at every exit."""
+
+    pools = False
+    _tied_weights_keys = {"predictions.decoder.weight": "elasticbert.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.elasticbert = ElasticBertModel(config, add_pooling_layer=self.pools)
+        self.predictions = ElasticBertPredictions(config)
+
+    def get_output_embeddings(self):
+        return self.predictions.decoder
+
+    def set_output_embeddings(self, new_embeddings):
+        self.predictions.decoder = new_embeddings
+
+    def masked_loss(self, exit: Exit, labels: torch.Tensor, count=None) -> torch.Tensor:
+        """Mean cross-entropy at one exit over the masked tokens; logits are computed at those positions only."""
+        masked = labels != -100
+        logits = self.predictions(exit.flow.all_tokens()[masked], exit.layer)  # (masked, vocabulary)
+        return cross_entropy(logits, labels[masked], count)
+
+
+class ElasticBertForMaskedLM(ElasticBertMaskedModel):
+    """Masked language modelling at every exit."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        length_config: list | float | None = None,
+        layer_config: list[int] | None = None,
+        exit_policy: dict | None = None,
+        exits: list[int] | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> ElasticBertExitOutput:
+        """labels (rows, tokens), -100 where nothing is to be predicted.
+
+        logits (rows, tokens, vocabulary). With labels, logits are the last exit's alone, and while training there are none: the
+        loss needs them at masked positions only.
+        """
+        policy = self.policy_for(exit_policy, labels, "token_classification")
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        walk = self.walk(inputs, (length_config, layer_config), exits, kwargs)
+        if labels is None:
+            mask = None if attention_mask is None else attention_mask.bool()
+            exit_layers = self.config.exit_layers
+            answers = gather_answers(walk, self.head, policy, "token_classification", exit_layers, mask)
+            return ElasticBertExitOutput(
+                logits=answers.answer, exit_logits=answers.per_exit(exit_layers), exit_layers=answers.left_at
+            )
+        _check_labels(labels, self.config.vocab_size)
+        losses, logits = {}, None
+        for exit in walk:
+            losses[exit.layer] = self.masked_loss(exit, labels, num_items_in_batch)
+            if exit.is_last and not self.training:
+                logits = self.head(exit)[0]
+        loss = weighted_loss(losses, self.config.exit_loss) + zero_for_others(self, list(losses))
+        return ElasticBertExitOutput(loss=loss, logits=logits, exit_losses=tuple(losses.values()))
+
+    def head(self, exit: Exit) -> tuple[torch.Tensor, None]:
+        """logits (rows, tokens, vocabulary); no learned uncertainty."""
+        return self.predictions(exit.flow.all_tokens(), exit.layer), None
+
+
+class ElasticBertForPreTraining(ElasticBertMaskedModel):
+    """Masked language modelling and sentence-order prediction at every exit: loss = sum over exits of MLM + SOP."""
+
+    pools = True
+    accepts_loss_kwargs = False  # two losses with two counts: no one number of items can scale them
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.sop_classifiers = PerExit(config.exit_layers, lambda: nn.Linear(config.hidden_size, 2))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        sentence_order_label: torch.Tensor | None = None,
+        length_config: list | float | None = None,
+        layer_config: list[int] | None = None,
+        exits: list[int] | None = None,
+        mlm_count: torch.Tensor | int | None = None,
+        sop_count: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> ElasticBertForPreTrainingOutput:
+        """labels (rows, tokens), -100 where nothing is to be predicted; sentence_order_label (rows,): 1 = swapped.
+
+        mlm_count, sop_count: what the summed losses are divided by, this batch's own counts if None: with several processes or
+        micro-batches, the counts of the global batch (divided by the number of processes whose gradients are averaged).
+        """
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        if labels is not None:
+            _check_labels(labels, self.config.vocab_size)
+        if sentence_order_label is not None:
+            _check_labels(sentence_order_label, 2)
+        mlm, sop, predictions, orders = {}, {}, {}, {}
+        for exit in self.walk(inputs, (length_config, layer_config), exits, kwargs):
+            orders[exit.layer] = self.sop_classifiers.at(exit.layer)(self.dropout(self.elasticbert.pool(exit)))
+            if labels is not None:
+                mlm[exit.layer] = self.masked_loss(exit, labels, mlm_count)
+            if sentence_order_label is not None:
+                sop[exit.layer] = cross_entropy(orders[exit.layer], sentence_order_label, sop_count)
+            if labels is None or (exit.is_last and not self.training):
+                predictions[exit.layer] = self.predictions(exit.flow.all_tokens(), exit.layer)
+        computed = list(orders)
+        terms = [weighted_loss(losses, self.config.exit_loss) for losses in (mlm, sop) if losses]
+        return ElasticBertForPreTrainingOutput(
+            loss=sum(terms) + zero_for_others(self, computed) if terms else None,
+            prediction_logits=predictions.get(computed[-1]),
+            sop_logits=orders[computed[-1]],
+            exit_prediction_logits=tuple(predictions.values()) if labels is None else None,
+            exit_sop_logits=tuple(orders.values()),
+            exit_layers=torch.full((len(orders[computed[-1]]),), computed[-1], device=orders[computed[-1]].device),
+            mlm_losses=tuple(mlm.values()) or None,
+            sop_losses=tuple(sop.values()) or None,
+        )

@@ -1,0 +1,183 @@
+"""Where weights come from and what goes out with them: stock BERT-family checkpoints in, the code files out to the hub."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import cached_file
+
+# what a fresh process without the package needs to know to load a checkpoint folder
+AUTO_MAP = {
+    "AutoConfig": "configuration_elasticbert.ElasticBertConfig",
+    "AutoModel": "modeling_elasticbert.ElasticBertModel",
+    "AutoModelForPreTraining": "modeling_elasticbert.ElasticBertForPreTraining",
+    "AutoModelForMaskedLM": "modeling_elasticbert.ElasticBertForMaskedLM",
+    "AutoModelForSequenceClassification": "modeling_elasticbert.ElasticBertForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_elasticbert.ElasticBertForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_elasticbert.ElasticBertForQuestionAnswering",
+    "AutoModelForMultipleChoice": "modeling_elasticbert.ElasticBertForMultipleChoice",
+}
+
+
+def save_code(config: PreTrainedConfig, modeling_file: Path, folder: str | Path) -> None:
+    """Put the code files beside a checkpoint and name all classes in its config's `auto_map`."""
+    config.auto_map = dict(AUTO_MAP)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for file in [modeling_file, *get_relative_import_files(modeling_file)]:
+        target = Path(folder) / Path(file).name
+        if not (target.exists() and target.samefile(file)):
+            shutil.copyfile(file, target)
+
+
+# Stock key -> ours, for the first pattern that matches; POOLER and TRANSFORM go to every exit, HEAD to the last one.
+_ENCODER_KEYS = [
+    (r"^(?:bert\.|roberta\.|distilbert\.)?(embeddings|encoder)\.(.+)", r"elasticbert.\1.\2"),
+    (r"^(?:bert\.|roberta\.)?pooler\.dense\.", "POOLER.dense."),
+    (r"^qa_outputs\.", "HEAD."),
+]
+_KEYS = {
+    "bert": [
+        (r"^cls\.predictions\.transform\.", "TRANSFORM."),
+        (r"^cls\.predictions\.(?:decoder\.)?bias$", "predictions.decoder.bias"),
+        (r"^cls\.predictions\.decoder\.weight$", "predictions.decoder.weight"),
+        (r"^classifier\.", "HEAD."),
+    ],
+    "roberta": [
+        (r"^lm_head\.dense\.", "TRANSFORM.dense."),
+        (r"^lm_head\.layer_norm\.", "TRANSFORM.LayerNorm."),
+        (r"^lm_head\.(?:decoder\.)?bias$", "predictions.decoder.bias"),
+        (r"^lm_head\.decoder\.weight$", "predictions.decoder.weight"),
+        (r"^classifier\.dense\.", "POOLER.dense."),  # RoBERTa's classifier brings its own pooler
+        (r"^classifier\.(?:out_proj\.)?", "HEAD."),
+    ],
+    "distilbert": [
+        (r"^(?:distilbert\.)?transformer\.layer\.(\d+)\.attention\.q_lin\.", r"elasticbert.encoder.layer.\1.attention.self.query."),
+        (r"^(?:distilbert\.)?transformer\.layer\.(\d+)\.attention\.k_lin\.", r"elasticbert.encoder.layer.\1.attention.self.key."),
+        (r"^(?:distilbert\.)?transformer\.layer\.(\d+)\.attention\.v_lin\.", r"elasticbert.encoder.layer.\1.attention.self.value."),
+        (r"^(?:distilbert\.)?transformer\.layer\.(\d+)\.attention\.out_lin\.", r"elasticbert.encoder.layer.\1.attention.output.dense."),
+        (r"^(?:distilbert\.)?transformer\.layer\.(\d+)\.sa_layer_norm\.", r"elasticbert.encoder.layer.\1.attention.output.LayerNorm."),
+        (r"^(?:distilbert\.)?transformer\.layer\.(\d+)\.ffn\.lin1\.", r"elasticbert.encoder.layer.\1.intermediate.dense."),
+        (r"^(?:distilbert\.)?transformer\.layer\.(\d+)\.ffn\.lin2\.", r"elasticbert.encoder.layer.\1.output.dense."),
+        (r"^(?:distilbert\.)?transformer\.layer\.(\d+)\.output_layer_norm\.", r"elasticbert.encoder.layer.\1.output.LayerNorm."),
+        (r"^pre_classifier\.", "POOLER.dense."),
+        (r"^vocab_transform\.", "TRANSFORM.dense."),
+        (r"^vocab_layer_norm\.", "TRANSFORM.LayerNorm."),
+        (r"^vocab_projector\.", "predictions.decoder."),
+        (r"^classifier\.", "HEAD."),
+    ],
+    "elasticbert": [],  # read here only for static use of a multi-exit checkpoint: its last exit's head is `classifier`
+}
+# DistilBERT's own names of BERT's fields
+_DISTILBERT_FIELDS = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "hidden_dim": "intermediate_size",
+    "dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+    "activation": "hidden_act",
+    "seq_classif_dropout": "classifier_dropout",
+}
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def elastic_config(stock: dict) -> dict:
+    """The fields of an ElasticBertConfig that makes the same model as a stock BERT, RoBERTa or DistilBERT config."""
+    fields = {key: value for key, value in stock.items() if key not in ("model_type", "architectures", "auto_map")}
+    if stock["model_type"] == "roberta":
+        fields["position_offset"] = stock.get("pad_token_id", 1) + 1  # positions count on from the padding index
+    if stock["model_type"] == "distilbert":
+        fields = {_DISTILBERT_FIELDS.get(key, key): value for key, value in fields.items()}
+        fields.update(type_vocab_size=0, layer_norm_eps=1e-12)
+        if any("SequenceClassification" in name for name in stock.get("architectures") or ()):
+            fields["pooler_act"] = "relu"
+    return fields
+
+
+def load_foreign(model_class, name, kwargs: dict) -> tuple[PreTrainedConfig, dict[str, torch.Tensor], dict] | None:
+    """Config, state dict and remaining arguments where the checkpoint is not an elastic one; None where it is.
+
+    Stock BERT, RoBERTa and DistilBERT encoders, classifiers, taggers, span and masked-token models: every exit's pooler (and masked-
+    token transform) starts from the pretrained one, the task head becomes the last exit's, so that full depth is the stock model.
+    Raises ValueError for other model types.
+    """
+    if name is None:
+        return None
+    hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if kwargs.get(key) is not None}
+    try:
+        stock, _ = PreTrainedConfig.get_config_dict(name, **hub)
+    except OSError:
+        if kwargs.get("config") is None:
+            raise
+        return None  # weights alone, with the config as an argument: ours
+    model_type = stock.get("model_type", "elasticbert")
+    if model_type not in _KEYS:
+        allowed = ", ".join(_KEYS)
+        raise ValueError(f"model_type of {name} must be one of {allowed} to become an elastic model, got {model_type!r}.")
+    if model_type == "elasticbert" and kwargs.get("num_output_layers") != 1:
+        return None
+    kwargs = {key: value for key, value in kwargs.items() if key not in _HUB_ARGUMENTS}
+    config = kwargs.pop("config", None)
+    if config is None:
+        fields = stock if model_type == "elasticbert" else elastic_config(stock)
+        config, kwargs = model_class.config_class.from_dict(fields, return_unused_kwargs=True, **kwargs)
+    return config, _convert(_read_weights(name, hub), model_type, model_class, config), kwargs
+
+
+def _read_weights(name, hub: dict) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, safetensors first; a `.bin` is read with `weights_only=True`."""
+    for file in _WEIGHT_FILES:
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
+        if path is None:
+            continue
+        shards = [file]
+        if file.endswith(".json"):
+            shards = sorted(set(json.loads(Path(path).read_text())["weight_map"].values()))
+        tensors = {}
+        for shard in shards:
+            tensors |= load_state_dict(cached_file(name, shard, **hub), map_location="cpu", weights_only=True)
+        return tensors
+    raise OSError(f"{name} holds no weights: expected one of {', '.join(_WEIGHT_FILES)}.")
+
+
+def _convert(tensors: dict, model_type: str, model_class, config) -> dict[str, torch.Tensor]:
+    """Stock tensors under our names; one that the model has no place for keeps its own name, so that it is reported by it."""
+    with torch.device("meta"):
+        model = model_class(config)
+    places = set(model.state_dict())
+    rules = _KEYS[model_type] + _ENCODER_KEYS
+    if model_type == "elasticbert":
+        rules = [(rf"^(?:classifiers|qa_outputs)\.{config.num_hidden_layers - 1}\.", "HEAD.")]
+    converted = {}
+    for key, tensor in tensors.items():
+        targets = [target for target in _targets(key, rules, model, config) if target in places]
+        for target in targets or [key]:
+            converted[target] = tensor if len(targets) < 2 else tensor.clone()
+    return converted
+
+
+def _targets(key: str, rules, model, config) -> list[str]:
+    """Our names for a stock key: one, or one per exit."""
+    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key))
+    for pattern, replacement in rules:
+        name, found = re.subn(pattern, replacement, name)
+        if found:
+            break
+    exits = [layer - 1 for layer in config.exit_layers]
+    head = getattr(model, "head_name", "")
+    last_head = head.removesuffix("s") if config.num_output_layers == 1 else f"{head}.{exits[-1]}"
+    where = {
+        "POOLER": [f"elasticbert.encoder.pooler.{index}" for index in exits],
+        "TRANSFORM": [f"predictions.transforms.{index}" for index in exits],
+        "HEAD": [last_head],
+    }
+    kind, _, rest = name.partition(".")
+    names = [f"{place}.{rest}" for place in where[kind]] if kind in where else [name]
+    is_base = not hasattr(model, model.base_model_prefix)
+    return [name.removeprefix(f"{model.base_model_prefix}.") for name in names] if is_base else names
