@@ -1,0 +1,155 @@
+"""The encoder on packed rows: every matrix product sees real tokens only, and attention alone the padded shape.
+
+Legend of shapes: rows, longest (the longest row's tokens), tokens (all rows' real tokens), width, heads, head.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from export.arithmetic import Arithmetic
+from export.builder import GraphBuilder
+
+# config.hidden_act -> (fused operator that adds the bias first, or None; operator without)
+ACTIVATIONS = {
+    "gelu": ("BiasGelu", "Gelu"),
+    "gelu_new": ("FastGelu", "FastGelu"),
+    "gelu_pytorch_tanh": ("FastGelu", "FastGelu"),
+    "relu": (None, "Relu"),
+    "tanh": (None, "Tanh"),
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The checkpoint's configuration and its tensors by name, and how to compute with them."""
+
+    config: object
+    tensors: Mapping[str, np.ndarray]
+    arithmetic: Arithmetic
+
+    def product(self, graph: GraphBuilder, tokens: str, *names: str, scale: float | None = None) -> str:
+        """tokens (tokens, inputs) times the matrices of linear layers side by side, without bias; `scale` is of the first."""
+        weights = [np.asarray(self.tensors[f"{name}.weight"], np.float32) for name in names]
+        if scale is not None:
+            weights[0] = weights[0] * np.float32(scale)
+        weight = np.concatenate(weights).T if len(weights) > 1 else weights[0].T
+        return self.arithmetic.product(graph, tokens, "+".join(names), weight)
+
+    def vector(self, graph: GraphBuilder, name: str) -> str:
+        """A bias or a LayerNorm parameter."""
+        return graph.initializer(name, np.asarray(self.tensors[name], np.float32))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of packed rows lie: what attention and the exits need to know."""
+
+    lengths: str  # (rows,) real tokens of each row
+    starts: str  # (rows,) place of each row's first token
+    slots: str  # (rows, longest) place of the token of each slot; 0 where there is none
+    tokens: str  # (tokens,) slot of each token, counted through all rows
+    rows: str  # (tokens,) row of each token
+    mask: str  # (rows, 1, 1, longest) 0 at real tokens, minus infinity elsewhere
+
+
+def layout_of(graph: GraphBuilder, lengths: str) -> Layout:
+    """The layout of rows with these lengths (at least one row)."""
+    starts = graph.op("Sub", graph.op("CumSum", lengths, graph.constant(0, np.int64)), lengths)
+    longest = graph.op("ReduceMax", lengths, keepdims=0)
+    columns = graph.op("Range", graph.constant(0, np.int64), longest, graph.constant(1, np.int64))
+    inside = graph.op("Less", columns, graph.op("Unsqueeze", lengths, graph.integers(1)))  # (rows, longest)
+    places = graph.op("Add", columns, graph.op("Unsqueeze", starts, graph.integers(1)))
+    slots = graph.op("Where", inside, places, graph.constant(0, np.int64))
+    flat = graph.op("NonZero", graph.op("Reshape", inside, graph.integers(-1)))
+    tokens = graph.op("Squeeze", flat, graph.integers(0))
+    mask = graph.op("Where", inside, graph.constant(0, np.float32), graph.constant(-np.inf, np.float32))
+    mask = graph.op("Unsqueeze", mask, graph.integers(1, 2))
+    return Layout(lengths, starts, slots, tokens, graph.op("Div", tokens, longest), mask)
+
+
+def embeddings(graph: GraphBuilder, weights: Weights, positions: str, ids: str, types: str | None = None) -> str:
+    """(tokens,) positions from 0, ids and token types -> (tokens, width)."""
+    prefix = "elasticbert.embeddings"
+    tables = {
+        name: np.asarray(weights.tensors[f"{prefix}.{name}.weight"], np.float32)
+        for name in ("word_embeddings", "position_embeddings", "token_type_embeddings")
+        if f"{prefix}.{name}.weight" in weights.tensors
+    }
+    tables["position_embeddings"] = tables["position_embeddings"][weights.config.position_offset :]
+    if types is None and "token_type_embeddings" in tables:  # one type: the same for every token
+        tables["position_embeddings"] = tables["position_embeddings"] + tables.pop("token_type_embeddings")[0]
+    indices = {"word_embeddings": ids, "position_embeddings": positions, "token_type_embeddings": types}
+    found = [
+        weights.arithmetic.lookup(graph, indices[name], f"{prefix}.{name}", table) for name, table in tables.items()
+    ]
+    hidden = graph.op("Add", found[0], found[2]) if types is not None else found[0]
+    return add_and_norm(graph, weights, f"{prefix}.LayerNorm", hidden, found[1])
+
+
+def add_and_norm(graph: GraphBuilder, weights: Weights, name: str, tokens: str, skip: str, bias: str = "") -> str:
+    """LayerNorm(tokens + bias + skip), each (tokens, width)."""
+    norm = [weights.vector(graph, f"{name}.weight"), weights.vector(graph, f"{name}.bias")]
+    epsilon = weights.config.layer_norm_eps
+    return graph.contrib("SkipLayerNormalization", tokens, skip, *norm, *([bias] if bias else []), epsilon=epsilon)
+
+
+def attention(graph: GraphBuilder, weights: Weights, layer: int, hidden: str, layout: Layout) -> str:
+    """Self-attention of layer `layer` (from 1), before the output's bias: (tokens, width) -> (tokens, width).
+
+    The factor 1/sqrt(head) is folded into the query's weights.
+    """
+    prefix = f"elasticbert.encoder.layer.{layer - 1}.attention"
+    heads, head = weights.config.num_attention_heads_per_layer[layer - 1], weights.config.attention_head_size
+    names = [f"{prefix}.self.{part}" for part in ("query", "key", "value")]
+    biases = [np.asarray(weights.tensors[f"{name}.bias"], np.float32) for name in names]
+    biases[0] = biases[0] * np.float32(head**-0.5)
+    projected = weights.product(graph, hidden, *names, scale=head**-0.5)
+    projected = graph.op("Add", projected, graph.initializer("+".join(names) + ".bias", np.concatenate(biases)))
+    padded = graph.op("Gather", projected, layout.slots)  # (rows, longest, 3 heads head)
+    padded = graph.op("Reshape", padded, graph.integers(0, 0, 3, heads, head))
+    padded = graph.op("Transpose", padded, perm=[2, 0, 3, 1, 4])  # (3, rows, heads, longest, head)
+    query, key, value = (graph.op("Gather", padded, graph.constant(part, np.int64)) for part in range(3))
+    scores = graph.contrib("FusedMatMul", query, key, transB=1)  # (rows, heads, longest, longest)
+    probabilities = graph.op("Softmax", graph.op("Add", scores, layout.mask), axis=-1)
+    context = graph.op("Transpose", graph.op("MatMul", probabilities, value), perm=[0, 2, 1, 3])
+    context = graph.op("Reshape", context, graph.integers(-1, heads * head))
+    context = graph.op("Gather", context, layout.tokens)  # packed again
+    return weights.product(graph, context, f"{prefix}.output.dense")
+
+
+def activate(graph: GraphBuilder, name: str, tokens: str, bias: str) -> str:
+    """activation(tokens + bias); `name` is the configuration's."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"no ONNX operator for the activation {name!r}; exported are {', '.join(ACTIVATIONS)}")
+    fused, plain = ACTIVATIONS[name]
+    if fused is not None:
+        return graph.contrib(fused, tokens, bias)
+    return graph.op(plain, graph.op("Add", tokens, bias))
+
+
+def feed_forward(graph: GraphBuilder, weights: Weights, layer: int, hidden: str) -> str:
+    """The feed-forward block of layer `layer` (from 1), before the output's bias: (tokens, width) -> (tokens, width)."""
+    prefix = f"elasticbert.encoder.layer.{layer - 1}"
+    inner = weights.product(graph, hidden, f"{prefix}.intermediate.dense")
+    bias = weights.vector(graph, f"{prefix}.intermediate.dense.bias")
+    inner = activate(graph, weights.config.hidden_act, inner, bias)
+    return weights.product(graph, inner, f"{prefix}.output.dense")
+
+
+def encoder_layer(
+    graph: GraphBuilder, weights: Weights, layer: int, hidden: str, layout: Layout
+) -> tuple[str, Layout]:
+    """Layer `layer` (from 1) on packed tokens (tokens, width).
+
+    Returns the layout too: tokens dropped after attention (`length_config`) make a new one, here, before the feed-forward block.
+    """
+    prefix = f"elasticbert.encoder.layer.{layer - 1}"
+    with graph.scope(f"layer_{layer}"):
+        context = attention(graph, weights, layer, hidden, layout)
+        bias = weights.vector(graph, f"{prefix}.attention.output.dense.bias")
+        hidden = add_and_norm(graph, weights, f"{prefix}.attention.output.LayerNorm", context, hidden, bias)
+        inner = feed_forward(graph, weights, layer, hidden)
+        bias = weights.vector(graph, f"{prefix}.output.dense.bias")
+        return add_and_norm(graph, weights, f"{prefix}.output.LayerNorm", inner, hidden, bias), layout
