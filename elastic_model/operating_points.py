@@ -1,0 +1,156 @@
+"""Operating points: the measured trade-offs of a checkpoint, and which of them fits a budget. Loads no torch."""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+FILE = "operating_points.json"
+FORMAT = 1
+BUDGETS = ("speedup", "latency_ms", "flops", "max_drop")
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """One trade-off: `thresholds`, one per exit (the last is never asked; counts for patience and voting), and what was measured.
+
+    quality: {"metric", "value", "low", "high", "split"}, value and interval as fractions of 1. latency_ms: {"value", "batch",
+    "threads", "machine"}. flops: mean FLOPs per row, one multiply-add counted as two. length_config: one share per layer.
+    """
+
+    name: str
+    thresholds: list[float]
+    mean_exit_layer: float
+    length_config: list[float] | None = None
+    flops: float | None = None
+    quality: dict[str, Any] | None = None
+    latency_ms: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        values = [*self.thresholds, self.mean_exit_layer, self.flops or 0.0]
+        if not self.thresholds or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+            raise ValueError(
+                f"operating point {self.name!r}: thresholds, mean_exit_layer and flops must be finite numbers, got {values}"
+            )
+
+
+@dataclass(frozen=True)
+class OperatingPoints:
+    """The operating points of one checkpoint (`checkpoint`: sha256 of its weights) under one exit policy."""
+
+    checkpoint: str
+    policy: dict[str, Any]
+    points: list[OperatingPoint] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        names = [point.name for point in self.points]
+        if len(set(names)) != len(names):
+            raise ValueError(f"operating points must have names of their own, got {names}")
+        if len({len(point.thresholds) for point in self.points}) > 1:
+            raise ValueError("operating points must all have one threshold per exit, got lists of different lengths")
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "OperatingPoints":
+        """From `operating_points.json` in a folder; ValueError where the file is damaged or of another format."""
+        file = Path(folder) / FILE
+        try:
+            return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{file}: not a table of operating points: {error}") from error
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "OperatingPoints":
+        """From what `to_dict` gives."""
+        if content.get("format") != FORMAT:
+            raise ValueError(f"format {content.get('format')!r}, this version reads format {FORMAT}")
+        known = {one.name for one in fields(OperatingPoint)}
+        points = [OperatingPoint(**{key: point[key] for key in point if key in known}) for point in content["points"]]
+        return cls(content["checkpoint"], content["policy"], points)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the file holds it."""
+        points = [asdict(point) for point in self.points]
+        return {"format": FORMAT, "checkpoint": self.checkpoint, "policy": self.policy, "points": points}
+
+    def save(self, folder: Path | str) -> None:
+        """As `operating_points.json` in a folder."""
+        (Path(folder) / FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    def full(self) -> OperatingPoint:
+        """The most expensive point: what speed-ups and losses are counted against."""
+        if not self.points:
+            raise ValueError("there are no operating points; measure some first (python -m finetune evaluate)")
+        return max(self.points, key=lambda point: (point.flops or 0.0, point.mean_exit_layer))
+
+    def at(self, budget: "str | dict[str, float]") -> OperatingPoint:
+        """The point of that name, or the best within {"speedup": x}, {"latency_ms": x}, {"flops": x} or {"max_drop": x}.
+
+        Within a cost the best quality wins, within a permitted loss (in points of 100) the lowest cost. ValueError where nothing
+        measured fits.
+        """
+        if isinstance(budget, str):
+            return self._named(budget)
+        name, limit = self._checked(budget)
+        if name == "max_drop":
+            least = self._quality(self.full()) - limit / 100
+            fitting = [point for point in self._measured("quality") if self._quality(point) >= least - 1e-9]
+            return min(fitting, key=lambda point: (point.flops or 0.0, point.mean_exit_layer, -self._quality(point)))
+        if name == "latency_ms":
+            cost = {point.name: float(point.latency_ms["value"]) for point in self._measured(name) if point.latency_ms}
+        else:
+            cost = {point.name: float(point.flops) for point in self._measured("flops") if point.flops is not None}
+        most = float(self.full().flops or 0.0) / limit if name == "speedup" else limit
+        fitting = [point for point in self.points if cost.get(point.name, math.inf) <= most * (1 + 1e-9)]
+        if not fitting:
+            offered = ", ".join(f"{point} {value:.4g}" for point, value in cost.items())
+            unit = "latency_ms" if name == "latency_ms" else "flops"
+            raise ValueError(
+                f"no operating point within {name} {limit:g} (at most {most:.4g} {unit}); measured are: {offered}"
+            )
+        return max(fitting, key=lambda point: (self._quality(point), -cost[point.name]))
+
+    def _named(self, name: str) -> OperatingPoint:
+        for point in self.points:
+            if point.name == name:
+                return point
+        allowed = ", ".join(point.name for point in self.points) or "none are measured"
+        raise ValueError(f"no operating point named {name!r}; the names are: {allowed}")
+
+    def _checked(self, budget: dict[str, float]) -> tuple[str, float]:
+        if not isinstance(budget, dict) or len(budget) != 1 or next(iter(budget)) not in BUDGETS:
+            raise ValueError(
+                f"a budget is a point's name or a mapping with one of {', '.join(BUDGETS)}, got {budget!r}"
+            )
+        name, limit = next(iter(budget.items()))
+        if (
+            not isinstance(limit, int | float)
+            or not math.isfinite(limit)
+            or limit < 0
+            or (name == "speedup" and limit == 0)
+        ):
+            raise ValueError(f"budget {name}: expected a positive number, got {limit!r}")
+        return name, float(limit)
+
+    def _measured(self, name: str) -> list[OperatingPoint]:
+        points = [point for point in self.points if getattr(point, name) is not None]
+        if not points:
+            raise ValueError(
+                f"no operating point has a measured {name}; points: {[point.name for point in self.points]}"
+            )
+        return points
+
+    @staticmethod
+    def _quality(point: OperatingPoint) -> float:
+        return float(point.quality["value"]) if point.quality else -math.inf
+
+
+def checkpoint_hash(folder: Path | str) -> str:
+    """sha256 over the safetensors files of a checkpoint folder, in the order of their names."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with file.open("rb") as content:
+            while block := content.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
