@@ -33,17 +33,21 @@ SHORTEST, LONGEST = 60, 120  # words of a passage
 LEAST_WORDS = (60, 75, 90, 105)  # a passage closes once it has this many, in turn, so that lengths vary in every era
 WORDS_PER_SPEECH = 4600  # for pre-training; keeps the file under 1 MB and long reports from filling it
 
-TYPOGRAPHY = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "•": " ", "\x02": " ", "*": " ", "_": " "})
+TYPOGRAPHY = str.maketrans(
+    {"’": "'", "‘": "'", "“": '"', "”": '"', "—": "--", "–": "--", "‑": "-", "•": " ", "\x02": " ", "*": " ", "_": " "}
+)
 STAGE_DIRECTION = re.compile(r"[(\[](?:applause|laughter|laughs|missing text)\.?[)\]]", re.IGNORECASE)
-DASH = re.compile(r"\s*(?:--+|[—–‑]|(?<=\s)-(?=\s))\s*")
+DASH = re.compile(r"[\s-]*--[\s-]*|[\s-]+-\s+|\s+-[\s-]+")
 SENTENCE_END = re.compile(r"""(?<=[.!?])["')\]]*\s+(?=["'(\[$]*[A-Z0-9])""")
 ABBREVIATION = re.compile(
     r"""(?:\b(?:Mr|Mrs|Ms|Messrs|Dr|St|Gen|Col|Capt|Lieut|Lt|Hon|Rev|Jr|Sr|No|Nos|Art|Sec|vs|etc|Feb|Aug|Sept|Oct|Nov"""
     r"""|Dec|Jan|Ex|Doc|Stat|Vol|U\.S)|\b[A-Z])\.$"""
 )
-NUMBER_WORD = r"(?:first|second|third|fourth|\w+th|\w+(?:st|nd|rd|th)|\w+-(?:first|second|third|\w+th))"
+ORDINAL = (
+    r"(?:\d+(?:st|nd|rd|th)|[\w-]*(?:first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|teenth|tieth))"
+)
 TELLS_THE_DATE = re.compile(
-    rf"\b{NUMBER_WORD} (?:Congress|century)\b|\b(?:seventeen|eighteen|nineteen)[ -](?:hundred|\w+ty)\b", re.IGNORECASE
+    rf"\b{ORDINAL} (?:Congress|century)\b|\b(?:seventeen|eighteen|nineteen)[ -](?:hundred|\w+ty)\b", re.IGNORECASE
 )
 
 
