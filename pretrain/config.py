@@ -1,0 +1,118 @@
+"""Options of pre-training; a recipe is a YAML file that lists some of them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from elastic_model.arguments import option
+
+CACHE = Path.home() / ".cache" / "elastic-model"
+
+
+@dataclass
+class PretrainConfig:
+    """Text to a multi-exit checkpoint: masked language modelling and sentence order at every exit (DESIGN: ElasticBERT)."""
+
+    # what goes in and what comes out
+    text: list[str] = option(
+        help="text files or globs (.txt, .gz, .xz, .zst): a paragraph a line, a blank line between documents"
+    )
+    output: Path = option(help="folder for the checkpoint, metrics.jsonl and the plot")
+    resume: bool = option(False, help="continue the run in --output at the exact batch (start one if there is none)")
+    resume_previous: bool = option(False, help="as --resume, from the checkpoint before the newest one")
+    cache: Path = option(CACHE, help="folder for tokenizers and token shards, addressed by content")
+
+    # tokenizer
+    tokenizer: Path | None = option(None, help="folder of an existing tokenizer (default: WordPiece, trained on the text)")
+    vocab_size: int = option(30522, help="entries of the trained vocabulary")
+    lowercase: bool = option(True, help="lower-case the text in the trained tokenizer")
+
+    # model
+    init_from: Path | None = option(None, help="warm start: a checkpoint folder that gives shape, weights and tokenizer")
+    hidden_size: int = option(768, help="width")
+    num_hidden_layers: int = option(12, help="layers")
+    num_attention_heads: int = option(12, help="heads per layer")
+    intermediate_size: int | None = option(None, help="width of the feed-forward (default: 4 x hidden_size)")
+    max_position_embeddings: int = option(512, help="longest input the model can ever read")
+    dropout: float = option(0.1, help="dropout of hidden states and attention")
+    exit_layers: list[int] | None = option(None, help="layers with an exit, from 1 (default: every layer)")
+    exit_loss: str = option("sum", help="weighting of the exits in the loss")
+    gradient_equilibrium: bool = option(True, help="each layer gets the mean, not the sum, of the exits' gradients above")
+    exit_groups: int = option(2, help="grouped training: groups of exits, one group a step; the last exit is in all")
+
+    # data
+    max_length: int = option(128, help="tokens per example, at most, special tokens included")
+    short_probability: float = option(0.1, help="share of examples cut to a random shorter length")
+    mask_probability: float = option(0.15, help="share of the tokens that are predicted")
+    whole_words: bool = option(False, help="mask all pieces of a word or none")
+    validation_fraction: float = option(0.05, help="share of the documents held out, at least one")
+    workers: int = option(1, help="processes that make batches ahead of the training; 0: in the training process")
+
+    # optimisation
+    batch_size: int = option(256, help="examples per update, over all processes and accumulation steps")
+    micro_batch_size: int | None = option(None, help="examples per forward pass of a process (default: its whole share)")
+    steps: int = option(100_000, help="updates")
+    learning_rate: float = option(5e-4, help="peak learning rate")
+    schedule: Literal["linear", "cosine", "constant"] = option("linear", help="decay after the warm-up, to zero")
+    warmup_steps: int = option(1000, help="updates of linear warm-up")
+    weight_decay: float = option(0.01, help="decoupled decay; not on biases and LayerNorms")
+    adam_beta2: float = option(0.98, help="AdamW's second beta")
+    clip_norm: float = option(1.0, help="gradient norm to clip to")
+    precision: Literal["no", "bf16", "fp16"] = option("no", help="mixed precision")
+    seed: int = option(1, help="of weights, split into batches, masking, swaps and dropout")
+    max_skipped: int = option(10, help="stop after this many updates in a row with a loss that is not finite")
+
+    # seeing it, and not losing it
+    log_every: int = option(50, help="updates between lines of metrics.jsonl")
+    evaluate_every: int = option(1000, help="updates between evaluations on held-out documents; there is one at the end")
+    evaluation_examples: int = option(2000, help="held-out examples per evaluation, at most")
+    save_every: int = option(1000, help="updates between checkpoints; there is one at the end and on SIGTERM")
+    keep_checkpoints: int = option(2, help="newest checkpoints that are kept")
+    tracker: str | None = option(None, help="a tracker of accelerate (tensorboard, wandb, ...) beside metrics.jsonl")
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise ValueError("text: at least one file or glob is needed, got none")
+        for name in AT_LEAST_ONE:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name, (low, high) in RANGES.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must lie within {low}..{high}, got {getattr(self, name)}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not 8 <= self.max_length <= self.max_position_embeddings:
+            raise ValueError(
+                f"max_length must lie within 8..max_position_embeddings ({self.max_position_embeddings}), "
+                f"got {self.max_length}"
+            )
+        if self.init_from and self.tokenizer:
+            raise ValueError("init_from brings its own tokenizer: leave tokenizer out")
+
+
+AT_LEAST_ONE = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "exit_groups"),
+    *("batch_size", "micro_batch_size", "steps", "max_skipped", "log_every", "evaluate_every", "evaluation_examples"),
+    *("save_every", "keep_checkpoints"),
+)
+RANGES = {
+    "dropout": (0, 0.9),
+    "short_probability": (0, 1),
+    "mask_probability": (0.01, 0.9),
+    "validation_fraction": (0.0001, 0.5),
+    "workers": (0, 64),
+    "warmup_steps": (0, float("inf")),
+    "weight_decay": (0, 1),
+    "adam_beta2": (0, 0.99999),
+    "clip_norm": (1e-6, float("inf")),
+    "seed": (0, 2**31 - 1),
+}
+
+# what may differ between a run and its resumption: the rest decides the batches, the model or the losses
+FREE_ON_RESUME = frozenset(
+    {
+        *("text", "output", "resume", "resume_previous", "cache", "tokenizer", "init_from", "workers", "micro_batch_size"),
+        *("log_every", "evaluate_every", "evaluation_examples", "save_every", "keep_checkpoints", "tracker"),
+        *("max_skipped", "vocab_size", "lowercase", "validation_fraction"),
+    }
+)

@@ -1,0 +1,60 @@
+"""The tokenizer of a run: WordPiece trained on the text, or an existing one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
+
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORD_START = "\u2581"
+
+
+def train_wordpiece(lines: Iterator[str], vocab_size: int, lowercase: bool) -> BertTokenizer:
+    """A BERT tokenizer whose vocabulary, at most `vocab_size`, was merged pair by pair on `lines`; the same every time.
+
+    The WordPiece trainer of `tokenizers` numbers its ##-pieces in the order of a hash table, so two runs give two
+    vocabularies. Marking where words start, not where they continue, gives the same merges from a sorted alphabet.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Metaspace(WORD_START, prepend_scheme="always", split=False)]
+    )
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, show_progress=False)
+    tokenizer.train_from_iterator(lines, trainer)
+    merged = tokenizer.get_vocab()
+    vocabulary = _wordpieces(sorted(merged, key=merged.__getitem__), vocab_size)
+    return BertTokenizer(vocab={token: number for number, token in enumerate(vocabulary)}, do_lower_case=lowercase)
+
+
+def _wordpieces(merged: list[str], vocab_size: int) -> list[str]:
+    """Special tokens, every character as a word's start and as its continuation, then the merges in their order."""
+    characters = [token for token in merged if len(token) == 1 and token != WORD_START]
+    if len(SPECIAL_TOKENS) + 2 * len(characters) >= vocab_size:
+        needed = len(SPECIAL_TOKENS) + 2 * len(characters)
+        raise ValueError(
+            f"vocab_size must be above {needed} for this text ({len(characters)} different characters), got {vocab_size}"
+        )
+    pieces = [token[1:] if token.startswith(WORD_START) else f"##{token}" for token in merged if token != WORD_START]
+    ordered = [*SPECIAL_TOKENS, *characters, *(f"##{character}" for character in characters), *pieces]
+    return list(dict.fromkeys(ordered))[:vocab_size]
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved in `folder`; ValueError for one without the special tokens that pre-training needs."""
+    if not folder.is_dir():
+        raise ValueError(f"tokenizer folder {folder} does not exist")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for name in ("cls_token", "sep_token", "mask_token", "pad_token"):
+        if getattr(tokenizer, name) is None:
+            raise ValueError(f"the tokenizer in {folder} has no {name}: pre-training needs cls, sep, mask and pad")
+    return tokenizer
+
+
+def word_starts(tokenizer: PreTrainedTokenizerBase) -> list[bool]:
+    """For every entry of the vocabulary: whether it starts a word (WordPiece marks the others, byte-level BPE these)."""
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    if any(token.startswith("##") for token in tokens):
+        return [not token.startswith("##") for token in tokens]
+    return [token.startswith(("\u0120", WORD_START)) for token in tokens]
