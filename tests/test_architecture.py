@@ -110,7 +110,8 @@ sys.argv = ["{command}", "--help"]
 try:
     runpy.run_module("{command}", run_name="__main__", alter_sys=True)
 except SystemExit as exit:
-    print("loaded:", *{{"torch", "accelerate", "onnxruntime", "elastic_model.modeling_elasticbert"}} & sys.modules.keys())
+    heavy = {{"torch", "accelerate", "onnxruntime", "elastic_model.modeling_elasticbert"}}
+    print("loaded:", *heavy & sys.modules.keys())
     raise
 """
     done = run(code)
