@@ -1,4 +1,4 @@
-"""One BERT checkpoint for every budget: an exit after every layer, tokens that fall away, heads and neurons that can be pruned.
+"""One BERT checkpoint for every budget: exits after its layers, tokens that fall away, heads that can be pruned.
 
 Names load when they are first touched, so that a bare import is instant and `ElasticSession` needs no torch.
 """

@@ -1,4 +1,5 @@
-"""What a caller may ask for: length configurations, layer configurations and exit policies, checked in plain Python."""
+"""What a caller may ask for: length configurations, layer configurations and exit policies, checked in plain
+Python."""
 
 import math
 from collections.abc import Sequence
@@ -21,19 +22,26 @@ REGRESSION_POLICIES = ("never", "constant", "patience", "learned")
 def check_length_config(length_config, layers: int) -> list[float] | list[int] | None:
     """The length configuration as a list, one entry per layer, or None where nothing is dropped.
 
-    An entry says what remains after that layer's attention (Kim and Cho 2021, section 3.1): a float in (0, 1] is a share of the
-    row's own real tokens, an int is that many tokens, at least 2. Raises ValueError for anything else, and where it rises.
+    An entry says what remains after that layer's attention (Kim and Cho 2021, section 3.1): a float in (0, 1] is a
+    share of the row's own real tokens, an int is that many tokens, at least 2. Raises ValueError for anything else,
+    and where it rises.
     """
     if length_config is None or (isinstance(length_config, float) and length_config == 1.0):
         return None
     if not isinstance(length_config, Sequence) or isinstance(length_config, str):
-        raise ValueError(f"length_config must be a list with one entry per layer, or 1.0 or None, got {length_config!r}.")
+        raise ValueError(
+            f"length_config must be a list with one entry per layer, or 1.0 or None, got {length_config!r}."
+        )
     lengths = list(length_config)
     if len(lengths) != layers:
-        raise ValueError(f"length_config must have one entry per layer, {layers} in all, got {len(lengths)}: {lengths}.")
+        raise ValueError(
+            f"length_config must have one entry per layer, {layers} in all, got {len(lengths)}: {lengths}."
+        )
     if all(_is_integer(length) for length in lengths):
         if min(lengths) < 2:
-            raise ValueError(f"length_config in tokens must be at least 2 everywhere (1.0 is the share), got {lengths}.")
+            raise ValueError(
+                f"length_config in tokens must be at least 2 everywhere (1.0 is the share), got {lengths}."
+            )
         lengths = [int(length) for length in lengths]
     elif all(isinstance(length, Real) and not isinstance(length, Integral) for length in lengths):
         if not all(0.0 < length <= 1.0 for length in lengths):
@@ -57,21 +65,25 @@ def check_exit_layers(exit_layers, layers: int) -> list[int]:
     """Exit layers: 1-based, rising, ending at the last layer. Raises ValueError for anything else."""
     exit_layers = _rising_layers("exit_layers", exit_layers, layers)
     if exit_layers[-1] != layers:
-        raise ValueError(f"exit_layers must rise within 1..{layers} and end at {layers} (the full model), got {exit_layers}.")
+        raise ValueError(
+            f"exit_layers must rise within 1..{layers} and end at {layers} (the full model), got {exit_layers}."
+        )
     return exit_layers
 
 
 def check_exit_policy(policy, exits: int, problem_type: str | None = None) -> dict | None:
     """The exit policy as a dict, or None where every row goes to the top.
 
-    Raises ValueError for an unknown name or setting, a threshold out of range, a list that does not have one entry per exit, and
-    (where `problem_type` is given) a policy or a threshold that makes no sense for the task.
+    Raises ValueError for an unknown name or setting, a threshold out of range, a list that does not have one entry
+    per exit, and (where `problem_type` is given) a policy or a threshold that makes no sense for the task.
     """
     if policy is None:
         return None
     name = policy.get("name") if isinstance(policy, dict) else None
     if name not in POLICY_SETTINGS:
-        raise ValueError(f"exit_policy must be a dict whose name is one of {', '.join(POLICY_SETTINGS)}, got {policy!r}.")
+        raise ValueError(
+            f"exit_policy must be a dict whose name is one of {', '.join(POLICY_SETTINGS)}, got {policy!r}."
+        )
     needed, allowed = POLICY_SETTINGS[name]
     given = set(policy) - {"name"}
     if not needed <= given <= needed | allowed:
@@ -99,10 +111,17 @@ def _check_thresholds(policy: dict, exits: int) -> None:
     threshold = policy["threshold"]
     values = list(threshold) if isinstance(threshold, Sequence) and not isinstance(threshold, str) else [threshold]
     if isinstance(threshold, Sequence) and len(values) != exits:
-        raise ValueError(f"exit_policy threshold must be a number or have one entry per exit, {exits}, got {threshold!r}.")
+        raise ValueError(
+            f"exit_policy threshold must be a number or have one entry per exit, {exits}, got {threshold!r}."
+        )
     highest = math.inf if policy["name"] == "patience" else 1.0
     for value in values:
-        if not isinstance(value, Real) or isinstance(value, bool) or not 0.0 <= value <= highest or math.isinf(value):
+        if (
+            not isinstance(value, (int, float))
+            or isinstance(value, bool)
+            or not 0.0 <= value <= highest
+            or math.isinf(value)
+        ):
             limits = "at least 0" if policy["name"] == "patience" else "from 0 to 1"
             raise ValueError(f"exit_policy {policy['name']!r}: threshold must be {limits}, got {threshold!r}.")
 
@@ -111,11 +130,17 @@ def _check_policy_fits(policy: dict, problem_type: str) -> None:
     name = policy["name"]
     if problem_type == "regression":
         if name not in REGRESSION_POLICIES:
-            raise ValueError(f"exit_policy for regression must be one of {', '.join(REGRESSION_POLICIES)}, got {name!r}.")
+            raise ValueError(
+                f"exit_policy for regression must be one of {', '.join(REGRESSION_POLICIES)}, got {name!r}."
+            )
         if name == "patience" and "threshold" not in policy:
-            raise ValueError(f"exit_policy 'patience' for regression needs a threshold (|y_i - y_(i-1)| < threshold), got {policy}.")
+            raise ValueError(
+                f"exit_policy 'patience' for regression needs a threshold (|y_i - y_(i-1)| < threshold), got {policy}."
+            )
     elif name == "patience" and "threshold" in policy:
-        raise ValueError(f"exit_policy 'patience' has a threshold for regression only, not for {problem_type}, got {policy}.")
+        raise ValueError(
+            f"exit_policy 'patience' has a threshold for regression only, not for {problem_type}, got {policy}."
+        )
 
 
 def _rising_layers(what: str, value, layers: int) -> list[int]:

@@ -11,15 +11,16 @@ from .losses import exit_weights
 class ElasticBertConfig(PreTrainedConfig):
     """BERT's fields, and what makes the encoder elastic.
 
-    Exits: `num_output_layers` (an exit after each of the last n layers; None = every layer; 1 = static use, one classifier) or
-    `exit_layers` (explicit, 1-based, rising, ending at the last layer); `max_output_layers`: the depth the checkpoint was made
-    with. Width: `num_attention_heads_per_layer`, `intermediate_size_per_layer` (one entry per layer, for pruned models) and
-    `attention_head_size`. Training: `exit_loss` (a key of `losses.EXIT_LOSSES`), `gradient_equilibrium`, `exit_groups`,
-    `learned_exit_head` (BERxiT's, which the policy "learned" asks). Default operating point: `exit_policy`, `length_config`;
-    `keep_cls`: [CLS] is never dropped. `position_offset` and `type_vocab_size`: 2 and 1 for RoBERTa, 0 and 0 for DistilBERT.
+    Exits: `num_output_layers` (an exit after each of the last n layers; None = every layer; 1 = static use, one
+    classifier) or `exit_layers` (explicit, 1-based, rising, ending at the last layer); `max_output_layers`: the depth
+    the checkpoint was made with. Width: `num_attention_heads_per_layer`, `intermediate_size_per_layer` (one entry per
+    layer, for pruned models) and `attention_head_size`. Training: `exit_loss` (a key of `losses.EXIT_LOSSES`),
+    `gradient_equilibrium`, `exit_groups`, `learned_exit_head` (BERxiT's, which the policy "learned" asks). Default
+    operating point: `exit_policy`, `length_config`; `keep_cls`: [CLS] is never dropped. `position_offset` and
+    `type_vocab_size`: 2 and 1 for RoBERTa, 0 and 0 for DistilBERT.
 
-    Exits and per-layer lists are resolved when read: with `num_hidden_layers=k` set on a deeper model, lists are cut to the first
-    k, exits above k dropped and k added.
+    Exits and per-layer lists are resolved when read: with `num_hidden_layers=k` set on a deeper model, lists are cut
+    to the first k, exits above k dropped and k added.
     """
 
     model_type = "elasticbert"
@@ -86,7 +87,7 @@ class ElasticBertConfig(PreTrainedConfig):
     @property
     def head_sizes(self) -> list[int]:
         """Width of all heads together, for each layer."""
-        return [heads * self.attention_head_size for heads in self.num_attention_heads_per_layer]
+        return [heads * (self.attention_head_size or 0) for heads in self.num_attention_heads_per_layer or ()]
 
     def validate_sizes(self):
         """Widths that fit together; one entry per layer in the per-layer lists."""
@@ -101,20 +102,22 @@ class ElasticBertConfig(PreTrainedConfig):
         for name in ("num_attention_heads_per_layer", "intermediate_size_per_layer"):
             values = getattr(self, name)
             if len(values) != self.num_hidden_layers or min(values) < 1:
-                raise ValueError(f"{name} must have one entry of at least 1 per layer, {self.num_hidden_layers}, got {values}.")
+                raise ValueError(
+                    f"{name} must have one entry of at least 1 per layer, {self.num_hidden_layers}, got {values}."
+                )
 
     def validate_exits(self):
         """Exits within the layers, ending at the last one; a known weighting."""
-        if self.num_output_layers is not None and not 1 <= self.num_output_layers <= self.max_output_layers:
-            raise ValueError(f"num_output_layers must be 1 to {self.max_output_layers}, got {self.num_output_layers}.")
-        check_exit_layers(self.exit_layers, self.num_hidden_layers)
-        exit_weights(self.exit_loss, self.exit_layers)
+        deepest = self.max_output_layers or self.num_hidden_layers
+        if self.num_output_layers is not None and not 1 <= self.num_output_layers <= deepest:
+            raise ValueError(f"num_output_layers must be 1 to {deepest}, got {self.num_output_layers}.")
+        exit_weights(self.exit_loss, check_exit_layers(self.exit_layers, self.num_hidden_layers))
         if self.exit_groups < 1:
             raise ValueError(f"exit_groups must be at least 1, got {self.exit_groups}.")
 
     def validate_operating_point(self):
         """A default policy and length configuration that fit the model."""
-        check_exit_policy(self.exit_policy, len(self.exit_layers))
+        check_exit_policy(self.exit_policy, len(self.exit_layers or ()))
         check_length_config(self.length_config, self.num_hidden_layers)
 
 
@@ -143,6 +146,8 @@ _RESOLVED = {
     "exit_layers": _exit_layers,
     "num_attention_heads_per_layer": _per_layer("num_attention_heads"),
     "intermediate_size_per_layer": _per_layer("intermediate_size"),
-    "attention_head_size": lambda config, given: config.hidden_size // config.num_attention_heads if given is None else given,
+    "attention_head_size": lambda config, given: (
+        config.hidden_size // config.num_attention_heads if given is None else given
+    ),
     "length_config": _length_config,
 }

@@ -1,8 +1,8 @@
 """Exit policies: from the exits that a row has passed to whether it leaves, one function each.
 
-Every task is read as groups of categorical distributions, so that a policy knows nothing of tasks: a classification row is one
-group over the labels, a multi-label row one group of two classes per label, a token row one group per real token, a question-
-answering row two groups (start, end) over the real tokens. The worst group decides.
+Every task is read as groups of categorical distributions, so that a policy knows nothing of tasks: a classification
+row is one group over the labels, a multi-label row one group of two classes per label, a token row one group per real
+token, a question- answering row two groups (start, end) over the real tokens. The worst group decides.
 """
 
 import math
@@ -15,10 +15,11 @@ from .checks import check_exit_policy, thresholds_of
 
 @dataclass
 class Prediction:
-    """What one exit says of the rows inside: log_probs (rows, groups, classes) in float32; valid (rows, groups) or None = all;
-    classes: how many count, a number or (rows, 1); regression: values (rows, values); uncertainty (rows,) of a learned exit head."""
+    """What one exit says of the rows inside: log_probs (rows, groups, classes) in float32; valid (rows, groups) or
+    None = all; classes: how many count, a number or (rows, 1); regression: values (rows, values); uncertainty (rows,)
+    of a learned exit head."""
 
-    log_probs: torch.Tensor | None = None
+    log_probs: torch.Tensor
     valid: torch.Tensor | None = None
     classes: torch.Tensor | int = 0
     values: torch.Tensor | None = None
@@ -41,14 +42,17 @@ class Prediction:
 def predict(logits: torch.Tensor, problem_type: str, mask: torch.Tensor | None = None, uncertainty=None) -> Prediction:
     """Read an exit's logits as a Prediction.
 
-    logits (rows, labels); tokens (rows, tokens, labels) and question answering (rows, tokens, 2) with mask (rows, tokens), true at
-    real tokens. Computed in float32 from `log_softmax`: finite for every finite logit.
+    logits (rows, labels); tokens (rows, tokens, labels) and question answering (rows, tokens, 2) with mask (rows,
+    tokens), true at real tokens. Computed in float32 from `log_softmax`: finite for every finite logit.
     """
     logits = logits.float()
     if problem_type == "regression":
-        return Prediction(values=logits, uncertainty=uncertainty)
+        nothing = logits.new_empty(len(logits), 0, 0)  # no distribution
+        return Prediction(nothing, values=logits, uncertainty=uncertainty)
     if problem_type == "multi_label_classification":
-        log_probs = torch.stack([-torch.nn.functional.softplus(logits), -torch.nn.functional.softplus(-logits)], dim=-1)
+        log_probs = torch.stack(
+            [-torch.nn.functional.softplus(logits), -torch.nn.functional.softplus(-logits)], dim=-1
+        )
         return Prediction(log_probs, None, 2, uncertainty=uncertainty)
     if problem_type == "token_classification":
         return Prediction(logits.log_softmax(-1), mask, logits.shape[-1], uncertainty=uncertainty)
@@ -62,7 +66,8 @@ def predict(logits: torch.Tensor, problem_type: str, mask: torch.Tensor | None =
 
 
 def normalised_entropy(prediction: Prediction) -> torch.Tensor:
-    """Entropy / ln(classes) of the least certain group, 0 (certain) to 1 (uniform); (rows,). FastBERT, eq. 7; DeeBERT in nats."""
+    """Entropy / ln(classes) of the least certain group, 0 (certain) to 1 (uniform); (rows,). FastBERT, eq. 7; DeeBERT
+    in nats."""
     entropy = torch.special.entr(prediction.log_probs.exp()).sum(-1)
     classes = prediction.classes
     largest = classes.clamp(min=2).log() if torch.is_tensor(classes) else math.log(max(classes, 2))
@@ -98,7 +103,8 @@ def _learned(history, threshold, policy):
 
 
 def _patience(history, threshold, policy):
-    """PABEE (Zhou et al. 2020): the last `patience` + 1 exits agree, in regression each within its threshold of the one before."""
+    """PABEE (Zhou et al. 2020): the last `patience` + 1 exits agree, in regression each within its threshold of the
+    one before."""
     recent = history[-policy["patience"] - 1 :]
     if len(recent) <= policy["patience"]:
         return _nobody(history)
@@ -122,8 +128,7 @@ def _voting(history, threshold, policy):
 
 
 def _nobody(history):
-    one = history[-1].values if history[-1].values is not None else history[-1].log_probs
-    return one.new_zeros(len(one), dtype=torch.bool)
+    return history[-1].log_probs.new_zeros(len(history[-1].log_probs), dtype=torch.bool)
 
 
 POLICIES = {
@@ -139,8 +144,8 @@ POLICIES = {
 def leaving(policy: dict, history: list[Prediction], positions: list[int], exit_layers: list[int]) -> torch.Tensor:
     """Which rows leave at the last exit of `history`: (rows,) booleans.
 
-    history: the exits that the rows inside have passed; positions: their places in `exit_layers`, the model's exits, which give
-    each exit its own threshold. The last exit is never asked: every row that is still inside leaves there.
+    history: the exits that the rows inside have passed; positions: their places in `exit_layers`, the model's exits,
+    which give each exit its own threshold. The last exit is never asked: every row that is still inside leaves there.
     """
     if policy["name"] == "constant":
         return ~_nobody(history) if exit_layers[positions[-1]] >= policy["layer"] else _nobody(history)
@@ -152,10 +157,11 @@ def leaving(policy: dict, history: list[Prediction], positions: list[int], exit_
 
 
 def simulate(policy, exit_logits, exit_layers: list[int], problem_type: str, mask=None, uncertainty=None):
-    """What a policy answers, and where each row leaves, from the logits of all exits: no further pass through the model.
+    """What a policy answers, and where each row leaves, from the logits of all exits: no further pass through the
+    model.
 
-    exit_logits (exits, rows, ...) array or tensor, all computed; mask (rows, tokens); uncertainty (exits, rows) for "learned".
-    -> answers (rows, ...), and (rows,) the layer, from 1, that each row left at; as tensors.
+    exit_logits (exits, rows, ...) array or tensor, all computed; mask (rows, tokens); uncertainty (exits, rows) for
+    "learned". -> answers (rows, ...), and (rows,) the layer, from 1, that each row left at; as tensors.
     """
     exit_logits = torch.as_tensor(exit_logits)
     policy = check_exit_policy(policy, len(exit_layers), problem_type)

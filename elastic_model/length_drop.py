@@ -1,4 +1,5 @@
-"""Drop-and-restore: which tokens a layer keeps, and how dropped tokens come back (Kim and Cho 2021; Goyal et al. 2020)."""
+"""Drop-and-restore: which tokens a layer keeps, and how dropped tokens come back (Kim and Cho 2021; Goyal et al.
+2020)."""
 
 import torch
 
@@ -12,7 +13,8 @@ def significance(probabilities: torch.Tensor, real: torch.Tensor) -> torch.Tenso
 
 
 def tokens_to_keep(length: float | int, real_tokens: torch.Tensor) -> torch.Tensor:
-    """Tokens each row keeps: a share of its own real tokens, max(2, ceil(share n)), or a count; never more than it has.
+    """Tokens each row keeps: a share of its own real tokens, max(2, ceil(share n)), or a count; never more than it
+    has.
 
     real_tokens (rows,) -> (rows,). The product is taken in float32, as every implementation of the format does.
     """
@@ -27,8 +29,9 @@ def most_significant(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The `counts` most significant tokens of each row in reading order; the earlier token wins a tie.
 
-    scores, mask (rows, tokens), counts (rows,) -> kept (rows, longest) indices into tokens, and (rows, longest), true where a slot
-    holds a kept token: rows that keep fewer than the longest are filled up with slots that count as padding.
+    scores, mask (rows, tokens), counts (rows,) -> kept (rows, longest) indices into tokens, and (rows, longest), true
+    where a slot holds a kept token: rows that keep fewer than the longest are filled up with slots that count as
+    padding.
     """
     tokens = scores.shape[1]
     scores = scores.masked_fill(~mask, -torch.inf)  # padding is never kept before a real token

@@ -1,4 +1,5 @@
-"""Losses over exits: weightings, gradient equilibrium, grouped training, inplace distillation, and the loss of one exit."""
+"""Losses over exits: weightings, gradient equilibrium, grouped training, inplace distillation, and the loss of one
+exit."""
 
 import torch
 from torch import nn
@@ -37,11 +38,13 @@ def exit_weights(exit_loss: str, layers: list[int]) -> list[float]:
 def weighted_loss(losses: dict[int, torch.Tensor], exit_loss: str) -> torch.Tensor:
     """The training loss: {exit layer: scalar loss} under the weighting named `exit_loss`."""
     weights = exit_weights(exit_loss, list(losses))
-    return sum(weight * loss for weight, loss in zip(weights, losses.values(), strict=True) if weight)
+    terms = [weight * loss for weight, loss in zip(weights, losses.values(), strict=True) if weight]
+    return torch.stack(terms).sum()
 
 
 def exit_group(exit_layers: list[int], groups: int, step: int) -> list[int]:
-    """The exits trained at `step`: dealt into `groups` in turn, the last exit in every group (ElasticBERT, section 3.2).
+    """The exits trained at `step`: dealt into `groups` in turn, the last exit in every group (ElasticBERT, section
+    3.2).
 
     With 12 exits and 2 groups: layers 1, 3, ..., 11, 12 at even steps, layers 2, 4, ..., 12 at odd ones.
     """
@@ -65,8 +68,8 @@ class _ScaleGradient(torch.autograd.Function):
 def gradient_equilibrium(hidden: torch.Tensor, exits_from_here: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`hidden` twice, once for this exit's branch and once for the way up, with scaled gradients.
 
-    With n exits trained at or above this layer the branch gets 1/n of its gradient and the path upward (n - 1)/n, so that a
-    layer sees the mean, not the sum, of the exits above it (Li et al. 2019, eq. 3; ElasticBERT, section 3.2).
+    With n exits trained at or above this layer the branch gets 1/n of its gradient and the path upward (n - 1)/n, so
+    that a layer sees the mean, not the sum, of the exits above it (Li et al. 2019, eq. 3; ElasticBERT, section 3.2).
     """
     branch = _ScaleGradient.apply(hidden, 1.0 / exits_from_here)
     upward = _ScaleGradient.apply(hidden, (exits_from_here - 1.0) / exits_from_here)
@@ -87,7 +90,8 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items=None) ->
 
 
 def exit_task_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: str, num_items=None) -> torch.Tensor:
-    """The loss of one exit: squared error, cross-entropy or binary cross-entropy, after `problem_type`; logits (rows, labels)."""
+    """The loss of one exit: squared error, cross-entropy or binary cross-entropy, after `problem_type`; logits (rows,
+    labels)."""
     if problem_type == "regression":
         squares = (logits.float().reshape(labels.shape) - labels.float()) ** 2
         return _mean(squares.sum(), labels.numel(), num_items)
@@ -100,11 +104,13 @@ def exit_task_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: str
 def inplace_distillation(
     logits: torch.Tensor, teacher: torch.Tensor, problem_type: str, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """KL(teacher || student) to the full model's detached prediction (Yu and Huang 2019; Kim and Cho 2021, section 3.2).
+    """KL(teacher || student) to the full model's detached prediction (Yu and Huang 2019; Kim and Cho 2021, section
+    3.2).
 
-    logits, teacher (rows, ..., classes), mask (rows, ...) true where a prediction counts (tokens); regression: squared error;
-    multi-label: the binary divergences, averaged over labels; question answering: (rows, tokens, 2), mean over start and end.
-    Kim and Cho name no direction and their code computes KL(student || teacher); this is the usual one.
+    logits, teacher (rows, ..., classes), mask (rows, ...) true where a prediction counts (tokens); regression:
+    squared error; multi-label: the binary divergences, averaged over labels; question answering: (rows, tokens, 2),
+    mean over start and end. Kim and Cho name no direction and their code computes KL(student || teacher); this is the
+    usual one.
     """
     logits, teacher = logits.float(), teacher.detach().float()
     if problem_type == "regression":
@@ -122,5 +128,6 @@ def inplace_distillation(
 
 
 def uncertainty_loss(uncertainty: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:
-    """BERxiT's loss of the learned exit head: squared error of the predicted to the actual uncertainty (Xin et al. 2021, eq. 6)."""
+    """BERxiT's loss of the learned exit head: squared error of the predicted to the actual uncertainty (Xin et al.
+    2021, eq. 6)."""
     return nn.functional.mse_loss(uncertainty.float(), wrong.detach().float())

@@ -1,406 +1,39 @@
-"""The elastic BERT encoder and its task models: an exit after every layer, tokens that fall away, rows that leave.
+"""The elastic BERT models: the encoder, and a head per task with an exit after every layer.
 
-Legend of shapes: rows, tokens, width, heads, labels, vocabulary. "Real" tokens are those the attention mask marks.
+Legend of shapes: rows, tokens, width, labels, vocabulary. "Real" tokens are those that the attention mask marks.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .checks import check_exit_policy, check_layer_config, check_length_config
 from .configuration_elasticbert import ElasticBertConfig
+from .encoder import (
+    ElasticBertEmbeddings,
+    ElasticBertEncoder,
+    ElasticBertLayer,
+    ElasticBertSelfAttention,
+    Exit,
+    Flow,
+    PerExit,
+    zero_for_others,
+)
 from .exit_policies import Prediction, leaving, predict
-from .length_drop import most_significant, restore, significance, take_tokens, tokens_to_keep
-from .losses import cross_entropy, exit_task_loss, exit_weights, gradient_equilibrium, uncertainty_loss, weighted_loss
+from .losses import cross_entropy, exit_task_loss, exit_weights, uncertainty_loss, weighted_loss
+from .outputs import (
+    ElasticBertExitOutput,
+    ElasticBertForPreTrainingOutput,
+    ElasticBertModelOutput,
+    ElasticBertQuestionAnsweringOutput,
+)
 from .pretrained import load_foreign, save_code
-
-
-@dataclass
-class ElasticBertModelOutput(ModelOutput):
-    """last_hidden_state (rows, tokens, width), dropped tokens restored; pooler_output (rows, width) of the last exit."""
-
-    last_hidden_state: torch.FloatTensor | None = None
-    pooler_output: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-@dataclass
-class ElasticBertExitOutput(ModelOutput):
-    """logits (rows, labels), (rows, tokens, labels) for token heads: each row's answer, from the exit it left at.
-
-    exit_logits: one tensor like logits per exit of the model, NaN where a row had left or the exit was not computed.
-    exit_layers (rows,): the layer, from 1, that each row left at. exit_losses: one scalar per computed exit, with labels.
-    exit_uncertainty (exits, rows): the learned exit head's, where the model has one.
-    """
-
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    exit_logits: tuple[torch.FloatTensor, ...] | None = None
-    exit_layers: torch.LongTensor | None = None
-    exit_losses: tuple[torch.FloatTensor, ...] | None = None
-    exit_uncertainty: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-@dataclass
-class ElasticBertQuestionAnsweringOutput(ModelOutput):
-    """start_logits and end_logits (rows, tokens), and the same per exit; the rest as in ElasticBertExitOutput."""
-
-    loss: torch.FloatTensor | None = None
-    start_logits: torch.FloatTensor | None = None
-    end_logits: torch.FloatTensor | None = None
-    exit_start_logits: tuple[torch.FloatTensor, ...] | None = None
-    exit_end_logits: tuple[torch.FloatTensor, ...] | None = None
-    exit_layers: torch.LongTensor | None = None
-    exit_losses: tuple[torch.FloatTensor, ...] | None = None
-    exit_uncertainty: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-@dataclass
-class ElasticBertForPreTrainingOutput(ModelOutput):
-    """prediction_logits (rows, tokens, vocabulary) and sop_logits (rows, 2) of the last exit; while training with labels no
-    prediction_logits, since logits are computed at masked positions only. mlm_losses, sop_losses: a scalar per computed exit."""
-
-    loss: torch.FloatTensor | None = None
-    prediction_logits: torch.FloatTensor | None = None
-    sop_logits: torch.FloatTensor | None = None
-    exit_prediction_logits: tuple[torch.FloatTensor, ...] | None = None
-    exit_sop_logits: tuple[torch.FloatTensor, ...] | None = None
-    exit_layers: torch.LongTensor | None = None
-    mlm_losses: tuple[torch.FloatTensor, ...] | None = None
-    sop_losses: tuple[torch.FloatTensor, ...] | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-class ElasticBertEmbeddings(nn.Module):
-    """Word, position and (where the model has them) token type embeddings."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        if config.type_vocab_size:
-            self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.position_offset = config.position_offset
-
-    def forward(self, input_ids, token_type_ids=None, position_ids=None, inputs_embeds=None):
-        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # (rows, tokens, width)
-        if position_ids is None:
-            position_ids = torch.arange(words.shape[1], device=words.device)[None] + self.position_offset
-        embeddings = words
-        if hasattr(self, "token_type_embeddings"):
-            if token_type_ids is None:
-                token_type_ids = torch.zeros(words.shape[:2], dtype=torch.long, device=words.device)
-            embeddings = embeddings + self.token_type_embeddings(token_type_ids)
-        embeddings = embeddings + self.position_embeddings(position_ids)
-        return self.dropout(self.LayerNorm(embeddings))
-
-
-def _attention_scores(query, key, attention_mask, scaling):
-    """Attention probabilities without dropout; query, key (rows, heads, tokens, size) -> (rows, heads, tokens, tokens)"""
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
-        scores = scores + attention_mask
-    return scores.softmax(-1)
-
-
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention written out, the fallback of the attention interface: (rows, tokens, heads, size) and the probabilities."""
-    probabilities = _attention_scores(query, key, attention_mask, scaling)
-    probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
-    return torch.matmul(probabilities, value).transpose(1, 2).contiguous(), probabilities
-
-
-class ElasticBertSelfAttention(nn.Module):
-    """Multi-head attention whose number of heads is the layer's own."""
-
-    is_causal = False
-
-    def __init__(self, config, index):
-        super().__init__()
-        self.config = config
-        self.attention_head_size = config.attention_head_size
-        self.scaling = self.attention_head_size**-0.5
-        self.query = nn.Linear(config.hidden_size, config.head_sizes[index])
-        self.key = nn.Linear(config.hidden_size, config.head_sizes[index])
-        self.value = nn.Linear(config.hidden_size, config.head_sizes[index])
-        self.attention_dropout = config.attention_probs_dropout_prob
-
-    def forward(self, hidden, attention_mask=None, real=None, **kwargs):
-        """-> context (rows, tokens, all heads), probabilities where they were computed, and, where `real` is given, the tokens'
-        significance scores (rows, tokens): only then must probabilities be written out, whatever the attention implementation."""
-        shape = (*hidden.shape[:-1], -1, self.attention_head_size)
-        query, key, value = (
-            project(hidden).view(shape).transpose(1, 2)  # (rows, heads, tokens, size)
-            for project in (self.query, self.key, self.value)
-        )
-        dropout = self.attention_dropout if self.training else 0.0
-        if real is None:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-            context, probabilities = attend(
-                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-            )
-            return context.reshape(*hidden.shape[:-1], -1), probabilities, None
-        keys = real[:, None, None]  # a mask of our own: the attention implementation's need not be a dense one
-        probabilities = _attention_scores(query, key, keys, self.scaling)
-        scores = significance(probabilities, real)
-        kept = nn.functional.dropout(probabilities, p=dropout, training=self.training)
-        context = torch.matmul(kept, value).transpose(1, 2).reshape(*hidden.shape[:-1], -1)
-        return context, probabilities, scores
-
-
-class ElasticBertResidual(nn.Module):
-    """Projection back to the width, dropout, residual, LayerNorm."""
-
-    def __init__(self, config, width_in):
-        super().__init__()
-        self.dense = nn.Linear(width_in, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, inner, residual):
-        return self.LayerNorm(self.dropout(self.dense(inner)) + residual)
-
-
-class ElasticBertAttention(nn.Module):
-    """Holds BERT's key names `attention.self` and `attention.output`."""
-
-    def __init__(self, config, index):
-        super().__init__()
-        self.self = ElasticBertSelfAttention(config, index)
-        self.output = ElasticBertResidual(config, config.head_sizes[index])
-
-    def forward(self, hidden, attention_mask=None, real=None, **kwargs):
-        context, _, scores = self.self(hidden, attention_mask, real, **kwargs)
-        return self.output(context, hidden), scores
-
-
-class ElasticBertIntermediate(nn.Module):
-    """Holds BERT's key name `intermediate.dense`."""
-
-    def __init__(self, config, index):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size_per_layer[index])
-        self.activation = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden):
-        return self.activation(self.dense(hidden))
-
-
-class ElasticBertLayer(GradientCheckpointingLayer):
-    """One layer; tokens may be dropped after its attention, before its feed-forward."""
-
-    def __init__(self, config, index):
-        super().__init__()
-        self.attention = ElasticBertAttention(config, index)
-        self.intermediate = ElasticBertIntermediate(config, index)
-        self.output = ElasticBertResidual(config, config.intermediate_size_per_layer[index])
-
-    def forward(self, hidden, attention_mask=None, real=None, counts=None, keep_cls=True, **kwargs):
-        """hidden (rows, tokens, width) -> the same with the kept tokens, and the kept tokens' indices and mask (rows, kept).
-
-        counts (rows,): how many of the `real` (rows, tokens) tokens stay; None: all of them, and no significance is computed.
-        """
-        hidden, scores = self.attention(hidden, attention_mask, None if counts is None else real, **kwargs)
-        kept = mask = None
-        if counts is not None:
-            kept, mask = most_significant(scores, real, counts, keep_cls)
-            hidden = take_tokens(hidden, kept)
-        return self.output(self.intermediate(hidden), hidden), kept, mask
-
-
-class ElasticBertPooler(nn.Module):
-    """Dense and activation over the first token; (rows, width)."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.activation = ACT2FN[config.pooler_act]
-
-    def forward(self, first_token):
-        return self.activation(self.dense(first_token))
-
-
-@dataclass
-class Flow:
-    """What passes from layer to layer: the rows still inside, each with the tokens it still keeps.
-
-    hidden (rows, tokens, width); mask (rows, tokens), true at real tokens still kept, None = all. rows (rows,): their indices in
-    the batch, None = all. Once a token has been dropped: positions (rows, tokens), where each stood, and memory (rows, all tokens,
-    width), the last states. real_tokens (rows,): before any drop.
-    """
-
-    hidden: torch.Tensor
-    mask: torch.Tensor | None
-    rows: torch.Tensor | None = None
-    positions: torch.Tensor | None = None
-    memory: torch.Tensor | None = None
-    real_tokens: torch.Tensor | None = None
-    attention_mask: torch.Tensor | None = None
-    attention_mask_is_stale: bool = True
-
-    def through(self, layer: ElasticBertLayer, config, length: float | int | None, **kwargs) -> None:
-        """Pass a layer, dropping tokens where `length` says so."""
-        if self.attention_mask_is_stale:
-            self.attention_mask = create_bidirectional_mask(
-                config=config, inputs_embeds=self.hidden, attention_mask=self.mask
-            )
-            self.attention_mask_is_stale = False
-        if length is None:
-            self.hidden, _, _ = layer(self.hidden, self.attention_mask, **kwargs)
-            return
-        real = self.real_mask()
-        if self.real_tokens is None:
-            self.real_tokens = real.sum(1)
-        counts = tokens_to_keep(length, self.real_tokens).minimum(real.sum(1))
-        before = self.hidden
-        self.hidden, kept, mask = layer(
-            self.hidden, self.attention_mask, real=real, counts=counts, keep_cls=config.keep_cls, **kwargs
-        )
-        if self.memory is None:
-            self.memory, self.positions = before, kept
-        else:
-            self.memory = restore(self.memory, before, self.positions, real)
-            self.positions = self.positions.gather(1, kept)
-        self.mask, self.attention_mask_is_stale = mask, True
-
-    def real_mask(self) -> torch.Tensor:
-        """(rows, tokens) booleans, true at real tokens still kept."""
-        if self.mask is None:
-            return torch.ones(self.hidden.shape[:2], dtype=torch.bool, device=self.hidden.device)
-        return self.mask.bool()
-
-    def all_tokens(self) -> torch.Tensor:
-        """Drop-and-restore: (rows, all tokens, width)."""
-        if self.memory is None:
-            return self.hidden
-        return restore(self.memory, self.hidden, self.positions, self.real_mask())
-
-    def first_token(self, keep_cls: bool) -> torch.Tensor:
-        """[CLS]; (rows, width). Where it may have been dropped, its last state."""
-        return (self.hidden if keep_cls or self.memory is None else self.all_tokens())[:, 0]
-
-    def select_rows(self, stay: torch.Tensor) -> None:
-        """Only the rows of `stay` (booleans) go on, cut to the longest of them."""
-        index = stay.nonzero().squeeze(1)
-        for name in ("hidden", "mask", "positions", "memory", "real_tokens"):
-            value = getattr(self, name)
-            setattr(self, name, None if value is None else value[index])
-        self.rows = index if self.rows is None else self.rows[index]
-        if self.memory is not None:
-            longest = int(self.real_mask().sum(1).max())
-            self.hidden, self.mask, self.positions = (
-                self.hidden[:, :longest],
-                self.mask[:, :longest],
-                self.positions[:, :longest],
-            )
-        self.attention_mask_is_stale = True
-
-    def branch_off(self, exits_from_here: int) -> "Flow":
-        """Gradient equilibrium: a copy for this exit's branch; what goes on is scaled too."""
-        branch = replace(self)
-        for name in ("hidden", "memory"):
-            if getattr(self, name) is not None:
-                scaled, upward = gradient_equilibrium(getattr(self, name), exits_from_here)
-                setattr(branch, name, scaled)
-                setattr(self, name, upward)
-        return branch
-
-
-@dataclass
-class Exit:
-    """An exit on the way up: its layer, from 1, its place among the model's exits, and the flow as its branch sees it.
-
-    `flow` is the branch's; rows leave by `leave`, which acts on what goes on.
-    """
-
-    layer: int
-    position: int
-    is_last: bool
-    flow: Flow
-    onward: Flow
-
-    def leave(self, leaves: torch.Tensor) -> None:
-        """The rows of `leaves` (booleans) do not go on."""
-        self.onward.select_rows(~leaves)
-
-
-class PerExit(nn.ModuleDict):
-    """One module per exit, keyed by layer - 1 as in the public checkpoints."""
-
-    def __init__(self, exit_layers: list[int], make: Callable[[], nn.Module]):
-        super().__init__({str(layer - 1): make() for layer in exit_layers})
-
-    def at(self, layer: int) -> nn.Module:
-        """The module of the exit after `layer`, from 1."""
-        return self[str(layer - 1)]
-
-    def zero_for_others(self, layers: list[int]) -> torch.Tensor:
-        """0, with a zero gradient for every parameter of the exits that are not in `layers`."""
-        others = [module for key, module in self.items() if int(key) + 1 not in layers]
-        return 0.0 * sum(parameter.sum() for module in others for parameter in module.parameters())
-
-
-def zero_for_others(model: nn.Module, layers: list[int]) -> torch.Tensor | float:
-    """What to add to the loss when only the exits of `layers` were computed: 0, but with a gradient for all exits' parameters.
-
-    Optimizers treat a missing gradient and a zero one differently, and distributed training wants every parameter to take part.
-    """
-    per_exit = [module for module in model.modules() if isinstance(module, PerExit)]
-    return sum(module.zero_for_others(layers) for module in per_exit if len(module) > len(layers))
-
-
-class ElasticBertEncoder(nn.Module):
-    """The layers, and a pooler per exit."""
-
-    def __init__(self, config, add_pooling_layer=True):
-        super().__init__()
-        self.config = config
-        self.layer = nn.ModuleList(ElasticBertLayer(config, index) for index in range(config.num_hidden_layers))
-        self.exit_layers = config.exit_layers
-        self.pooler = PerExit(self.exit_layers, lambda: ElasticBertPooler(config)) if add_pooling_layer else None
-
-    def exits(
-        self, flow: Flow, lengths, layers: list[int], wanted: list[int], equilibrium: bool, **kwargs
-    ) -> Iterator[Exit]:
-        """The only loop over layers and exits: yields each exit of `wanted` whose layer is executed, and always the last.
-
-        lengths: one entry per layer, or None; layers: those executed; equilibrium: scale the gradients of the exits yielded.
-        """
-        before = None
-        top = self.exit_layers[-1]
-        computed = [layer for layer in wanted if layer in layers or layer == top]
-        for number, layer in enumerate(self.layer, start=1):
-            if number in layers:
-                length = None if lengths is None or lengths[number - 1] in (before, 1.0) else lengths[number - 1]
-                flow.through(layer, self.config, length, **kwargs)
-                before = length or before
-            if number not in computed:
-                continue
-            exits_from_here = len(computed) - computed.index(number)
-            branch = flow.branch_off(exits_from_here) if equilibrium and exits_from_here > 1 else replace(flow)
-            yield Exit(number, self.exit_layers.index(number), number == top, branch, flow)
-            if not len(flow.hidden):
-                return
 
 
 class ElasticBertPreTrainedModel(PreTrainedModel):
@@ -421,7 +54,8 @@ class ElasticBertPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As in transformers; a stock BERT, RoBERTa or DistilBERT checkpoint becomes an elastic model whose full depth is it."""
+        """As in transformers; a stock BERT, RoBERTa or DistilBERT checkpoint becomes an elastic model whose full
+        depth is it."""
         foreign = load_foreign(cls, pretrained_model_name_or_path, kwargs)
         if foreign is None:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
@@ -430,31 +64,11 @@ class ElasticBertPreTrainedModel(PreTrainedModel):
         (model[0] if isinstance(model, tuple) else model).config._name_or_path = str(pretrained_model_name_or_path)
         return model
 
-    def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
         """As in transformers, with the code that the checkpoint needs where the package is not installed."""
         if is_main_process:
             save_code(self.config, Path(__file__), save_directory)
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-
-    def walk(self, inputs: tuple, sub_network: tuple, exits: list[int] | None, kwargs: dict) -> Iterator[Exit]:
-        """The encoder's exits for one forward: inputs and sub_network as `ElasticBertModel.exits` takes them, in its order;
-        exits: the exit layers to compute, None = all. While training, with gradient equilibrium as configured."""
-        exits = self.config.exit_layers if exits is None else list(exits)
-        if not exits or not set(exits) <= set(self.config.exit_layers):
-            raise ValueError(f"exits must be some of the exit layers {self.config.exit_layers}, got {exits}.")
-        weighted = all(exit_weights(self.config.exit_loss, exits))  # an exit without weight is not trained
-        equilibrium = self.training and self.config.gradient_equilibrium and weighted
-        return self.elasticbert.exits(*inputs, *sub_network, exits, equilibrium, **kwargs)
-
-    def policy_for(self, exit_policy: dict | None, labels, problem_type: str) -> dict | None:
-        """The policy in force: the argument's or the config's; none while training or when labels are given."""
-        policy = self.config.exit_policy if exit_policy is None else exit_policy
-        policy = check_exit_policy(policy, len(self.config.exit_layers), problem_type)
-        if policy and policy["name"] == "learned" and not self.config.learned_exit_head:
-            raise ValueError("exit_policy 'learned' needs a model with learned_exit_head=True in its config.")
-        if policy and policy["name"] == "constant" and policy["layer"] not in self.config.exit_layers:
-            raise ValueError(f"exit_policy 'constant': layer must be one of {self.config.exit_layers}, got {policy['layer']}.")
-        return None if self.training or labels is not None else policy
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
 
 def _values(tensor: torch.Tensor) -> bool:
@@ -481,7 +95,9 @@ def _check_inputs(config, input_ids, attention_mask, token_type_ids, position_id
         raise ValueError(f"inputs must have the shape (rows, tokens) with at least one token, got {tuple(shape)}.")
     longest = config.max_position_embeddings - config.position_offset
     if position_ids is None and shape[1] > longest:
-        raise ValueError(f"inputs may have at most {longest} tokens (the position table), got {shape[1]}: truncate them.")
+        raise ValueError(
+            f"inputs may have at most {longest} tokens (the position table), got {shape[1]}: truncate them."
+        )
     _check_ids("input_ids", input_ids, config.vocab_size, "the vocabulary")
     _check_ids("position_ids", position_ids, config.max_position_embeddings, "the position table")
     if config.type_vocab_size:
@@ -536,6 +152,7 @@ class ElasticBertModel(ElasticBertPreTrainedModel):
 
     def pool(self, exit: Exit) -> torch.Tensor:
         """An exit's pooled [CLS]; (rows, width)."""
+        assert self.encoder.pooler is not None
         return self.encoder.pooler.at(exit.layer)(exit.flow.first_token(self.config.keep_cls))
 
     @capture_outputs
@@ -551,25 +168,76 @@ class ElasticBertModel(ElasticBertPreTrainedModel):
         exit_policy: dict | None = None,
         **kwargs,
     ) -> ElasticBertModelOutput:
-        """length_config, layer_config: the sub-network, None = the config's; exit_policy: only "never" and "constant" here."""
+        """length_config, layer_config: the sub-network, None = the config's; exit_policy: only "never" and "constant"
+        here."""
         policy = check_exit_policy(exit_policy, len(self.encoder.exit_layers))
         if policy is not None and policy["name"] != "constant":
-            raise ValueError(f"exit_policy {policy['name']!r} needs a task head; the bare model knows never and constant.")
+            raise ValueError(
+                f"exit_policy {policy['name']!r} needs a task head; the bare model knows never and constant."
+            )
         lowest = self.encoder.exit_layers[-1] if policy is None else policy["layer"]
         wanted = [layer for layer in self.encoder.exit_layers if layer >= lowest]
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        walk = self.exits(*inputs, length_config, layer_config, wanted, **kwargs)
-        last = next(walk)
+        last = next(
+            self.exits(
+                input_ids,
+                attention_mask,
+                token_type_ids,
+                position_ids,
+                inputs_embeds,
+                length_config=length_config,
+                layer_config=layer_config,
+                wanted=wanted,
+                **kwargs,
+            )
+        )
         return ElasticBertModelOutput(
             last_hidden_state=last.flow.all_tokens(),
             pooler_output=None if self.encoder.pooler is None else self.pool(last),
         )
 
 
+class ElasticBertTaskModel(ElasticBertPreTrainedModel):
+    """The encoder under a task's heads."""
+
+    pools = True  # the heads read the pooled [CLS]; else every token's state
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.elasticbert = ElasticBertModel(config, add_pooling_layer=self.pools)
+
+    @property
+    def exit_layers(self) -> list[int]:
+        """The layers with an exit, 1-based."""
+        return list(self.config.exit_layers or ())
+
+    def walk(self, inputs: tuple, exits: list[int] | None, kwargs: dict) -> Iterator[Exit]:
+        """The encoder's exits for one forward: inputs as `ElasticBertModel.exits` takes them, in its order; exits: the
+        exit layers to compute, None = all. While training, with gradient equilibrium as configured."""
+        exits = self.exit_layers if exits is None else list(exits)
+        if not exits or not set(exits) <= set(self.exit_layers):
+            raise ValueError(f"exits must be some of the exit layers {self.exit_layers}, got {exits}.")
+        weighted = all(exit_weights(self.config.exit_loss, exits))  # an exit without weight is not trained
+        equilibrium = self.training and self.config.gradient_equilibrium and weighted
+        return self.elasticbert.exits(*inputs, wanted=exits, equilibrium=equilibrium, **kwargs)
+
+    def policy_for(self, exit_policy: dict | None, labels, problem_type: str) -> dict | None:
+        """The policy in force: the argument's or the config's; none while training or when labels are given."""
+        policy = self.config.exit_policy if exit_policy is None else exit_policy
+        policy = check_exit_policy(policy, len(self.exit_layers), problem_type)
+        if policy and policy["name"] == "learned" and not self.config.learned_exit_head:
+            raise ValueError("exit_policy 'learned' needs a model with learned_exit_head=True in its config.")
+        if policy and policy["name"] == "constant" and policy["layer"] not in self.exit_layers:
+            raise ValueError(
+                f"exit_policy 'constant': layer must be one of {self.exit_layers}, got {policy['layer']}."
+            )
+        return None if self.training or labels is not None else policy
+
+
 @dataclass
 class Answers:
-    """What the exits of one forward said: logits {exit layer: (rows, ...)} in the whole batch, NaN where a row had left; the
-    same for the learned exit head's uncertainty (rows,); each row's answer (rows, ...) and the layer it left at (rows,)."""
+    """What the exits of one forward said: logits {exit layer: (rows, ...)} in the whole batch, NaN where a row had
+    left; the same for the learned exit head's uncertainty (rows,); each row's answer (rows, ...) and the layer it
+    left at (rows,)."""
 
     logits: dict[int, torch.Tensor]
     uncertainty: dict[int, torch.Tensor]
@@ -578,9 +246,9 @@ class Answers:
 
     def per_exit(self, exit_layers: list[int]) -> tuple[torch.Tensor, ...]:
         """One tensor per exit of the model, NaN where an exit was not computed."""
-        missing = None
-        if len(self.logits) < len(exit_layers):
-            missing = torch.full_like(self.answer, torch.nan)
+        if len(self.logits) == len(exit_layers):
+            return tuple(self.logits.values())
+        missing = torch.full_like(self.answer, torch.nan)
         return tuple(self.logits.get(layer, missing) for layer in exit_layers)
 
     def uncertainties(self, exit_layers: list[int]) -> torch.Tensor | None:
@@ -603,10 +271,11 @@ def _in_batch(values: torch.Tensor, rows: torch.Tensor | None, batch: int) -> to
 def gather_answers(walk, head, policy, problem_type, exit_layers, mask=None, choices=1) -> Answers:
     """Ask `head` at every exit of `walk` and let rows leave as `policy` says.
 
-    head(exit) -> logits (rows inside, ...) and the learned uncertainty (rows inside,) or None. mask (rows, tokens) for tasks that
-    answer per token. choices: how many consecutive rows make one question (multiple choice) and leave together.
+    head(exit) -> logits (rows inside, ...) and the learned uncertainty (rows inside,) or None. mask (rows, tokens)
+    for tasks that answer per token. choices: how many consecutive rows make one question (multiple choice) and leave
+    together.
     """
-    answers = None
+    answers: Answers | None = None
     history: list[Prediction] = []
     positions: list[int] = []
     for exit in walk:
@@ -633,6 +302,7 @@ def gather_answers(walk, head, policy, problem_type, exit_layers, mask=None, cho
         if leaves.any():
             exit.leave(leaves.repeat_interleave(choices))
             history = [prediction.select(~leaves) for prediction in history]
+    assert answers is not None  # the last exit always answers
     return answers
 
 
@@ -644,15 +314,13 @@ def _check_labels(labels: torch.Tensor, classes: int) -> None:
         raise ValueError(f"labels must lie within 0..{classes - 1} (or be -100, ignored), got {wrong}.")
 
 
-class ElasticBertExitModel(ElasticBertPreTrainedModel):
-    """A task model: one head per exit over the encoder, `classifiers.{layer - 1}` (`classifier` in static use)."""
+class ElasticBertExitModel(ElasticBertTaskModel):
+    """A linear head per exit, `classifiers.{layer - 1}` (`classifier` in static use)."""
 
-    pools = True  # the heads read the pooled [CLS]; else every token's state
     head_name = "classifiers"
 
     def __init__(self, config):
         super().__init__(config)
-        self.elasticbert = ElasticBertModel(config, add_pooling_layer=self.pools)
         rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
         self.dropout = nn.Dropout(rate)
         outputs = self.head_outputs()
@@ -667,10 +335,11 @@ class ElasticBertExitModel(ElasticBertPreTrainedModel):
 
     def head_outputs(self) -> int:
         """Width of an exit's logits."""
-        return self.config.num_labels
+        return int(self.config.num_labels or 1)
 
     def head(self, exit: Exit) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """logits (rows, labels) or (rows, tokens, labels), and the learned uncertainty (rows,) where the model has that head."""
+        """logits (rows, labels) or (rows, tokens, labels), and the learned uncertainty (rows,) where the model has
+        that head."""
         states = self.elasticbert.pool(exit) if self.pools else exit.flow.all_tokens()
         name = self.head_name
         classify = getattr(self, name.removesuffix("s")) if self.is_static else getattr(self, name).at(exit.layer)
@@ -682,26 +351,29 @@ class ElasticBertExitModel(ElasticBertPreTrainedModel):
 
     def answer(self, walk, policy: dict | None, problem_type: str, mask=None, choices=1) -> Answers:
         """Every exit's logits and each row's answer; see `gather_answers`."""
-        return gather_answers(walk, self.head, policy, problem_type, self.config.exit_layers, mask, choices)
+        return gather_answers(walk, self.head, policy, problem_type, self.exit_layers, mask, choices)
 
-    def outputs(self, answers: Answers) -> dict[str, torch.Tensor | tuple[torch.Tensor, ...] | None]:
-        """The fields of ElasticBertExitOutput but the loss."""
-        exit_layers = self.config.exit_layers
-        return {
-            "logits": answers.answer,
-            "exit_logits": answers.per_exit(exit_layers),
-            "exit_layers": answers.left_at,
-            "exit_uncertainty": answers.uncertainties(exit_layers),
-        }
+    def output(self, answers: Answers, loss=None, exit_losses=None) -> ElasticBertExitOutput:
+        """The answers, each exit's logits, and the loss where there are labels."""
+        return ElasticBertExitOutput(
+            loss=loss,
+            logits=answers.answer,
+            exit_logits=answers.per_exit(self.exit_layers),
+            exit_layers=answers.left_at,
+            exit_losses=exit_losses,
+            exit_uncertainty=answers.uncertainties(self.exit_layers),
+        )
 
     def exits_loss(self, answers: Answers, loss_of: Callable, wrong: Callable) -> tuple[torch.Tensor, tuple]:
-        """The weighted loss over the exits computed, and the loss of each; loss_of(logits) -> scalar, wrong(logits) -> (rows,).
+        """The weighted loss over the exits computed, and the loss of each; loss_of(logits) -> scalar, wrong(logits)
+        -> (rows,).
 
-        With a learned exit head its squared error, averaged over the exits below the last (the only ones it is asked at), is added.
+        With a learned exit head its squared error, averaged over the exits below the last (the only ones it is asked
+        at), is added.
         """
         losses = {layer: loss_of(logits) for layer, logits in answers.logits.items()}
         loss = weighted_loss(losses, self.config.exit_loss)
-        below = [layer for layer in answers.uncertainty if layer != self.config.exit_layers[-1]]
+        below = [layer for layer in answers.uncertainty if layer != self.exit_layers[-1]]
         if below:
             terms = [uncertainty_loss(answers.uncertainty[layer], wrong(answers.logits[layer])) for layer in below]
             loss = loss + sum(terms) / len(terms)
@@ -711,14 +383,15 @@ class ElasticBertExitModel(ElasticBertPreTrainedModel):
 
 
 class ElasticBertForSequenceClassification(ElasticBertExitModel):
-    """Classification, regression (one label, or problem_type) and multi-label classification of sequences, at every exit."""
+    """Classification, regression (one label, or problem_type) and multi-label classification of sequences, at every
+    exit."""
 
     def problem(self, labels=None) -> str:
         """What an exit's logits mean; as in transformers, inferred from the labels where the config does not say."""
-        if self.config.problem_type is None and labels is not None and self.config.num_labels > 1:
+        if self.config.problem_type is None and labels is not None and self.head_outputs() > 1:
             floating = labels.is_floating_point()
             self.config.problem_type = "multi_label_classification" if floating else "single_label_classification"
-        default = "regression" if self.config.num_labels == 1 else "single_label_classification"
+        default = "regression" if self.head_outputs() == 1 else "single_label_classification"
         return self.config.problem_type or default
 
     @capture_outputs
@@ -739,17 +412,17 @@ class ElasticBertForSequenceClassification(ElasticBertExitModel):
     ) -> ElasticBertExitOutput:
         """labels (rows,) classes, (rows,) floats for regression, (rows, labels) floats for multi-label.
 
-        length_config, layer_config, exit_policy: None = the config's; exits: the exit layers to compute (grouped training), None =
-        all. The policy is ignored while training and when labels are given.
+        length_config, layer_config, exit_policy: None = the config's; exits: the exit layers to compute (grouped
+        training), None = all. The policy is ignored while training and when labels are given.
         """
         problem_type = self.problem(labels)
         policy = self.policy_for(exit_policy, labels, problem_type)
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        answers = self.answer(self.walk(inputs, (length_config, layer_config), exits, kwargs), policy, problem_type)
+        ids = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        answers = self.answer(self.walk((*ids, length_config, layer_config), exits, kwargs), policy, problem_type)
         loss = losses = None
         if labels is not None:
             if problem_type == "single_label_classification":
-                _check_labels(labels, self.config.num_labels)
+                _check_labels(labels, self.head_outputs())
             elif _values(labels) and not labels.isfinite().all():
                 raise ValueError("labels must be finite numbers, got NaN or infinity.")
             loss, losses = self.exits_loss(
@@ -757,11 +430,12 @@ class ElasticBertForSequenceClassification(ElasticBertExitModel):
                 lambda logits: exit_task_loss(logits, labels, problem_type, num_items_in_batch),
                 lambda logits: _wrong(logits, labels, problem_type),
             )
-        return ElasticBertExitOutput(loss=loss, exit_losses=losses, **self.outputs(answers))
+        return self.output(answers, loss, losses)
 
 
 def _wrong(logits: torch.Tensor, labels: torch.Tensor, problem_type: str) -> torch.Tensor:
-    """What BERxiT's learned exit head should predict; (rows,): 1 where a row's answer is wrong, |tanh(y' - y)| in regression."""
+    """What BERxiT's learned exit head should predict; (rows,): 1 where a row's answer is wrong, |tanh(y' - y)| in
+    regression."""
     if problem_type == "regression":
         return (logits.reshape(len(logits), -1) - labels.reshape(len(logits), -1)).tanh().abs().mean(-1)
     if problem_type == "multi_label_classification":
@@ -792,23 +466,24 @@ class ElasticBertForTokenClassification(ElasticBertExitModel):
     ) -> ElasticBertExitOutput:
         """labels (rows, tokens), -100 where a token has none; the rest as in sequence classification."""
         policy = self.policy_for(exit_policy, labels, "token_classification")
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        walk = self.walk(inputs, (length_config, layer_config), exits, kwargs)
+        ids = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        walk = self.walk((*ids, length_config, layer_config), exits, kwargs)
         mask = None if attention_mask is None else attention_mask.bool()
         answers = self.answer(walk, policy, "token_classification", mask)
         loss = losses = None
         if labels is not None:
-            _check_labels(labels, self.config.num_labels)
+            _check_labels(labels, self.head_outputs())
             loss, losses = self.exits_loss(
                 answers,
                 lambda logits: cross_entropy(logits, labels, num_items_in_batch),
                 lambda logits: _wrong(logits, labels, "token_classification"),
             )
-        return ElasticBertExitOutput(loss=loss, exit_losses=losses, **self.outputs(answers))
+        return self.output(answers, loss, losses)
 
 
 class ElasticBertForMultipleChoice(ElasticBertExitModel):
-    """One score per choice, at every exit; inputs (questions, choices, tokens). The choices of a question leave together."""
+    """One score per choice, at every exit; inputs (questions, choices, tokens). The choices of a question leave
+    together."""
 
     def head_outputs(self) -> int:
         return 1
@@ -829,7 +504,8 @@ class ElasticBertForMultipleChoice(ElasticBertExitModel):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> ElasticBertExitOutput:
-        """labels (questions,): the right choice; logits (questions, choices); the rest as in sequence classification."""
+        """labels (questions,): the right choice; logits (questions, choices); the rest as in sequence
+        classification."""
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None or given.dim() < 3:
             shape = None if given is None else tuple(given.shape)
@@ -837,15 +513,14 @@ class ElasticBertForMultipleChoice(ElasticBertExitModel):
         choices = given.shape[1]
         policy = self.policy_for(exit_policy, labels, "single_label_classification")
         ids = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        inputs = tuple(None if one is None else one.flatten(0, 1) for one in ids)
-        walk = self.walk(inputs, (length_config, layer_config), exits, kwargs)
+        flat = tuple(None if one is None else one.flatten(0, 1) for one in ids)
+        walk = self.walk((*flat, length_config, layer_config), exits, kwargs)
 
         def head(exit):
             scores, doubt = self.head(exit)
             return scores.view(-1, choices), None if doubt is None else doubt.view(-1, choices).amax(-1)
 
-        exit_layers = self.config.exit_layers
-        answers = gather_answers(walk, head, policy, "single_label_classification", exit_layers, choices=choices)
+        answers = gather_answers(walk, head, policy, "single_label_classification", self.exit_layers, choices=choices)
         loss = losses = None
         if labels is not None:
             _check_labels(labels, choices)
@@ -854,7 +529,7 @@ class ElasticBertForMultipleChoice(ElasticBertExitModel):
                 lambda logits: cross_entropy(logits, labels, num_items_in_batch),
                 lambda logits: _wrong(logits, labels, "single_label_classification"),
             )
-        return ElasticBertExitOutput(loss=loss, exit_losses=losses, **self.outputs(answers))
+        return self.output(answers, loss, losses)
 
 
 class ElasticBertForQuestionAnswering(ElasticBertExitModel):
@@ -885,8 +560,8 @@ class ElasticBertForQuestionAnswering(ElasticBertExitModel):
         """start_positions, end_positions (rows,): tokens; one beyond the input is ignored, as in transformers."""
         labels = None if start_positions is None or end_positions is None else (start_positions, end_positions)
         policy = self.policy_for(exit_policy, labels, "question_answering")
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        walk = self.walk(inputs, (length_config, layer_config), exits, kwargs)
+        ids = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        walk = self.walk((*ids, length_config, layer_config), exits, kwargs)
         mask = None if attention_mask is None else attention_mask.bool()
         answers = self.answer(walk, policy, "question_answering", mask)
         loss = losses = None
@@ -901,16 +576,16 @@ class ElasticBertForQuestionAnswering(ElasticBertExitModel):
                 lambda logits: sum(cross_entropy(logits[..., side], spans[:, side]) for side in (0, 1)) / 2,
                 lambda logits: _wrong(logits.transpose(1, 2), spans, "question_answering"),
             )
-        both = self.outputs(answers)
+        both = self.output(answers)
         return ElasticBertQuestionAnsweringOutput(
             loss=loss,
+            start_logits=answers.answer[..., 0],
+            end_logits=answers.answer[..., 1],
+            exit_start_logits=tuple(logits[..., 0] for logits in both.exit_logits or ()),
+            exit_end_logits=tuple(logits[..., 1] for logits in both.exit_logits or ()),
+            exit_layers=both.exit_layers,
             exit_losses=losses,
-            start_logits=both["logits"][..., 0],
-            end_logits=both["logits"][..., 1],
-            exit_start_logits=tuple(logits[..., 0] for logits in both["exit_logits"]),
-            exit_end_logits=tuple(logits[..., 1] for logits in both["exit_logits"]),
-            exit_layers=both["exit_layers"],
-            exit_uncertainty=both["exit_uncertainty"],
+            exit_uncertainty=both.exit_uncertainty,
         )
 
 
@@ -940,7 +615,7 @@ class ElasticBertPredictions(nn.Module):
         return self.decoder(self.transforms.at(layer)(states))
 
 
-class ElasticBertMaskedModel(ElasticBertPreTrainedModel):
+class ElasticBertMaskedModel(ElasticBertTaskModel):
     """A model with masked-token prediction at every exit."""
 
     pools = False
@@ -948,7 +623,6 @@ class ElasticBertMaskedModel(ElasticBertPreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.elasticbert = ElasticBertModel(config, add_pooling_layer=self.pools)
         self.predictions = ElasticBertPredictions(config)
 
     def get_output_embeddings(self):
@@ -989,18 +663,17 @@ class ElasticBertForMaskedLM(ElasticBertMaskedModel):
     ) -> ElasticBertExitOutput:
         """labels (rows, tokens), -100 where nothing is to be predicted.
 
-        logits (rows, tokens, vocabulary). With labels, logits are the last exit's alone, and while training there are none: the
-        loss needs them at masked positions only.
+        logits (rows, tokens, vocabulary). With labels, logits are the last exit's alone, and while training there are
+        none: the loss needs them at masked positions only.
         """
         policy = self.policy_for(exit_policy, labels, "token_classification")
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        walk = self.walk(inputs, (length_config, layer_config), exits, kwargs)
+        ids = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        walk = self.walk((*ids, length_config, layer_config), exits, kwargs)
         if labels is None:
             mask = None if attention_mask is None else attention_mask.bool()
-            exit_layers = self.config.exit_layers
-            answers = gather_answers(walk, self.head, policy, "token_classification", exit_layers, mask)
+            answers = gather_answers(walk, self.head, policy, "token_classification", self.exit_layers, mask)
             return ElasticBertExitOutput(
-                logits=answers.answer, exit_logits=answers.per_exit(exit_layers), exit_layers=answers.left_at
+                logits=answers.answer, exit_logits=answers.per_exit(self.exit_layers), exit_layers=answers.left_at
             )
         _check_labels(labels, self.config.vocab_size)
         losses, logits = {}, None
@@ -1047,16 +720,17 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
     ) -> ElasticBertForPreTrainingOutput:
         """labels (rows, tokens), -100 where nothing is to be predicted; sentence_order_label (rows,): 1 = swapped.
 
-        mlm_count, sop_count: what the summed losses are divided by, this batch's own counts if None: with several processes or
-        micro-batches, the counts of the global batch (divided by the number of processes whose gradients are averaged).
+        mlm_count, sop_count: what the summed losses are divided by, this batch's own counts if None: with several
+        processes or micro-batches, the counts of the global batch (divided by the number of processes whose gradients
+        are averaged).
         """
-        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        ids = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         if labels is not None:
             _check_labels(labels, self.config.vocab_size)
         if sentence_order_label is not None:
             _check_labels(sentence_order_label, 2)
         mlm, sop, predictions, orders = {}, {}, {}, {}
-        for exit in self.walk(inputs, (length_config, layer_config), exits, kwargs):
+        for exit in self.walk((*ids, length_config, layer_config), exits, kwargs):
             orders[exit.layer] = self.sop_classifiers.at(exit.layer)(self.dropout(self.elasticbert.pool(exit)))
             if labels is not None:
                 mlm[exit.layer] = self.masked_loss(exit, labels, mlm_count)
@@ -1065,9 +739,12 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
             if labels is None or (exit.is_last and not self.training):
                 predictions[exit.layer] = self.predictions(exit.flow.all_tokens(), exit.layer)
         computed = list(orders)
-        terms = [weighted_loss(losses, self.config.exit_loss) for losses in (mlm, sop) if losses]
+        loss = None
+        if mlm or sop:
+            terms = [weighted_loss(losses, self.config.exit_loss) for losses in (mlm, sop) if losses]
+            loss = torch.stack(terms).sum() + zero_for_others(self, computed)
         return ElasticBertForPreTrainingOutput(
-            loss=sum(terms) + zero_for_others(self, computed) if terms else None,
+            loss=loss,
             prediction_logits=predictions.get(computed[-1]),
             sop_logits=orders[computed[-1]],
             exit_prediction_logits=tuple(predictions.values()) if labels is None else None,

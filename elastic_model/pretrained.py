@@ -1,4 +1,5 @@
-"""Where weights come from and what goes out with them: stock BERT-family checkpoints in, the code files out to the hub."""
+"""Where weights come from and what goes out with them: stock BERT-family checkpoints in, the code files out to the
+hub."""
 
 import json
 import re
@@ -29,9 +30,9 @@ def save_code(config: PreTrainedConfig, modeling_file: Path, folder: str | Path)
     config.auto_map = dict(AUTO_MAP)
     Path(folder).mkdir(parents=True, exist_ok=True)
     for file in [modeling_file, *get_relative_import_files(modeling_file)]:
-        target = Path(folder) / Path(file).name
-        if not (target.exists() and target.samefile(file)):
-            shutil.copyfile(file, target)
+        source, target = Path(str(file)), Path(folder) / Path(str(file)).name
+        if not (target.exists() and target.samefile(source)):
+            shutil.copyfile(source, target)
 
 
 # Stock key -> ours, for the first pattern that matches; POOLER and TRANSFORM go to every exit, HEAD to the last one.
@@ -40,6 +41,16 @@ _ENCODER_KEYS = [
     (r"^(?:bert\.|roberta\.)?pooler\.dense\.", "POOLER.dense."),
     (r"^qa_outputs\.", "HEAD."),
 ]
+_DISTILBERT_LAYER = {
+    "attention.q_lin": "attention.self.query",
+    "attention.k_lin": "attention.self.key",
+    "attention.v_lin": "attention.self.value",
+    "attention.out_lin": "attention.output.dense",
+    "sa_layer_norm": "attention.output.LayerNorm",
+    "ffn.lin1": "intermediate.dense",
+    "ffn.lin2": "output.dense",
+    "output_layer_norm": "output.LayerNorm",
+}
 _KEYS = {
     "bert": [
         (r"^cls\.predictions\.transform\.", "TRANSFORM."),
@@ -56,21 +67,17 @@ _KEYS = {
         (r"^classifier\.(?:out_proj\.)?", "HEAD."),
     ],
     "distilbert": [
-        (r"^(?:distilbert\.)?transformer\.layer\.(\d+)\.attention\.q_lin\.", r"elasticbert.encoder.layer.\1.attention.self.query."),
-        (r"^(?:distilbert\.)?transformer\.layer\.(\d+)\.attention\.k_lin\.", r"elasticbert.encoder.layer.\1.attention.self.key."),
-        (r"^(?:distilbert\.)?transformer\.layer\.(\d+)\.attention\.v_lin\.", r"elasticbert.encoder.layer.\1.attention.self.value."),
-        (r"^(?:distilbert\.)?transformer\.layer\.(\d+)\.attention\.out_lin\.", r"elasticbert.encoder.layer.\1.attention.output.dense."),
-        (r"^(?:distilbert\.)?transformer\.layer\.(\d+)\.sa_layer_norm\.", r"elasticbert.encoder.layer.\1.attention.output.LayerNorm."),
-        (r"^(?:distilbert\.)?transformer\.layer\.(\d+)\.ffn\.lin1\.", r"elasticbert.encoder.layer.\1.intermediate.dense."),
-        (r"^(?:distilbert\.)?transformer\.layer\.(\d+)\.ffn\.lin2\.", r"elasticbert.encoder.layer.\1.output.dense."),
-        (r"^(?:distilbert\.)?transformer\.layer\.(\d+)\.output_layer_norm\.", r"elasticbert.encoder.layer.\1.output.LayerNorm."),
+        *(
+            (rf"^(?:distilbert\.)?transformer\.layer\.(\d+)\.{stock}\.", rf"elasticbert.encoder.layer.\1.{ours}.")
+            for stock, ours in _DISTILBERT_LAYER.items()
+        ),
         (r"^pre_classifier\.", "POOLER.dense."),
         (r"^vocab_transform\.", "TRANSFORM.dense."),
         (r"^vocab_layer_norm\.", "TRANSFORM.LayerNorm."),
         (r"^vocab_projector\.", "predictions.decoder."),
         (r"^classifier\.", "HEAD."),
     ],
-    "elasticbert": [],  # read here only for static use of a multi-exit checkpoint: its last exit's head is `classifier`
+    "elasticbert": [],  # read here only for static use: the last exit's head becomes `classifier`
 }
 # DistilBERT's own names of BERT's fields
 _DISTILBERT_FIELDS = {
@@ -84,7 +91,12 @@ _DISTILBERT_FIELDS = {
     "seq_classif_dropout": "classifier_dropout",
 }
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
-_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 def elastic_config(stock: dict) -> dict:
@@ -95,17 +107,15 @@ def elastic_config(stock: dict) -> dict:
     if stock["model_type"] == "distilbert":
         fields = {_DISTILBERT_FIELDS.get(key, key): value for key, value in fields.items()}
         fields.update(type_vocab_size=0, layer_norm_eps=1e-12)
-        if any("SequenceClassification" in name for name in stock.get("architectures") or ()):
-            fields["pooler_act"] = "relu"
     return fields
 
 
 def load_foreign(model_class, name, kwargs: dict) -> tuple[PreTrainedConfig, dict[str, torch.Tensor], dict] | None:
     """Config, state dict and remaining arguments where the checkpoint is not an elastic one; None where it is.
 
-    Stock BERT, RoBERTa and DistilBERT encoders, classifiers, taggers, span and masked-token models: every exit's pooler (and masked-
-    token transform) starts from the pretrained one, the task head becomes the last exit's, so that full depth is the stock model.
-    Raises ValueError for other model types.
+    Stock BERT, RoBERTa and DistilBERT encoders, classifiers, taggers, span and masked-token models: every exit's
+    pooler (and masked- token transform) starts from the pretrained one, the task head becomes the last exit's, so
+    that full depth is the stock model. Raises ValueError for other model types.
     """
     if name is None:
         return None
@@ -119,15 +129,20 @@ def load_foreign(model_class, name, kwargs: dict) -> tuple[PreTrainedConfig, dic
     model_type = stock.get("model_type", "elasticbert")
     if model_type not in _KEYS:
         allowed = ", ".join(_KEYS)
-        raise ValueError(f"model_type of {name} must be one of {allowed} to become an elastic model, got {model_type!r}.")
+        raise ValueError(
+            f"model_type of {name} must be one of {allowed} to become an elastic model, got {model_type!r}."
+        )
     if model_type == "elasticbert" and kwargs.get("num_output_layers") != 1:
         return None
     kwargs = {key: value for key, value in kwargs.items() if key not in _HUB_ARGUMENTS}
+    tensors = _read_weights(name, hub)
     config = kwargs.pop("config", None)
     if config is None:
         fields = stock if model_type == "elasticbert" else elastic_config(stock)
+        if "pre_classifier.weight" in tensors:  # DistilBERT's classifiers pool with a ReLU
+            fields["pooler_act"] = "relu"
         config, kwargs = model_class.config_class.from_dict(fields, return_unused_kwargs=True, **kwargs)
-    return config, _convert(_read_weights(name, hub), model_type, model_class, config), kwargs
+    return config, _convert(tensors, model_type, model_class, config), kwargs
 
 
 def _read_weights(name, hub: dict) -> dict[str, torch.Tensor]:
@@ -139,15 +154,16 @@ def _read_weights(name, hub: dict) -> dict[str, torch.Tensor]:
         shards = [file]
         if file.endswith(".json"):
             shards = sorted(set(json.loads(Path(path).read_text())["weight_map"].values()))
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for shard in shards:
-            tensors |= load_state_dict(cached_file(name, shard, **hub), map_location="cpu", weights_only=True)
+            tensors |= load_state_dict(str(cached_file(name, shard, **hub)), map_location="cpu", weights_only=True)
         return tensors
     raise OSError(f"{name} holds no weights: expected one of {', '.join(_WEIGHT_FILES)}.")
 
 
 def _convert(tensors: dict, model_type: str, model_class, config) -> dict[str, torch.Tensor]:
-    """Stock tensors under our names; one that the model has no place for keeps its own name, so that it is reported by it."""
+    """Stock tensors under our names; one that the model has no place for keeps its own name, so that it is reported
+    by it."""
     with torch.device("meta"):
         model = model_class(config)
     places = set(model.state_dict())
