@@ -14,10 +14,12 @@ BUDGETS = ("speedup", "latency_ms", "flops", "max_drop")
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """One trade-off: `thresholds`, one per exit (the last is never asked; counts for patience and voting), and what was measured.
+    """One trade-off: `thresholds`, one per exit (the last is never asked; counts for patience, voting) and its
+    measurements.
 
-    quality: {"metric", "value", "low", "high", "split"}, value and interval as fractions of 1. latency_ms: {"value", "batch",
-    "threads", "machine"}. flops: mean FLOPs per row, one multiply-add counted as two. length_config: one share per layer.
+    quality: {"metric", "value", "low", "high", "split"}, value and interval as fractions of 1. latency_ms: {"value",
+    "batch", "threads", "machine"}. flops: mean FLOPs per row, a multiply-add counted as two. length_config: a share
+    per layer.
     """
 
     name: str
@@ -32,7 +34,7 @@ class OperatingPoint:
         values = [*self.thresholds, self.mean_exit_layer, self.flops or 0.0]
         if not self.thresholds or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
             raise ValueError(
-                f"operating point {self.name!r}: thresholds, mean_exit_layer and flops must be finite numbers, got {values}"
+                f"operating point {self.name!r}: thresholds, mean_exit_layer and flops must be finite, got {values}"
             )
 
 
@@ -85,10 +87,10 @@ class OperatingPoints:
         return max(self.points, key=lambda point: (point.flops or 0.0, point.mean_exit_layer))
 
     def at(self, budget: "str | dict[str, float]") -> OperatingPoint:
-        """The point of that name, or the best within {"speedup": x}, {"latency_ms": x}, {"flops": x} or {"max_drop": x}.
+        """The point of that name, or the best within {"speedup" | "latency_ms" | "flops" | "max_drop": x}.
 
-        Within a cost the best quality wins, within a permitted loss (in points of 100) the lowest cost. ValueError where nothing
-        measured fits.
+        Within a cost the best quality wins, within a permitted loss (in points of 100) the lowest cost. ValueError
+        where nothing measured fits.
         """
         if isinstance(budget, str):
             return self._named(budget)

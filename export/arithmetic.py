@@ -1,4 +1,5 @@
-"""How a file computes: matrix products and embedding look-ups in float32 or int8. Nothing else differs between the files."""
+"""How a file computes: matrix products and embedding look-ups in float32 or int8. Nothing else differs between the
+files."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,8 +47,9 @@ def quantize_tokens(graph: GraphBuilder, tokens: str) -> tuple[str, str]:
 def product_int8(graph: GraphBuilder, tokens: str, name: str, weight: np.ndarray, *, pairs: bool) -> str:
     """tokens (tokens, inputs) times weight (inputs, channels): uint8 by int8, summed in int32.
 
-    `MatMulIntegerToFloat` takes one scale for all activations, so it gets 1 and the scales of the channels; the scale of each
-    token multiplies its result. Written as Cast and Mul nodes, onnxruntime would fuse both scales and ruin the tokens'.
+    `MatMulIntegerToFloat` takes one scale for all activations, so it gets 1 and the scales of the channels; the scale
+    of each token multiplies its result. Written as Cast and Mul nodes, onnxruntime would fuse both scales and ruin the
+    tokens'.
     """
     quantized, scale = quantize_tokens(graph, tokens)
     channels, channel_scale = quantize_channels(weight, pairs=pairs)

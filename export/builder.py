@@ -81,7 +81,8 @@ class GraphBuilder:
         return outputs
 
     def branch(self, name: str, values: list[str]) -> onnx.GraphProto:
-        """This builder's nodes as the body of an `If`; a value from outside, or named twice, becomes an output by `Identity`."""
+        """This builder's nodes as the body of an `If`; a value from outside, or named twice, becomes an output by
+        `Identity`."""
         free = {output for node in self.nodes for output in node.output}
         outputs = []
         for value in values:

@@ -30,7 +30,8 @@ class Weights:
     arithmetic: Arithmetic
 
     def product(self, graph: GraphBuilder, tokens: str, *names: str, scale: float | None = None) -> str:
-        """tokens (tokens, inputs) times the matrices of linear layers side by side, without bias; `scale` is of the first."""
+        """tokens (tokens, inputs) times the matrices of linear layers side by side, without bias; `scale` is of the
+        first."""
         weights = [np.asarray(self.tensors[f"{name}.weight"], np.float32) for name in names]
         if scale is not None:
             weights[0] = weights[0] * np.float32(scale)
@@ -84,15 +85,18 @@ def embeddings(graph: GraphBuilder, weights: Weights, positions: str, ids: str, 
     found = [
         weights.arithmetic.lookup(graph, indices[name], f"{prefix}.{name}", table) for name, table in tables.items()
     ]
-    hidden = graph.op("Add", found[0], found[2]) if types is not None else found[0]
-    return add_and_norm(graph, weights, f"{prefix}.LayerNorm", hidden, found[1])
+    return add_and_norm(graph, weights, f"{prefix}.LayerNorm", *found)
 
 
-def add_and_norm(graph: GraphBuilder, weights: Weights, name: str, tokens: str, skip: str, bias: str = "") -> str:
-    """LayerNorm(tokens + bias + skip), each (tokens, width)."""
+def add_and_norm(graph: GraphBuilder, weights: Weights, name: str, *terms: str) -> str:
+    """LayerNorm of the sum of (tokens, width) terms and biases (width,).
+
+    `Sum` and not `Add`: onnxruntime would fuse the latter into SkipLayerNormalization, which on a CPU takes five times
+    as long.
+    """
     norm = [weights.vector(graph, f"{name}.weight"), weights.vector(graph, f"{name}.bias")]
-    epsilon = weights.config.layer_norm_eps
-    return graph.contrib("SkipLayerNormalization", tokens, skip, *norm, *([bias] if bias else []), epsilon=epsilon)
+    total = graph.op("Sum", *terms)
+    return graph.op("LayerNormalization", total, *norm, axis=-1, epsilon=weights.config.layer_norm_eps)
 
 
 def attention(graph: GraphBuilder, weights: Weights, layer: int, hidden: str, layout: Layout) -> str:
@@ -130,7 +134,8 @@ def activate(graph: GraphBuilder, name: str, tokens: str, bias: str) -> str:
 
 
 def feed_forward(graph: GraphBuilder, weights: Weights, layer: int, hidden: str) -> str:
-    """The feed-forward block of layer `layer` (from 1), before the output's bias: (tokens, width) -> (tokens, width)."""
+    """The feed-forward block of layer `layer` (from 1), before the output's bias: (tokens, width) -> (tokens,
+    width)."""
     prefix = f"elasticbert.encoder.layer.{layer - 1}"
     inner = weights.product(graph, hidden, f"{prefix}.intermediate.dense")
     bias = weights.vector(graph, f"{prefix}.intermediate.dense.bias")
@@ -143,7 +148,8 @@ def encoder_layer(
 ) -> tuple[str, Layout]:
     """Layer `layer` (from 1) on packed tokens (tokens, width).
 
-    Returns the layout too: tokens dropped after attention (`length_config`) make a new one, here, before the feed-forward block.
+    Returns the layout too: tokens dropped after attention (`length_config`) make a new one, here, before the
+    feed-forward block.
     """
     prefix = f"elasticbert.encoder.layer.{layer - 1}"
     with graph.scope(f"layer_{layer}"):

@@ -1,6 +1,7 @@
 """Exits of the graph: the heads, and the policies that say which rows leave.
 
-Legend of shapes: exits (passed so far), rows (still inside), labels, groups (of classes: one, or one per label of several).
+Legend of shapes: exits (passed so far), rows (still inside), labels, groups (of classes: one, or one per label of
+several).
 """
 
 import math
@@ -54,7 +55,8 @@ def exit_uncertainty(graph: GraphBuilder, weights: Weights, pooled: str) -> str:
 
 
 def log_probabilities(graph: GraphBuilder, passed: Passed) -> str:
-    """Of the last exit: (rows, groups, classes). With several labels each is a group of two classes, logits 0 and its own."""
+    """Of the last exit: (rows, groups, classes). With several labels each is a group of two classes, logits 0 and its
+    own."""
     logits = passed.history[-1]
     if passed.problem_type != MULTI_LABEL:
         return graph.op("Unsqueeze", graph.op("LogSoftmax", logits, axis=-1), graph.integers(1))

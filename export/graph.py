@@ -31,7 +31,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Inside:
-    """The rows still inside, packed: hidden (tokens, width); row (rows,), their indices in the batch; lengths (rows,)."""
+    """The rows still inside, packed: hidden (tokens, width); row (rows,), their indices in the batch; lengths
+    (rows,)."""
 
     hidden: str
     row: str
@@ -42,7 +43,8 @@ class Inside:
 
 
 def task_of(config) -> Task:
-    """The task and the default operating point of a sequence classifier's configuration; full depth where it names no policy."""
+    """The task and the default operating point of a sequence classifier's configuration; full depth where it names no
+    policy."""
     exits = config.exit_layers
     problem_type = config.problem_type or (REGRESSION if config.num_labels == 1 else "single_label_classification")
     policy = check_exit_policy(config.exit_policy, len(exits), problem_type)
@@ -63,10 +65,10 @@ def task_of(config) -> Task:
 def build_graph(config, tensors: Mapping[str, np.ndarray], arithmetic: Arithmetic) -> onnx.ModelProto:
     """The sequence classifier of a configuration and its tensors as one ONNX model.
 
-    Inputs input_ids, attention_mask, token_type_ids (where the model has two types or more) int64 (batch, sequence), and with
-    defaults exit_threshold float32 (exits,) and max_layer int64 (1,): rows still inside leave at the last exit that is not above
-    it (at the first, if all are). Outputs logits (batch, labels), exit_layer int64 (batch,) and exit_logits (exits, batch,
-    labels), NaN where a row had left.
+    Inputs input_ids, attention_mask, token_type_ids (where the model has two types or more) int64 (batch, sequence),
+    and with defaults exit_threshold float32 (exits,) and max_layer int64 (1,): rows still inside leave at the last
+    exit that is not above it (at the first, if all are). Outputs logits (batch, labels), exit_layer int64 (batch,) and
+    exit_logits (exits, batch, labels), NaN where a row had left.
     """
     task = task_of(config)
     graph = GraphBuilder()
@@ -148,7 +150,8 @@ def needs_history(task: Task) -> bool:
 
 
 def leaving(graph: GraphBuilder, weights: Weights, task: Task, number: int, history: list[str], pooled: str) -> str:
-    """The rows that leave at exit `number` (from 0), booleans (rows,): by the policy, or all since the next is above max_layer."""
+    """The rows that leave at exit `number` (from 0), booleans (rows,): by the policy, or all since the next is above
+    max_layer."""
     name = task.policy["name"]
     doubt = exit_uncertainty(graph, weights, pooled) if name == "learned" else None
     places = range(number + 1) if needs_history(task) else [number]

@@ -25,8 +25,9 @@ def quantize_rows(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def quantize_channels(weight: np.ndarray, *, pairs: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """A matrix (inputs, channels) as int8 with one scale per channel: weight is about int8 * scale.
 
-    `pairs`: x86 CPUs without VNNI multiply uint8 by int8 with `vpmaddubsw`, which adds the products of two neighbouring
-    inputs in a saturating int16. Pairs are then cut so that no activation can overflow, at the scale that loses least.
+    `pairs`: x86 CPUs without VNNI multiply uint8 by int8 with `vpmaddubsw`, which adds the products of two
+    neighbouring inputs in a saturating int16. Pairs are then cut so that no activation can overflow, at the scale that
+    loses least.
     """
     full = _scale(weight, axis=0)
     if not pairs:
