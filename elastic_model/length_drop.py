@@ -9,7 +9,7 @@ def significance(probabilities: torch.Tensor, real: torch.Tensor) -> torch.Tenso
 
     probabilities (rows, heads, queries, keys) without dropout, real (rows, queries) -> (rows, keys), float32
     """
-    return torch.einsum("rhqk,rq->rk", probabilities.float(), real.float())
+    return (probabilities.sum(1, dtype=torch.float32) * real[..., None]).sum(1)
 
 
 def tokens_to_keep(length: float | int, real_tokens: torch.Tensor) -> torch.Tensor:

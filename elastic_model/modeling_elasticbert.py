@@ -126,29 +126,20 @@ class ElasticBertModel(ElasticBertPreTrainedModel):
     def set_input_embeddings(self, value):
         self.embeddings.word_embeddings = value
 
-    def exits(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        token_type_ids=None,
-        position_ids=None,
-        inputs_embeds=None,
-        length_config=None,
-        layer_config=None,
-        wanted=None,
-        equilibrium=False,
-        **kwargs,
-    ) -> Iterator[Exit]:
-        """Walk up the layers, from exit to exit; see `ElasticBertEncoder.exits`. Arguments as in `forward`."""
+    def exits(self, inputs: tuple, wanted: list[int], equilibrium: bool = False, **kwargs) -> Iterator[Exit]:
+        """Walk up the layers, from exit to exit, as `ElasticBertEncoder.exits` does; inputs: the first five arguments
+        of `forward`, length_config and layer_config."""
+        *ids, length_config, layer_config = inputs
+        input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = ids
         config = self.config
-        _check_inputs(config, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        _check_inputs(config, *ids)
         lengths = check_length_config(
             config.length_config if length_config is None else length_config, config.num_hidden_layers
         )
         layers = check_layer_config(layer_config, config.num_hidden_layers)
         hidden = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
-        flow = Flow(hidden, attention_mask if attention_mask is None else attention_mask.bool())
-        yield from self.encoder.exits(flow, lengths, layers, wanted or self.encoder.exit_layers, equilibrium, **kwargs)
+        flow = Flow(hidden, None if attention_mask is None else attention_mask.bool())
+        yield from self.encoder.exits(flow, lengths, layers, wanted, equilibrium, **kwargs)
 
     def pool(self, exit: Exit) -> torch.Tensor:
         """An exit's pooled [CLS]; (rows, width)."""
@@ -177,19 +168,8 @@ class ElasticBertModel(ElasticBertPreTrainedModel):
             )
         lowest = self.encoder.exit_layers[-1] if policy is None else policy["layer"]
         wanted = [layer for layer in self.encoder.exit_layers if layer >= lowest]
-        last = next(
-            self.exits(
-                input_ids,
-                attention_mask,
-                token_type_ids,
-                position_ids,
-                inputs_embeds,
-                length_config=length_config,
-                layer_config=layer_config,
-                wanted=wanted,
-                **kwargs,
-            )
-        )
+        ids = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        last = next(self.exits((*ids, length_config, layer_config), wanted, **kwargs))
         return ElasticBertModelOutput(
             last_hidden_state=last.flow.all_tokens(),
             pooler_output=None if self.encoder.pooler is None else self.pool(last),
@@ -211,14 +191,14 @@ class ElasticBertTaskModel(ElasticBertPreTrainedModel):
         return list(self.config.exit_layers or ())
 
     def walk(self, inputs: tuple, exits: list[int] | None, kwargs: dict) -> Iterator[Exit]:
-        """The encoder's exits for one forward: inputs as `ElasticBertModel.exits` takes them, in its order; exits: the
-        exit layers to compute, None = all. While training, with gradient equilibrium as configured."""
+        """The encoder's exits for one forward: inputs as `ElasticBertModel.exits` takes them; exits: those
+        to compute, by layer, None = all. While training, with gradient equilibrium as configured."""
         exits = self.exit_layers if exits is None else list(exits)
         if not exits or not set(exits) <= set(self.exit_layers):
             raise ValueError(f"exits must be some of the exit layers {self.exit_layers}, got {exits}.")
         weighted = all(exit_weights(self.config.exit_loss, exits))  # an exit without weight is not trained
         equilibrium = self.training and self.config.gradient_equilibrium and weighted
-        return self.elasticbert.exits(*inputs, wanted=exits, equilibrium=equilibrium, **kwargs)
+        return self.elasticbert.exits(inputs, exits, equilibrium, **kwargs)
 
     def policy_for(self, exit_policy: dict | None, labels, problem_type: str) -> dict | None:
         """The policy in force: the argument's or the config's; none while training or when labels are given."""

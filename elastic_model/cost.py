@@ -1,0 +1,144 @@
+"""What a sub-network costs, from its configuration alone: parameters, and FLOPs of its matrix products.
+
+One multiply-add counts as 2 FLOPs; matrix products only, as ELUE (Liu et al. 2022, section 4.3) and Kim and Cho
+(2021) count. An embedding lookup is no product and costs nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .checks import check_layer_config, check_length_config
+from .configuration_elasticbert import ElasticBertConfig
+from .length_drop import tokens_to_keep
+
+HEADS = ("sequence", "token", "question_answering", "masked_lm", "pretraining", "none")
+
+
+@dataclass
+class Module:
+    """One step of a row on its way up: `name` is emb, attention_l, ffn_l or exit_l (l from 1); what it costs, in
+    FLOPs."""
+
+    name: str
+    tokens: int
+    flops: int
+
+
+def modules(
+    config: ElasticBertConfig,
+    tokens: int,
+    length_config=None,
+    layer_config=None,
+    exit_layer: int | None = None,
+    head: str = "sequence",
+    asked: Sequence[int] | None = None,
+) -> list[Module]:
+    """The modules that one row of `tokens` tokens runs through, with their FLOPs.
+
+    Real tokens give the cost of packed rows; the padded maximum length gives the cost that Kim and Cho state.
+    length_config, layer_config: None = the config's, all layers. exit_layer: where the row leaves (None = the last).
+    head: a name of HEADS. asked: the exit layers whose heads are run (None = every exit up to `exit_layer`, as under
+    a policy; one for static use).
+    """
+    if head not in HEADS:
+        raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}.")
+    exits = list(config.exit_layers or ())
+    top = exits[-1] if exit_layer is None else exit_layer
+    if top not in exits:
+        raise ValueError(f"exit_layer must be one of {exits}, got {exit_layer}.")
+    if tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}.")
+    lengths = check_length_config(
+        config.length_config if length_config is None else length_config, config.num_hidden_layers
+    )
+    executed = check_layer_config(layer_config, config.num_hidden_layers)
+    inside = tokens
+    rows = [Module("emb", tokens, 0)]
+    for layer in range(1, top + 1):
+        if layer in executed:
+            kept = inside
+            if lengths is not None:
+                kept = min(inside, int(tokens_to_keep(lengths[layer - 1], torch.tensor([tokens]))))
+            rows.append(Module(f"attention_{layer}", inside, _attention(config, layer, inside)))
+            rows.append(Module(f"ffn_{layer}", kept, _feed_forward(config, layer, kept)))
+            inside = kept
+        answers = layer in exits and (layer in executed or layer == exits[-1])
+        if answers and (asked is None or layer in asked):
+            rows.append(Module(f"exit_{layer}", 1, _exit_head(config, head, tokens)))
+    return rows
+
+
+def flops(config: ElasticBertConfig, tokens: int, **sub_network) -> int:
+    """FLOPs of one row; arguments as in `modules`."""
+    return sum(module.flops for module in modules(config, tokens, **sub_network))
+
+
+def mean_flops(
+    config: ElasticBertConfig, tokens: Sequence[int], exit_layers: Sequence[int] | None = None, **sub_network
+) -> float:
+    """Mean FLOPs per row of a measured distribution: each row's real tokens and the layer it left at (None = the
+    last)."""
+    leaves = [None] * len(tokens) if exit_layers is None else [int(layer) for layer in exit_layers]
+    if len(leaves) != len(tokens) or not len(tokens):
+        raise ValueError(f"tokens and exit_layers must have one entry per row, got {len(tokens)} and {len(leaves)}.")
+    rows = [(int(count), layer) for count, layer in zip(tokens, leaves, strict=True)]
+    cost = {row: flops(config, row[0], exit_layer=row[1], **sub_network) for row in set(rows)}
+    return sum(cost[row] for row in rows) / len(rows)
+
+
+def parameters(config: ElasticBertConfig, head: str = "sequence", exit_layer: int | None = None) -> int:
+    """Parameters of the model cut after `exit_layer` (None = the whole model), with the heads of the exits up to
+    there.
+
+    Counts what `sum(p.numel() for p in model.parameters())` counts: tied weights once.
+    """
+    width, exits = config.hidden_size, list(config.exit_layers or ())
+    top = config.num_hidden_layers if exit_layer is None else exit_layer
+    tables = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
+    count = (tables + 2) * width  # and the norm
+    for index in range(top):
+        attention, inner = config.head_sizes[index], (config.intermediate_size_per_layer or ())[index]
+        count += 3 * (width + 1) * attention + (attention + 1) * width + 2 * width
+        count += (width + 1) * inner + (inner + 1) * width + 2 * width
+    return count + _head_parameters(config, head, len([layer for layer in exits if layer <= top]))
+
+
+def _attention(config, layer: int, tokens: int) -> int:
+    heads = config.head_sizes[layer - 1]
+    return 2 * (4 * tokens * config.hidden_size * heads + 2 * tokens * tokens * heads)
+
+
+def _feed_forward(config, layer: int, tokens: int) -> int:
+    return 2 * 2 * tokens * config.hidden_size * config.intermediate_size_per_layer[layer - 1]
+
+
+def _exit_head(config, head: str, tokens: int) -> int:
+    width, pooler = config.hidden_size, config.hidden_size**2
+    uncertainty = width if config.learned_exit_head else 0
+    predictions = tokens * (width * width + width * config.vocab_size)
+    products = {
+        "none": 0,
+        "sequence": pooler + width * (config.num_labels or 1) + uncertainty,
+        "token": tokens * width * (config.num_labels or 1) + uncertainty,
+        "question_answering": tokens * width * 2 + uncertainty,
+        "masked_lm": predictions,
+        "pretraining": predictions + pooler + width * 2,
+    }
+    return 2 * products[head]
+
+
+def _head_parameters(config, head: str, exits: int) -> int:
+    width, pooler = config.hidden_size, (config.hidden_size + 1) * config.hidden_size
+    uncertainty = width + 1 if config.learned_exit_head else 0
+    transforms = exits * (pooler + 2 * width) + config.vocab_size  # the decoder's weight is tied, its bias is not
+    counts = {
+        "none": exits * pooler,
+        "sequence": exits * (pooler + (width + 1) * (config.num_labels or 1)) + uncertainty,
+        "token": exits * (width + 1) * (config.num_labels or 1) + uncertainty,
+        "question_answering": exits * (width + 1) * 2 + uncertainty,
+        "masked_lm": transforms,
+        "pretraining": transforms + exits * (pooler + (width + 1) * 2),
+    }
+    return counts[head]
