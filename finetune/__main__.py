@@ -1,0 +1,39 @@
+"""`python -m finetune COMMAND ...`: options are parsed before anything slow is imported."""
+
+import importlib
+import sys
+
+from elastic_model.arguments import parse, run
+from finetune.config import EvaluateOptions, TaskOptions, TrainOptions
+
+# command -> its options, and the module whose function of the command's name runs it
+COMMANDS: dict[str, tuple[type[TaskOptions], str]] = {
+    "train": (TrainOptions, "finetune.train"),
+    "evaluate": (EvaluateOptions, "finetune.evaluate"),
+}
+
+
+def _usage() -> str:
+    lines = [f"  {name:10} {(options.__doc__ or '').splitlines()[0]}" for name, (options, _) in COMMANDS.items()]
+    return "\n".join(["usage: python -m finetune COMMAND [--config RECIPE.yaml] [--flag value ...]", "", *lines])
+
+
+def _command(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else 2
+    name, *flags = argv
+    if name not in COMMANDS:
+        raise ValueError(f"command {name!r} is unknown; allowed: {', '.join(COMMANDS)}")
+    options, module = COMMANDS[name]
+    parsed: TaskOptions = parse(options, flags, prog=f"python -m finetune {name}")
+    return getattr(importlib.import_module(module), name)(parsed)
+
+
+def main() -> None:
+    """Run the command that the command line names; bad input ends with one line and exit code 2."""
+    sys.exit(run(lambda: _command(sys.argv[1:])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Quality of a task checkpoint at every exit, and what an exit policy makes of it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from transformers import PreTrainedTokenizerBase, logging
+
+from elastic_model import ElasticBertForSequenceClassification
+from elastic_model.exit_policies import simulate
+from elastic_model.folders import check_output, new_folder
+from finetune.calibrate import Policy, candidates, policy_name
+from finetune.config import EvaluateOptions
+from finetune.data import Encoded, collate, sorted_batches
+from finetune.metrics import interval, metric
+from finetune.prepare import Labels, chosen_task, encode_split, labels_of_model, load_classifier, load_tokenizer
+from finetune.tasks import Examples, ProblemType, read_examples
+
+MULTI_LABEL_THRESHOLD = 0.0  # of a logit: probability one half
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric's value with its 95 % bootstrap interval."""
+
+    metric: str
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} ({self.low:.4f}-{self.high:.4f})"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a policy gives on a split: every metric, and the layer, from 1, that its rows leave at on average."""
+
+    policy: Policy | None
+    quality: dict[str, float]
+    mean_exit_layer: float
+
+
+@torch.no_grad()
+def exit_logits(
+    model: ElasticBertForSequenceClassification,
+    encoded: Encoded,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> np.ndarray:
+    """The logits of every exit, float32 (exits, rows, labels); each process computes its share of the batches."""
+    was_training = model.training
+    model.eval()
+    parts = []
+    for rows in sorted_batches(encoded.lengths, batch_size)[accelerator.process_index :: accelerator.num_processes]:
+        batch = collate(encoded, rows, tokenizer, accelerator.device)
+        del batch["labels"]
+        with accelerator.autocast():
+            output = model(**batch, exit_policy={"name": "never"})
+        parts.append((rows, torch.stack(output.exit_logits).float().cpu().numpy()))
+    model.train(was_training)
+    logits = np.empty((len(model.config.exit_layers), len(encoded), model.config.num_labels), dtype=np.float32)
+    for rows, part in gather_object(parts):
+        logits[:, rows] = part
+    return logits
+
+
+def answers_of(logits: np.ndarray, problem_type: ProblemType) -> np.ndarray:
+    """What logits (rows, labels) say: class numbers (rows,), 0/1 (rows, labels), or numbers (rows,)."""
+    if problem_type == "regression":
+        return logits[:, 0].astype(np.float64)
+    if problem_type == "multi_label_classification":
+        return (logits > MULTI_LABEL_THRESHOLD).astype(np.float32)
+    return logits.argmax(-1)
+
+
+def quality(logits: np.ndarray, encoded: Encoded, labels: Labels) -> dict[str, float]:
+    """Every metric of the task on logits (rows, labels)."""
+    answers = answers_of(logits, labels.problem_type)
+    return {name: metric(name)(answers, encoded.labels) for name in labels.metrics}
+
+
+def scores(logits: np.ndarray, encoded: Encoded, labels: Labels, seed: int) -> list[Score]:
+    """Every metric of the task on logits (rows, labels), with intervals."""
+    answers = answers_of(logits, labels.problem_type)
+    values = quality(logits, encoded, labels)
+    return [Score(name, value, *interval(name, answers, encoded.labels, seed)) for name, value in values.items()]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Text in columns, each as wide as its widest cell."""
+    cells = [[str(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
+
+
+def exit_table(per_exit: dict[int, list[Score]]) -> str:
+    """Quality by exit layer, a line an exit."""
+    metrics = [score.metric for score in next(iter(per_exit.values()))]
+    rows = [[layer, *scored] for layer, scored in per_exit.items()]
+    return table(["exit layer", *(f"{name} (95 % interval)" for name in metrics)], rows)
+
+
+def outcome(
+    policy: Policy | None, logits: np.ndarray, exit_layers: list[int], encoded: Encoded, labels: Labels
+) -> Outcome:
+    """What a policy gives, from the logits of all exits (exits, rows, labels)."""
+    answers, left_at = simulate(policy, logits, exit_layers, labels.problem_type)
+    return Outcome(policy, quality(answers.numpy(), encoded, labels), left_at.double().mean().item())
+
+
+def _policies(options: EvaluateOptions, logits: np.ndarray, labels: Labels, saved: Policy | None) -> list[Policy]:
+    name = policy_name(options.policy or (saved or {}).get("name"), labels.problem_type)
+    if not options.thresholds:
+        return candidates(name, logits, labels.problem_type)
+    if name == "patience" and labels.problem_type != "regression":
+        return [{"name": name, "patience": int(value)} for value in options.thresholds]
+    steps = {"patience": 1} if name == "patience" else {}
+    return [{"name": name, **steps, "threshold": value} for value in options.thresholds]
+
+
+def _distinct(outcomes: list[Outcome]) -> list[Outcome]:
+    """Without the settings that change nothing over the one before."""
+    pairs = zip([None, *outcomes], outcomes, strict=False)
+    return [after for before, after in pairs if before is None or after.mean_exit_layer != before.mean_exit_layer]
+
+
+def policy_text(policy: Policy | None) -> str:
+    """A policy in words: `entropy, threshold 0.3`."""
+    if policy is None:
+        return "never (full depth)"
+    return ", ".join([policy["name"], *(f"{name} {value}" for name, value in policy.items() if name != "name")])
+
+
+def outcome_table(outcomes: dict[str, Outcome]) -> str:
+    """A line an outcome: what it is, the mean exit layer, every metric."""
+    rows = [
+        [name, f"{one.mean_exit_layer:.2f}", *(f"{value:.4f}" for value in one.quality.values())]
+        for name, one in outcomes.items()
+    ]
+    return table(["", "mean exit layer", *next(iter(outcomes.values())).quality], rows)
+
+
+def _write_predictions(
+    file: Path, examples: Examples, answers: np.ndarray, left_at: np.ndarray, labels: Labels
+) -> None:
+    named = answers if labels.problem_type != "single_label_classification" else [labels.names[one] for one in answers]
+    with file.open("w", encoding="utf-8") as lines:
+        lines.write("index\tprediction\tlabel\texit_layer\n")
+        for number, (answer, label, layer) in enumerate(zip(named, examples.labels, left_at, strict=True)):
+            lines.write(f"{number}\t{answer}\t{label}\t{layer}\n")
+
+
+def evaluate(options: EvaluateOptions) -> None:
+    """Print (with --output also write) quality per exit, a sweep of the exit policy, the checkpoint's own policy."""
+    logging.set_verbosity_error()
+    if options.output:
+        check_output(Path(options.output))
+    accelerator = Accelerator()
+    model = load_classifier(Path(options.model), options.max_length).to(accelerator.device)
+    task, tokenizer = chosen_task(options), load_tokenizer(Path(options.model))
+    labels = labels_of_model(options, task, model.config)
+    examples = read_examples(task, options.split)
+    encoded = encode_split(examples, options.split, task, labels, tokenizer, options.max_length)
+    logits = exit_logits(model, encoded, tokenizer, options.eval_batch_size, accelerator)
+    layers, saved = model.config.exit_layers, model.config.exit_policy
+    per_exit = {layer: scores(one, encoded, labels, options.seed) for layer, one in zip(layers, logits, strict=True)}
+    swept = [outcome(policy, logits, layers, encoded, labels) for policy in _policies(options, logits, labels, saved)]
+    own = outcome(saved, logits, layers, encoded, labels)
+    accelerator.print(
+        f"{task.name}, {options.split} split: {len(encoded)} rows, {encoded.cut} cut to {options.max_length} tokens"
+    )
+    named = {policy_text(one.policy): one for one in _distinct(swept)}
+    accelerator.print(exit_table(per_exit), outcome_table(named | {"the checkpoint's own policy": own}), sep="\n\n")
+    if options.output and accelerator.is_main_process:
+        answers, left_at = simulate(saved, logits, layers, labels.problem_type)
+        with new_folder(Path(options.output)) as folder:
+            curve = {
+                "split": options.split,
+                "rows": len(encoded),
+                "exits": {layer: [asdict(score) for score in scored] for layer, scored in per_exit.items()},
+                "policies": [asdict(one) for one in swept],
+                "own": asdict(own),
+            }
+            (folder / "curve.json").write_text(json.dumps(curve, indent=1))
+            predicted = answers_of(answers.numpy(), labels.problem_type)
+            _write_predictions(folder / "predictions.tsv", examples, predicted, left_at.numpy(), labels)

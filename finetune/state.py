@@ -1,0 +1,93 @@
+"""What an interrupted run continues from: weights, optimizer, progress; tensors in safetensors, the rest in JSON."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from elastic_model.folders import new_folder
+
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass
+class Progress:
+    """Where a run is: updates done, the best evaluation on dev so far, and its weights."""
+
+    update: int = 0
+    best_update: int = 0
+    best_quality: float | None = None
+    best_weights: Weights = field(default_factory=dict)
+
+
+def copy_weights(model: torch.nn.Module) -> Weights:
+    """The model's weights as they are now, on the CPU."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> Weights:
+    """AdamW's state, one tensor a name: `3.exp_avg` is that of the fourth parameter."""
+    states = optimizer.state_dict()["state"]
+    return {
+        f"{parameter}.{name}": tensor.detach().cpu().contiguous()
+        for parameter, state in states.items()
+        for name, tensor in state.items()
+    }
+
+
+def _restore_moments(optimizer: torch.optim.Optimizer, moments: Weights) -> None:
+    states: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in moments.items():
+        parameter, name = key.split(".", 1)
+        states.setdefault(int(parameter), {})[name] = tensor
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def save_state(
+    folder: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    settings: Mapping[str, Any],
+) -> None:
+    """Write the state of a run that `settings` describe, in the place of the one before."""
+    plain = {name: value for name, value in vars(progress).items() if name != "best_weights"}
+    with new_folder(folder) as new:
+        save_file(copy_weights(model), new / "weights.safetensors")
+        save_file(_moments(optimizer), new / "optimizer.safetensors")
+        save_file(progress.best_weights, new / "best.safetensors")
+        (new / "progress.json").write_text(json.dumps({"progress": plain, "settings": settings}, indent=1))
+
+
+def check_settings(folder: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """ValueError that names the first setting in which a saved run differs from the one asked for."""
+    for name, value in settings.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"{folder} holds a run with {name} = {found.get(name)!r}, not {value!r}; "
+                "resume it with its own settings, or start anew without --resume"
+            )
+
+
+def load_progress(folder: Path, settings: Mapping[str, Any]) -> Progress:
+    """How far the run saved in `folder` is; ValueError where it had other settings."""
+    saved = json.loads((folder / "progress.json").read_text())
+    check_settings(folder, saved["settings"], settings)
+    names = {one.name for one in dataclasses.fields(Progress)}
+    plain = {name: value for name, value in saved["progress"].items() if name in names}
+    return Progress(**plain, best_weights=load_file(folder / "best.safetensors"))
+
+
+def load_weights(folder: Path, model: torch.nn.Module) -> None:
+    """Put the saved weights into the model."""
+    model.load_state_dict(load_file(folder / "weights.safetensors"))
+
+
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Put the saved state into an optimizer of the same parameters."""
+    _restore_moments(optimizer, load_file(folder / "optimizer.safetensors"))
