@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .checks import check_exit_policy, check_layer_config, check_length_config
@@ -157,7 +159,7 @@ class ElasticBertModel(ElasticBertPreTrainedModel):
         length_config: list | float | None = None,
         layer_config: list[int] | None = None,
         exit_policy: dict | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> ElasticBertModelOutput:
         """length_config, layer_config: the sub-network, None = the config's; exit_policy: only "never" and "constant"
         here."""
@@ -388,7 +390,7 @@ class ElasticBertForSequenceClassification(ElasticBertExitModel):
         exit_policy: dict | None = None,
         exits: list[int] | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> ElasticBertExitOutput:
         """labels (rows,) classes, (rows,) floats for regression, (rows, labels) floats for multi-label.
 
@@ -442,7 +444,7 @@ class ElasticBertForTokenClassification(ElasticBertExitModel):
         exit_policy: dict | None = None,
         exits: list[int] | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> ElasticBertExitOutput:
         """labels (rows, tokens), -100 where a token has none; the rest as in sequence classification."""
         policy = self.policy_for(exit_policy, labels, "token_classification")
@@ -482,7 +484,7 @@ class ElasticBertForMultipleChoice(ElasticBertExitModel):
         exit_policy: dict | None = None,
         exits: list[int] | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> ElasticBertExitOutput:
         """labels (questions,): the right choice; logits (questions, choices); the rest as in sequence
         classification."""
@@ -535,7 +537,7 @@ class ElasticBertForQuestionAnswering(ElasticBertExitModel):
         layer_config: list[int] | None = None,
         exit_policy: dict | None = None,
         exits: list[int] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> ElasticBertQuestionAnsweringOutput:
         """start_positions, end_positions (rows,): tokens; one beyond the input is ignored, as in transformers."""
         labels = None if start_positions is None or end_positions is None else (start_positions, end_positions)
@@ -639,7 +641,7 @@ class ElasticBertForMaskedLM(ElasticBertMaskedModel):
         exit_policy: dict | None = None,
         exits: list[int] | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> ElasticBertExitOutput:
         """labels (rows, tokens), -100 where nothing is to be predicted.
 
@@ -696,7 +698,7 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
         exits: list[int] | None = None,
         mlm_count: torch.Tensor | int | None = None,
         sop_count: torch.Tensor | int | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> ElasticBertForPreTrainingOutput:
         """labels (rows, tokens), -100 where nothing is to be predicted; sentence_order_label (rows,): 1 = swapped.
 
