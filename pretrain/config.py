@@ -23,12 +23,16 @@ class PretrainConfig:
     cache: Path = option(CACHE, help="folder for tokenizers and token shards, addressed by content")
 
     # tokenizer
-    tokenizer: Path | None = option(None, help="folder of an existing tokenizer (default: WordPiece, trained on the text)")
+    tokenizer: Path | None = option(
+        None, help="folder of an existing tokenizer (default: WordPiece, trained on the text)"
+    )
     vocab_size: int = option(30522, help="entries of the trained vocabulary")
     lowercase: bool = option(True, help="lower-case the text in the trained tokenizer")
 
     # model
-    init_from: Path | None = option(None, help="warm start: a checkpoint folder that gives shape, weights and tokenizer")
+    init_from: Path | None = option(
+        None, help="warm start: a checkpoint folder that gives shape, weights and tokenizer"
+    )
     hidden_size: int = option(768, help="width")
     num_hidden_layers: int = option(12, help="layers")
     num_attention_heads: int = option(12, help="heads per layer")
@@ -37,7 +41,9 @@ class PretrainConfig:
     dropout: float = option(0.1, help="dropout of hidden states and attention")
     exit_layers: list[int] | None = option(None, help="layers with an exit, from 1 (default: every layer)")
     exit_loss: str = option("sum", help="weighting of the exits in the loss")
-    gradient_equilibrium: bool = option(True, help="each layer gets the mean, not the sum, of the exits' gradients above")
+    gradient_equilibrium: bool = option(
+        True, help="each layer gets the mean, not the sum, of the exits' gradients above"
+    )
     exit_groups: int = option(2, help="grouped training: groups of exits, one group a step; the last exit is in all")
 
     # data
@@ -50,7 +56,9 @@ class PretrainConfig:
 
     # optimisation
     batch_size: int = option(256, help="examples per update, over all processes and accumulation steps")
-    micro_batch_size: int | None = option(None, help="examples per forward pass of a process (default: its whole share)")
+    micro_batch_size: int | None = option(
+        None, help="examples per forward pass of a process (default: its whole share)"
+    )
     steps: int = option(100_000, help="updates")
     learning_rate: float = option(5e-4, help="peak learning rate")
     schedule: Literal["linear", "cosine", "constant"] = option("linear", help="decay after the warm-up, to zero")
@@ -58,13 +66,15 @@ class PretrainConfig:
     weight_decay: float = option(0.01, help="decoupled decay; not on biases and LayerNorms")
     adam_beta2: float = option(0.98, help="AdamW's second beta")
     clip_norm: float = option(1.0, help="gradient norm to clip to")
-    precision: Literal["no", "bf16", "fp16"] = option("no", help="mixed precision")
+    precision: Literal["no", "bf16"] = option("no", help="mixed precision")
     seed: int = option(1, help="of weights, split into batches, masking, swaps and dropout")
     max_skipped: int = option(10, help="stop after this many updates in a row with a loss that is not finite")
 
     # seeing it, and not losing it
     log_every: int = option(50, help="updates between lines of metrics.jsonl")
-    evaluate_every: int = option(1000, help="updates between evaluations on held-out documents; there is one at the end")
+    evaluate_every: int = option(
+        1000, help="updates between evaluations on held-out documents; there is one at the end"
+    )
     evaluation_examples: int = option(2000, help="held-out examples per evaluation, at most")
     save_every: int = option(1000, help="updates between checkpoints; there is one at the end and on SIGTERM")
     keep_checkpoints: int = option(2, help="newest checkpoints that are kept")
@@ -111,7 +121,17 @@ RANGES = {
 # what may differ between a run and its resumption: the rest decides the batches, the model or the losses
 FREE_ON_RESUME = frozenset(
     {
-        *("text", "output", "resume", "resume_previous", "cache", "tokenizer", "init_from", "workers", "micro_batch_size"),
+        *(
+            "text",
+            "output",
+            "resume",
+            "resume_previous",
+            "cache",
+            "tokenizer",
+            "init_from",
+            "workers",
+            "micro_batch_size",
+        ),
         *("log_every", "evaluate_every", "evaluation_examples", "save_every", "keep_checkpoints", "tracker"),
         *("max_skipped", "vocab_size", "lowercase", "validation_fraction"),
     }

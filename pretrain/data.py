@@ -29,7 +29,9 @@ def split_documents(hashes: np.ndarray, fraction: float) -> np.ndarray:
     return held_out
 
 
-def passages(boundaries: list[int], longest: int, short: float, generator: np.random.Generator) -> Iterator[tuple[int, int]]:
+def passages(
+    boundaries: list[int], longest: int, short: float, generator: np.random.Generator
+) -> Iterator[tuple[int, int]]:
     """Consecutive sentences of one document packed up to `longest` tokens: (start, stop) offsets, nothing left out.
 
     boundaries: the sentences' offsets, rising. A share `short` of the passages is packed to a random shorter length (Devlin et

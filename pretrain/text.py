@@ -13,7 +13,9 @@ from typing import IO
 from elastic_model.folders import shipped
 
 # a full stop after these is no end of a sentence; a single capital before one is an initial
-ABBREVIATIONS = frozenset("Mr Mrs Ms Dr Prof Rev Hon Gen Col Capt Lt Sgt Gov Sen Rep St Jr Sr No Nos Art Sec vs cf".split())
+ABBREVIATIONS = frozenset(
+    "Mr Mrs Ms Dr Prof Rev Hon Gen Col Capt Lt Sgt Gov Sen Rep St Jr Sr No Nos Art Sec vs cf".split()
+)
 SENTENCE_END = re.compile(r"""[.!?]["')\]\u2019\u201d]*\s+(?=["'(\[\u2018\u201c]*[A-Z0-9])""")
 LAST_WORD = re.compile(r"([^\W\d_]+)\.$")
 

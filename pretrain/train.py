@@ -1,0 +1,478 @@
+"""The pre-training loop: data -> group of exits -> loss -> step -> log -> save."""
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from elastic_model import ElasticBertConfig, ElasticBertForPreTraining
+from elastic_model.arguments import to_yaml
+from elastic_model.folders import check_output, claim_folder, new_file, new_folder
+from elastic_model.losses import exit_group
+from pretrain.checkpoint import (
+    check_same_run,
+    checkpoint_to_resume,
+    find_checkpoints,
+    load_checkpoint,
+    run_state,
+    save_checkpoint,
+    save_model,
+)
+from pretrain.config import PretrainConfig
+from pretrain.data import Batch, Examples, GlobalBatches, Share, check_batch_size
+from pretrain.evaluate import Evaluation, evaluate, unigram_losses
+from pretrain.masking import IGNORED
+from pretrain.prepare import Corpus, prepare
+from pretrain.report import plot_losses, write_card
+
+METRICS = "metrics.jsonl"
+EVALUATION = "evaluation.json"
+STOPPED = 143  # 128 + SIGTERM: saved, to be resumed
+
+
+@dataclass
+class Progress:
+    """What has been done so far; all of it is saved and resumed."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+
+@dataclass
+class Window:
+    """Sums since the last line of the log: per exit layer, MLM + SOP losses of the updates that computed it."""
+
+    started: float = field(default_factory=time.perf_counter)
+    tokens: int = 0
+    sums: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> (MLM, SOP)
+    updates: dict[int, int] = field(default_factory=dict)
+
+    def add(self, layers: list[int], losses: torch.Tensor, tokens: int) -> None:
+        """losses (exits, 2) of one update, tokens of its global batch"""
+        self.tokens += tokens
+        for layer, pair in zip(layers, losses, strict=True):
+            self.sums[layer] = self.sums.get(layer, 0) + pair
+            self.updates[layer] = self.updates.get(layer, 0) + 1
+
+    def means(self) -> dict[int, list[float]]:
+        """Exit layer -> mean MLM loss, mean SOP loss."""
+        return {layer: (self.sums[layer] / self.updates[layer]).tolist() for layer in sorted(self.sums)}
+
+
+def start_accelerator(config: PretrainConfig) -> Accelerator:
+    """The accelerator; ValueError where the launcher asked for more processes than train together.
+
+    `accelerate launch --cpu --num_processes 2` for one silently starts processes that know nothing of each other.
+    """
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        log_with=config.tracker,
+        project_dir=config.output,
+        step_scheduler_with_optimizer=False,
+    )
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != asked:
+        raise ValueError(
+            f"the launcher started {asked} processes, but accelerate joined {accelerator.num_processes}: on a CPU set "
+            "ACCELERATE_USE_CPU=true and launch with torchrun or with distributed_type: MULTI_GPU"
+        )
+    return accelerator
+
+
+def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> ElasticBertForPreTraining:
+    """The model to train: new, or the warm start with the exits and the training settings of `config`."""
+    training = {
+        "exit_loss": config.exit_loss,
+        "gradient_equilibrium": config.gradient_equilibrium,
+        "exit_groups": config.exit_groups,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.dropout,
+    }
+    if config.exit_layers:
+        training["exit_layers"] = config.exit_layers
+    torch.manual_seed(config.seed)
+    if config.init_from:
+        model = ElasticBertForPreTraining.from_pretrained(config.init_from, **training)
+    else:
+        model = ElasticBertForPreTraining(_shape(config, tokenizer, training))
+    longest = model.config.max_position_embeddings - model.config.position_offset
+    if config.max_length > longest:
+        raise ValueError(
+            f"max_length must be at most {longest}, the longest input of the model, got {config.max_length}"
+        )
+    tokenizer.model_max_length = longest
+    return model
+
+
+def _shape(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, training: dict[str, Any]) -> ElasticBertConfig:
+    return ElasticBertConfig(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        intermediate_size=config.intermediate_size or 4 * config.hidden_size,
+        max_position_embeddings=config.max_position_embeddings,
+        **training,
+    )
+
+
+def build_optimizer(model: PreTrainedModel, config: PretrainConfig) -> torch.optim.AdamW:
+    """AdamW without decay on biases and LayerNorms."""
+    parameters = dict(model.named_parameters())
+    exempt = [name for name in parameters if name.endswith("bias") or "LayerNorm" in name]
+    groups = [
+        {
+            "params": [parameters[name] for name in parameters if name not in exempt],
+            "weight_decay": config.weight_decay,
+        },
+        {"params": [parameters[name] for name in exempt], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, config.adam_beta2), eps=1e-6, fused=True)
+
+
+def learning_rate(step: int, config: PretrainConfig) -> float:
+    """The rate of update `step` (from 0): linear warm-up, then the schedule's decay to zero."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    decay = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}
+    return config.learning_rate * decay[config.schedule]
+
+
+class Run:
+    """A training run: the model and all that changes while it is trained."""
+
+    def __init__(self, config: PretrainConfig, accelerator: Accelerator, corpus: Corpus):
+        self.config = config
+        self.accelerator = accelerator
+        self.corpus = corpus
+        self.train_examples = Examples(corpus, config, held_out=False)
+        self.held_out_examples = Examples(corpus, config, held_out=True)
+        if not len(self.held_out_examples):
+            raise ValueError(
+                "text: the held-out documents are too short to give one example; raise validation_fraction"
+            )
+        self.micro_batch_size = check_batch_size(config.batch_size, config.micro_batch_size, accelerator.num_processes)
+        share = Share(accelerator.process_index, accelerator.num_processes, self.micro_batch_size)
+        self.batches = GlobalBatches(self.train_examples, config.batch_size, share)
+        self.unigram = unigram_losses(self.train_examples.token_counts())
+        model = build_model(config, corpus.tokenizer)
+        self.exit_layers = model.config.exit_layers
+        self.model, self.optimizer = accelerator.prepare(model, build_optimizer(model, config))
+        self.progress = Progress()
+        self.window = Window()
+        self.stop_requested = False
+
+    @property
+    def plain_model(self) -> ElasticBertForPreTraining:
+        return self.accelerator.unwrap_model(self.model)
+
+    def loader(self) -> Iterator[list[Batch]]:
+        """This process's micro-batches of every update that is left."""
+        steps = range(self.progress.step, self.config.steps)
+        return iter(
+            DataLoader(
+                self.batches,
+                sampler=steps,
+                batch_size=None,
+                num_workers=self.config.workers,
+                worker_init_fn=_ignore_signals if self.config.workers else None,
+            )
+        )
+
+    def update(self, micro_batches: list[Batch]) -> None:
+        """One optimizer step on a global batch; skipped, and counted, where the gradient is not finite."""
+        progress, config = self.progress, self.config
+        masked, rows, tokens, stop = self._global_counts(micro_batches)
+        exits = exit_group(self.exit_layers, config.exit_groups, progress.step)
+        losses = self._backward(micro_batches, exits, masked, rows)
+        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm))
+        if math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(progress.step, config)
+            self.optimizer.step()
+            progress.skipped_in_a_row = 0
+            self.window.add(exits, losses, int(tokens))
+        else:
+            self._skip()
+        self.optimizer.zero_grad()
+        self.norm = norm
+        progress.step += 1
+        progress.tokens += int(tokens)
+        self.stop_requested = bool(stop)
+
+    def _global_counts(self, micro_batches: list[Batch]) -> list[float]:
+        """Masked tokens, rows and real tokens of the global batch, and whether any process was asked to stop."""
+        counts = [
+            sum(int((batch["labels"] != IGNORED).sum()) for batch in micro_batches),
+            sum(len(batch["labels"]) for batch in micro_batches),
+            sum(int(batch["attention_mask"].sum()) for batch in micro_batches),
+            int(self.stop_requested),
+        ]
+        if self.accelerator.num_processes == 1:
+            return counts
+        total = torch.tensor(counts, dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.reduce(total, "sum").tolist()
+
+    def _backward(self, micro_batches: list[Batch], exits: list[int], masked: float, rows: float) -> torch.Tensor:
+        """Gradients of the loss over the global batch; -> (exits, 2), this process's part of the MLM and SOP losses.
+
+        Sums are divided by the counts of the global batch over the number of processes, whose gradients are averaged: the
+        update is the same however the batch is dealt out. Dropout is a function of (seed, step, process).
+        """
+        accelerator = self.accelerator
+        torch.manual_seed(_seed_of(self.config.seed, self.progress.step, accelerator.process_index))
+        losses = torch.zeros(len(exits), 2, device=accelerator.device)
+        for number, batch in enumerate(micro_batches, start=1):
+            last = number == len(micro_batches)
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                output = self.model(
+                    **{name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()},
+                    exits=exits,
+                    mlm_count=masked / accelerator.num_processes,
+                    sop_count=rows / accelerator.num_processes,
+                )
+                accelerator.backward(output.loss)
+            pairs = zip(output.mlm_losses, output.sop_losses, strict=True)
+            losses += torch.stack([torch.stack(pair) for pair in pairs]).detach()
+        return losses
+
+    def _skip(self) -> None:
+        progress = self.progress
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        if progress.skipped_in_a_row >= self.config.max_skipped:
+            raise ValueError(
+                f"the loss was not finite in {progress.skipped_in_a_row} updates in a row, up to update {progress.step + 1}; "
+                "lower learning_rate, raise warmup_steps, or resume from an earlier checkpoint"
+            )
+
+    def log(self) -> dict[str, Any]:
+        """A line of metrics.jsonl about the updates since the line before."""
+        window, progress = self.window, self.progress
+        seconds = time.perf_counter() - window.started
+        if window.sums and self.accelerator.num_processes > 1:
+            window.sums = {layer: self.accelerator.reduce(window.sums[layer], "mean") for layer in sorted(window.sums)}
+        means = window.means()
+        line = {
+            "step": progress.step,
+            "epoch": self.batches.rows(progress.step - 1)[0],
+            "mlm_loss": {layer: mlm for layer, (mlm, _) in means.items()},
+            "sop_loss": {layer: sop for layer, (_, sop) in means.items()},
+            "learning_rate": learning_rate(progress.step - 1, self.config),
+            "gradient_norm": self.norm if math.isfinite(self.norm) else None,
+            "skipped": progress.skipped,
+            "tokens": progress.tokens,
+            "tokens_per_second": round(window.tokens / seconds, 1),
+        }
+        self.window = Window()
+        self._write(line)
+        return line
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with open(self.config.output / METRICS, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        self.accelerator.log(_flat(line), step=self.progress.step)
+
+    def evaluate(self) -> Evaluation:
+        """Losses on the held-out documents, also written to metrics.jsonl."""
+        result = evaluate(
+            self.accelerator,
+            self.model,
+            self.held_out_examples,
+            self.unigram,
+            self.config.evaluation_examples,
+            self.micro_batch_size,
+        )
+        self._write({"step": self.progress.step, "held_out": asdict(result)})
+        self.window.started = time.perf_counter()  # the time of an evaluation is not the time of updates
+        return result
+
+    def save(self) -> None:
+        """A checkpoint of this step, from which `resume` continues bit for bit."""
+        if self.accelerator.is_main_process:
+            save_checkpoint(
+                self.config.output,
+                self.progress.step,
+                self.plain_model,
+                self.optimizer,
+                self.corpus.tokenizer,
+                {"progress": asdict(self.progress), "run": run_state(self.config, self.corpus)},
+                self.config.keep_checkpoints,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint of the output folder, if there is one."""
+        found = checkpoint_to_resume(self.config.output, self.config.resume_previous)
+        if found is not None:
+            folder, state = found
+            check_same_run(folder, state["run"], run_state(self.config, self.corpus))
+            load_checkpoint(folder, self.plain_model, self.optimizer.optimizer)
+            self.progress = Progress(**state["progress"])
+        if self.accelerator.is_main_process:
+            _cut_metrics(self.config.output / METRICS, self.progress.step)
+        self.accelerator.wait_for_everyone()
+
+
+def _seed_of(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def _ignore_signals(worker: int) -> None:
+    """Workers live until the training process ends them, also where a signal goes to the whole group."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _flat(line: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested numbers under names like mlm_loss/4, as trackers want them."""
+    flat: dict[str, float] = {}
+    for name, value in line.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}/")
+        elif value is not None:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _cut_metrics(file: Path, step: int) -> None:
+    """Drop the lines that a resumed run is going to write again, and half a line that a killed one left."""
+    kept = []
+    for text in file.read_text().splitlines() if file.exists() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            break
+        if line["step"] <= step:
+            kept.append(text + "\n")
+    with new_file(file) as temporary:
+        temporary.write_text("".join(kept))
+
+
+@contextmanager
+def _stop_on_sigterm(run: Run) -> Iterator[None]:
+    """SIGTERM asks the run to save after the update it is in."""
+
+    def request(number, frame):
+        run.stop_requested = True
+
+    previous = signal.signal(signal.SIGTERM, request)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _check_run_folder(config: PretrainConfig) -> None:
+    """ValueError where the output is not ours, or holds a run that was not asked to go on."""
+    check_output(config.output)
+    if (config.output / METRICS).exists() and not (config.resume or config.resume_previous):
+        raise ValueError(
+            f"output folder {config.output} holds a run: add --resume to continue it, or choose another output"
+        )
+
+
+def train(config: PretrainConfig) -> int:
+    """Pre-train as `config` says; -> 0, or 143 where SIGTERM stopped and saved it. The result is in `config.output`."""
+    _check_run_folder(config)
+    accelerator = start_accelerator(config)
+    with accelerator.local_main_process_first():
+        corpus = prepare(config, quiet=not accelerator.is_local_main_process)
+    run = Run(config, accelerator, corpus)
+    if accelerator.is_main_process:
+        claim_folder(config.output)
+        (config.output / "config.yaml").write_text(to_yaml(config))
+    accelerator.wait_for_everyone()
+    if config.tracker:
+        accelerator.init_trackers("pretrain", config={name: str(value) for name, value in asdict(config).items()})
+    run.resume()
+    accelerator.print(_summary(run))
+    with _stop_on_sigterm(run):
+        code = _loop(run)
+    if code == 0:
+        _finish(run)
+    accelerator.end_training()
+    return code
+
+
+def _summary(run: Run) -> str:
+    corpus, train, held_out = run.corpus, run.train_examples, run.held_out_examples
+    parameters = sum(parameter.numel() for parameter in run.plain_model.parameters())
+    padding = 1 - train.lengths.mean() / run.config.max_length
+    return (
+        f"{corpus.total('documents')} documents, {corpus.total('sentences')} sentences, {corpus.total('tokens')} tokens "
+        f"({100 * corpus.total('unknown') / corpus.total('tokens'):.2f} % unknown), vocabulary {len(corpus.tokenizer)}\n"
+        f"{len(train)} training and {len(held_out)} held-out examples of {train.lengths.mean():.1f} tokens "
+        f"({100 * padding:.1f} % short of {run.config.max_length}), {parameters / 1e6:.2f} M parameters, "
+        f"exits {run.exit_layers}, {run.accelerator.num_processes} process(es)\n"
+        f"updates {run.progress.step + 1} to {run.config.steps} of {run.config.batch_size} examples"
+    )
+
+
+def _loop(run: Run) -> int:
+    """All updates that are left, with logs, evaluations and checkpoints when they are due."""
+    config = run.config
+    quiet = True if not run.accelerator.is_main_process else None  # None: only where there is a terminal
+    bar = tqdm(total=config.steps, initial=run.progress.step, desc="pretrain", unit=" updates", disable=quiet)
+    for micro_batches in run.loader():
+        run.update(micro_batches)
+        step = run.progress.step
+        bar.update()
+        if step % config.log_every == 0 or step == config.steps:
+            line = run.log()
+            bar.set_postfix({f"exit {layer}": f"{loss:.2f}" for layer, loss in line["mlm_loss"].items()})
+        if run.stop_requested and step < config.steps:
+            run.save()
+            run.accelerator.print(f"stopped after update {step}; --resume continues it")
+            return STOPPED
+        if step % config.evaluate_every == 0 and step < config.steps:
+            run.evaluate()
+        if step % config.save_every == 0 or step == config.steps:
+            run.save()
+    bar.close()
+    return 0
+
+
+def _finish(run: Run) -> None:
+    """The last evaluation, the model in the output folder itself, the plot and the card; nothing where that was done."""
+    output = run.config.output
+    if (output / EVALUATION).exists():
+        run.accelerator.print(f"{output} is complete")
+        return
+    result = run.evaluate()
+    run.accelerator.print(result.table())
+    if run.accelerator.is_main_process:
+        _publish_model(run, output)
+        plot_losses(output / METRICS, output / "losses.png")
+        write_card(output / "README.md", run.config, run.corpus, result)
+        with new_file(output / EVALUATION) as file:
+            file.write_text(json.dumps({"step": run.progress.step, **asdict(result)}, indent=2) + "\n")
+    run.accelerator.wait_for_everyone()
+
+
+def _publish_model(run: Run, output: Path) -> None:
+    """The files of the finished model, each renamed into the output folder, the configuration last."""
+    staging = output / "model"
+    with new_folder(staging) as temporary:
+        save_model(temporary, run.plain_model, run.corpus.tokenizer)
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, output / path.name)
+    staging.rmdir()
