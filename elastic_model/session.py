@@ -41,8 +41,8 @@ class ElasticSession:
         self.inputs = {one.name for one in [*self.session.get_inputs(), *defaulted]}
         if points is not None and points.points and len(points.points[0].thresholds) != len(self.exit_layers):
             raise ValueError(
-                f"{model.parent.parent / FILE}: {len(points.points[0].thresholds)} thresholds per point, but {model} has "
-                f"{len(self.exit_layers)} exits; export the checkpoint again"
+                f"{model.parent.parent / FILE}: {len(points.points[0].thresholds)} thresholds per point for the "
+                f"{len(self.exit_layers)} exits of {model.name}; export the checkpoint again"
             )
 
     @classmethod
@@ -116,9 +116,9 @@ class ElasticSession:
         return "default"
 
     def run(
-        self, encodings: Sequence[Any], thresholds: Sequence[float], max_layer: int | None = None
+        self, encodings: Sequence[Any], thresholds: Sequence[float] | None = None, max_layer: int | None = None
     ) -> dict[str, np.ndarray]:
-        """The graph's outputs by name for one batch of the tokenizer's encodings."""
+        """The graph's outputs by name for one batch of the tokenizer's encodings; None: the file's own default."""
         feed = _pad(encodings)
         if thresholds is not None:
             feed["exit_threshold"] = self._checked_thresholds(thresholds)

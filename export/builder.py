@@ -1,6 +1,7 @@
 """A small builder of ONNX graphs: operators as calls, `If` bodies, initializers that every body sees."""
 
 import itertools
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -19,12 +20,12 @@ class GraphBuilder:
     def __init__(self, parent: "GraphBuilder | None" = None):
         self.nodes: list[onnx.NodeProto] = []
         self._scope: list[str] = parent._scope[:] if parent else []
-        self._numbers = parent._numbers if parent else itertools.count()
+        self._numbers: Iterator[int] = parent._numbers if parent else itertools.count()
         self._constants: dict[tuple, str] = parent._constants if parent else {}
         self.initializers: list[onnx.TensorProto] = parent.initializers if parent else []
 
     @contextmanager
-    def scope(self, name: str):
+    def scope(self, name: str) -> Iterator["GraphBuilder"]:
         """Names of the nodes made inside start with `name/`: what a profile or an error message shows."""
         self._scope.append(name)
         yield self

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from elastic_model import ElasticBertConfig
 from export.arithmetic import Arithmetic
 from export.builder import GraphBuilder
 
@@ -25,7 +26,7 @@ ACTIVATIONS = {
 class Weights:
     """The checkpoint's configuration and its tensors by name, and how to compute with them."""
 
-    config: object
+    config: ElasticBertConfig
     tensors: Mapping[str, np.ndarray]
     arithmetic: Arithmetic
 
@@ -81,9 +82,9 @@ def embeddings(graph: GraphBuilder, weights: Weights, positions: str, ids: str, 
     tables["position_embeddings"] = tables["position_embeddings"][weights.config.position_offset :]
     if types is None and "token_type_embeddings" in tables:  # one type: the same for every token
         tables["position_embeddings"] = tables["position_embeddings"] + tables.pop("token_type_embeddings")[0]
-    indices = {"word_embeddings": ids, "position_embeddings": positions, "token_type_embeddings": types}
     found = [
-        weights.arithmetic.lookup(graph, indices[name], f"{prefix}.{name}", table) for name, table in tables.items()
+        weights.arithmetic.lookup(graph, index, f"{prefix}.{name}", tables[name])
+        for name, index in zip(tables, [ids, positions, *([types] if types else [])], strict=True)
     ]
     return add_and_norm(graph, weights, f"{prefix}.LayerNorm", *found)
 

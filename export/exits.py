@@ -92,6 +92,7 @@ def margin(graph: GraphBuilder, passed: Passed) -> str:
 
 def learned(graph: GraphBuilder, passed: Passed) -> str:
     """The learned exit head's uncertainty is below the threshold (BERxiT, Xin et al. 2021)."""
+    assert passed.uncertainty is not None  # the graph has it wherever this policy is
     return graph.op("Less", passed.uncertainty, passed.thresholds[-1])
 
 
@@ -120,8 +121,8 @@ def regression_patience(graph: GraphBuilder, passed: Passed) -> str:
         graph.op("Abs", graph.op("Sub", after, before)) for before, after in zip(values, values[1:], strict=False)
     ]
     near = [graph.op("Less", size, limit) for size, limit in zip(sizes, passed.thresholds[-steps:], strict=True)]
-    near = graph.op("Cast", graph.op("Concat", *near, axis=1), to=TensorProto.INT32)  # (rows, steps * values)
-    return graph.op("Cast", graph.op("ReduceMin", near, axes=[1], keepdims=0), to=TensorProto.BOOL)
+    together = graph.op("Cast", graph.op("Concat", *near, axis=1), to=TensorProto.INT32)  # (rows, steps * values)
+    return graph.op("Cast", graph.op("ReduceMin", together, axes=[1], keepdims=0), to=TensorProto.BOOL)
 
 
 def voting(graph: GraphBuilder, passed: Passed) -> str:

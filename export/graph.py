@@ -1,5 +1,6 @@
 """The one graph: stages of layers, each the body of an `If`, rows that leave at their own exit."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from elastic_model import ElasticBertConfig
 from elastic_model.checks import check_exit_policy, thresholds_of
 from export.arithmetic import Arithmetic
 from export.builder import CONTRIB, GraphBuilder
@@ -17,6 +19,8 @@ OPSET = 17
 CONTRIB_OPSET = 1
 IR_VERSION = 8
 MINIMUM_ONNXRUNTIME = "1.17.0"
+STAY = {"name": "entropy", "threshold": 0.0}  # nothing is below an entropy of 0
+STAY_REGRESSION = {"name": "patience", "patience": 1, "threshold": 0.0}
 
 
 @dataclass(frozen=True)
@@ -42,27 +46,44 @@ class Inside:
         return [self.hidden, self.row, self.lengths]
 
 
-def task_of(config) -> Task:
-    """The task and the default operating point of a sequence classifier's configuration; full depth where it names no
-    policy."""
+def task_of(config: ElasticBertConfig) -> Task:
+    """The task and the default operating point of a sequence classifier's configuration.
+
+    Where it names no policy, one is built in whose default threshold lets nobody leave.
+    """
     exits = config.exit_layers
     problem_type = config.problem_type or (REGRESSION if config.num_labels == 1 else "single_label_classification")
     policy = check_exit_policy(config.exit_policy, len(exits), problem_type)
     max_layer = exits[-1]
     if policy is not None and policy["name"] == "constant":
         policy, max_layer = None, policy["layer"]
-    if policy is None:  # nobody is ever below an entropy, or nearer than a distance, of 0
-        policy = {"name": "entropy", "threshold": 0.0}
-        if problem_type == REGRESSION:
-            policy = {"name": "patience", "patience": 1, "threshold": 0.0}
-    if "threshold" in policy:
-        thresholds = thresholds_of(policy, len(exits))
-    else:
-        thresholds = [float(policy[policy["name"].replace("voting", "votes")])] * len(exits)
-    return Task(problem_type, policy, thresholds, max_layer)
+    policy = policy or (STAY_REGRESSION if problem_type == REGRESSION else STAY)
+    counts = {"patience": policy.get("patience"), "voting": policy.get("votes")}
+    settings = policy if "threshold" in policy else {"threshold": counts[policy["name"]]}
+    return Task(problem_type, policy, thresholds_of(settings, len(exits)), max_layer)
 
 
-def build_graph(config, tensors: Mapping[str, np.ndarray], arithmetic: Arithmetic) -> onnx.ModelProto:
+def metadata(config: ElasticBertConfig, task: Task, max_tokens: int, versions: dict[str, str]) -> dict[str, str]:
+    """What a client needs to know, as ONNX metadata: keys `elastic_*`, values JSON."""
+    names = config.id2label or {}
+    values = {
+        "exit_layers": config.exit_layers,
+        "labels": [names[number] for number in range(config.num_labels)],
+        "problem_type": task.problem_type,
+        "policy": task.policy,
+        "thresholds": task.thresholds,
+        "max_layer": task.max_layer,
+        "max_tokens": max_tokens,
+        "requires": {"onnxruntime": MINIMUM_ONNXRUNTIME, "opset": OPSET, "ir_version": IR_VERSION},
+        "versions": versions,
+        "config": config.to_diff_dict(),
+    }
+    return {f"elastic_{name}": json.dumps(value) for name, value in values.items()}
+
+
+def build_graph(
+    config: ElasticBertConfig, tensors: Mapping[str, np.ndarray], arithmetic: Arithmetic
+) -> onnx.ModelProto:
     """The sequence classifier of a configuration and its tensors as one ONNX model.
 
     Inputs input_ids, attention_mask, token_type_ids (where the model has two types or more) int64 (batch, sequence),
@@ -185,7 +206,7 @@ def answer_of(graph: GraphBuilder, exit_layers: list[int], answers: list[str]) -
         graph.op("GatherND", by_row, graph.op("Unsqueeze", left_at, graph.integers(1)), batch_dims=1, output="logits")
 
 
-def finish(graph: GraphBuilder, config, task: Task) -> onnx.ModelProto:
+def finish(graph: GraphBuilder, config: ElasticBertConfig, task: Task) -> onnx.ModelProto:
     """The model with its inputs, outputs and defaults."""
     int64, float32, exits = TensorProto.INT64, TensorProto.FLOAT, len(config.exit_layers)
     names = ["input_ids", "attention_mask", *(["token_type_ids"] if config.type_vocab_size > 1 else [])]

@@ -32,12 +32,13 @@ def quantize_channels(weight: np.ndarray, *, pairs: bool = False) -> tuple[np.nd
     full = _scale(weight, axis=0)
     if not pairs:
         return _rounded(weight, full), full
-    best, scale, error = None, full, np.full(weight.shape[1], np.inf)
+    best, scale = np.zeros(weight.shape, np.int8), full
+    error = np.full(weight.shape[1], np.inf)
     for share in SHARES:
         tried = _cut_pairs(_rounded(weight, full / share))
         loss = np.square(tried * (full / share) - weight).sum(axis=0)
         better = loss < error
-        best = tried if best is None else np.where(better, tried, best)
+        best = np.where(better, tried, best)
         scale, error = np.where(better, full / share, scale), np.minimum(loss, error)
     return best, scale.astype(np.float32)
 

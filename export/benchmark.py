@@ -1,0 +1,83 @@
+"""`python -m export benchmark`: the files of an exported folder, timed side by side on real rows in one run."""
+
+import json
+import platform
+import time
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from elastic_model.folders import new_file
+from elastic_model.processor import ONNX_FILES, cpu_flags, fitting_files
+from elastic_model.session import NEVER, ElasticSession
+from export.config import BenchmarkOptions
+from export.rows import read_texts
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One line of the table; milliseconds are per batch, tokenisation left out."""
+
+    file: str
+    point: str
+    threads: int
+    batch: int
+    p50_ms: float
+    p95_ms: float
+    rows_per_second: float
+    mean_exit_layer: float
+
+
+def benchmark_folder(options: BenchmarkOptions) -> None:
+    """Time every file that fits this CPU at full depth, at its own default and at each operating point."""
+    texts = read_texts(options.input, options.text, options.pair, options.max_rows)
+    files = [name for name in fitting_files(cpu_flags()) if (options.folder / "onnx" / f"{name}.onnx").is_file()]
+    if not files:
+        raise ValueError(f"{options.folder}/onnx has none of {', '.join(ONNX_FILES)}")
+    timings = []
+    for threads in options.threads:
+        for file in files:
+            session = ElasticSession.from_pretrained(options.folder, file, threads)
+            timings += time_session(session, texts, threads, options.batch_sizes, options.seconds)
+    print(f"{platform.processor() or platform.machine()}, {len(texts)} rows in the order of the file, ms per batch")
+    print(f"{'file':26} {'point':12} threads batch    p50    p95   rows/s  mean exit layer")
+    for one in timings:
+        cells = f"{one.file:26} {one.point:12} {one.threads:7} {one.batch:5} {one.p50_ms:6.2f} {one.p95_ms:6.2f}"
+        print(f"{cells} {one.rows_per_second:8.0f}  {one.mean_exit_layer:.2f}")
+    if options.output:
+        with new_file(options.output) as path:
+            path.write_text(json.dumps([asdict(one) for one in timings], indent=2) + "\n", encoding="utf-8")
+
+
+def time_session(
+    session: ElasticSession, texts: list, threads: int, batch_sizes: list[int], seconds: float
+) -> list[Timing]:
+    """One session at every operating point and batch size."""
+    never = [NEVER[session.policy["name"]]] * len(session.exit_layers)
+    points = {"full": never, "default": session.thresholds}
+    points |= {point.name: point.thresholds for point in (session.points.points if session.points else [])}
+    encodings = session.tokenizer.encode_batch(texts)
+    timings = []
+    for name, thresholds in points.items():
+        for batch in batch_sizes:
+            batches = [encodings[start : start + batch] for start in range(0, len(encodings), batch)]
+            spent, layers = _passes(session, batches, thresholds, seconds)
+            p50, p95 = np.percentile(spent, [50, 95]) * 1e3
+            rate = len(encodings) * (len(spent) // len(batches)) / sum(spent)
+            timings.append(Timing(session.file.stem, name, threads, batch, float(p50), float(p95), rate, layers))
+    return timings
+
+
+def _passes(
+    session: ElasticSession, batches: list, thresholds: list[float], seconds: float
+) -> tuple[list[float], float]:
+    """Seconds of each batch over whole passes through the rows, after one unmeasured; mean exit layer."""
+    layers = float(np.concatenate([session.run(batch, thresholds)["exit_layer"] for batch in batches]).mean())
+    spent: list[float] = []
+    end = time.perf_counter() + seconds
+    while not spent or time.perf_counter() < end:
+        for batch in batches:
+            start = time.perf_counter()
+            session.run(batch, thresholds)
+            spent.append(time.perf_counter() - start)
+    return spent, layers

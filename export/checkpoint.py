@@ -1,0 +1,96 @@
+"""The checkpoint to export: a fine-tuned sequence classifier of ours, complete."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers.utils import logging as transformers_logging
+
+from elastic_model import ElasticBertConfig, ElasticBertForSequenceClassification
+
+ARCHITECTURE = "ElasticBertForSequenceClassification"
+# what travels into the artefact as it is; nothing else of a training folder does
+CARRIED = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.py",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "merges.txt",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder, its configuration, the PyTorch model, and that model's tensors as arrays (no copies)."""
+
+    folder: Path
+    config: ElasticBertConfig
+    model: ElasticBertForSequenceClassification
+    tensors: dict[str, np.ndarray]
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest input, in tokens."""
+        return self.config.max_position_embeddings - self.config.position_offset
+
+    def files(self) -> list[Path]:
+        """The files that travel into the artefact."""
+        return sorted({file for pattern in CARRIED for file in self.folder.glob(pattern) if file.is_file()})
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """A fine-tuned classifier with tokenizer; ValueError where the folder is not one, or a weight is missing from
+    it."""
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint {folder} is not a folder")
+    _check_config(folder)
+    if not list(folder.glob("*.safetensors")):
+        raise ValueError(f"checkpoint {folder} has no weights: expected model.safetensors (save_pretrained writes it)")
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"checkpoint {folder} has no tokenizer.json: save the tokenizer beside the weights")
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what is missing is an error below, not a warning
+    transformers_logging.disable_progress_bar()
+    try:
+        model, found = ElasticBertForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # safetensors and transformers raise errors of many classes for a damaged file
+        raise ValueError(f"checkpoint {folder} cannot be loaded: {error}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if found["missing_keys"]:
+        raise ValueError(
+            f"checkpoint {folder} lacks weights: {', '.join(sorted(found['missing_keys'])[:5])}; fine-tune it first"
+        )
+    tensors = {name: tensor.numpy() for name, tensor in model.eval().state_dict().items()}
+    broken = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(f"checkpoint {folder}: weights that are not finite: {', '.join(broken[:5])}")
+    return Checkpoint(folder, model.config, model, tensors)
+
+
+def _check_config(folder: Path) -> None:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"checkpoint {folder} has no config.json")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON: {error}") from error
+    kind, architectures = content.get("model_type"), content.get("architectures") or []
+    if kind != "elasticbert":
+        raise ValueError(
+            f"checkpoint {folder}: model_type {kind!r} is not exported, only elasticbert; fine-tune one first"
+        )
+    if ARCHITECTURE not in architectures:
+        raise ValueError(
+            f"checkpoint {folder}: {', '.join(architectures) or 'no architecture'} is not exported, "
+            f"only {ARCHITECTURE}"
+        )

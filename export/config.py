@@ -1,0 +1,54 @@
+"""Options of `python -m export`, of `... predict` and of `... benchmark`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from elastic_model.arguments import option
+
+
+@dataclass
+class ExportOptions:
+    """A fine-tuned checkpoint as a folder of ONNX files that answer at every exit, each checked before it is kept."""
+
+    checkpoint: Path = option(help="folder of a fine-tuned sequence classifier", positional=True)
+    output: Path = option(help="folder to write", positional=True)
+    files: list[str] = option(
+        [],
+        help="int8 files, model_qint8_avx512_vnni or model_quint8_avx2 (default: the one for this CPU)",
+    )
+    rows: Path | None = option(None, help="texts to compare int8 with float32 on (.tsv with a header, .txt; .gz, .xz)")
+    text: str = option("text", help="column of --rows that holds the text")
+    pair: str | None = option(None, help="column of --rows that holds the second text")
+    max_rows: int = option(256, help="rows of --rows to compare on")
+    min_agreement: float = option(0.95, help="share of --rows that int8 must answer like float32")
+
+
+@dataclass
+class PredictOptions:
+    """The answers of an exported folder for a file of texts, as tab-separated lines."""
+
+    folder: Path = option(help="folder that `python -m export` wrote", positional=True)
+    input: Path = option(help="texts to answer (.tsv with a header, .txt; .gz, .xz)")
+    output: Path | None = option(None, help="file to write (default: the terminal)")
+    text: str = option("text", help="column that holds the text")
+    pair: str | None = option(None, help="column that holds the second text")
+    budget: str | None = option(None, help="operating point, or speedup=4, latency_ms=2, flops=1e9, max_drop=0.5")
+    max_layer: int | None = option(None, help="highest layer that a row may reach")
+    batch_size: int = option(32, help="rows per batch")
+    threads: int | None = option(None, help="threads (default: those this process may use)")
+    file: str | None = option(None, help="ONNX file, without .onnx (default: the best for this CPU)")
+
+
+@dataclass
+class BenchmarkOptions:
+    """Milliseconds and rows per second of an exported folder's files, side by side in one run."""
+
+    folder: Path = option(help="folder that `python -m export` wrote", positional=True)
+    input: Path = option(help="texts to time (.tsv with a header, .txt; .gz, .xz)")
+    output: Path | None = option(None, help="JSON file for the numbers")
+    text: str = option("text", help="column that holds the text")
+    pair: str | None = option(None, help="column that holds the second text")
+    max_rows: int = option(256, help="rows to time")
+    batch_sizes: list[int] = option([1, 32], help="rows per batch")
+    threads: list[int] = option([1], help="threads, each value a line of the table")
+    seconds: float = option(2.0, help="time per measurement, after a warm-up")
