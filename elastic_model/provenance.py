@@ -183,6 +183,44 @@ def hub_file(name: str, file: str, revision: str | None = None) -> Path | None:
         return None
 
 
+def license_of(stages: list[Stage]) -> dict[str, Any]:
+    """The licence that the last stage to say something states: its own, or that of its parent's card."""
+    for stage in reversed(stages):
+        if stage.license:
+            return {"license": stage.license}
+        stated = _parent_card(stage)
+        if stated.get("license"):
+            return {name: stated[name] for name in ("license", "license_name", "license_link") if name in stated}
+    return {}
+
+
+def base_model_of(stages: list[Stage]) -> Any:
+    """The hub id of the last parent that came from the hub, or what the card of a local parent names."""
+    for stage in reversed(stages):
+        if stage.parent and (stage.parent.hub_id or stage.parent.card.get("base_model")):
+            return stage.parent.hub_id or stage.parent.card["base_model"]
+    return None
+
+
+def datasets_of(stages: list[Stage]) -> list[str]:
+    """The hub's data sets that the stages read, or that the cards of their parents name."""
+    return _union(
+        [*listed(_parent_card(stage).get("datasets")), *(one.hub_id for one in stage.data)] for stage in stages
+    )
+
+
+def languages_of(stages: list[Stage]) -> list[str]:
+    """The languages of the data, where they are known."""
+    return _union(
+        [*listed(_parent_card(stage).get("language")), *(one.language for one in stage.data)] for stage in stages
+    )
+
+
+def listed(value: Any) -> list[str]:
+    """The values of a card's field, which may hold none, one or a list of them."""
+    return [str(one) for one in (value if isinstance(value, list) else [value]) if one]
+
+
 def weights_hash(folder: Path) -> str | None:
     """sha256 of a checkpoint's safetensors files, None where it has none."""
     return checkpoint_hash(folder) if any(folder.glob("*.safetensors")) else None
@@ -201,6 +239,14 @@ def _stage(content: dict[str, Any]) -> Stage:
         "metrics": [Metric(**one) for one in content["metrics"]],
     }
     return Stage(**{**content, **parts})
+
+
+def _parent_card(stage: Stage) -> dict[str, Any]:
+    return stage.parent.card if stage.parent else {}
+
+
+def _union(lists: Iterable[Iterable[str | None]]) -> list[str]:
+    return list(dict.fromkeys(one for part in lists for one in part if one))
 
 
 def _card_fields(file: Path | None) -> dict[str, Any]:
