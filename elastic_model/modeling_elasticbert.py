@@ -3,16 +3,15 @@
 Legend of shapes: rows, tokens, width, labels, vocabulary. "Real" tokens are those that the attention mask marks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .checks import check_exit_policy, check_layer_config, check_length_config
@@ -34,6 +33,7 @@ from .outputs import (
     ElasticBertForPreTrainingOutput,
     ElasticBertModelOutput,
     ElasticBertQuestionAnsweringOutput,
+    RecordingArguments,
 )
 from .pretrained import load_foreign, save_code
 
@@ -159,7 +159,7 @@ class ElasticBertModel(ElasticBertPreTrainedModel):
         length_config: list | float | None = None,
         layer_config: list[int] | None = None,
         exit_policy: dict | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[RecordingArguments],
     ) -> ElasticBertModelOutput:
         """length_config, layer_config: the sub-network, None = the config's; exit_policy: only "never" and "constant"
         here."""
@@ -192,7 +192,7 @@ class ElasticBertTaskModel(ElasticBertPreTrainedModel):
         """The layers with an exit, 1-based."""
         return list(self.config.exit_layers or ())
 
-    def walk(self, inputs: tuple, exits: list[int] | None, kwargs: dict) -> Iterator[Exit]:
+    def walk(self, inputs: tuple, exits: list[int] | None, kwargs: Mapping[str, Any]) -> Iterator[Exit]:
         """The encoder's exits for one forward: inputs as `ElasticBertModel.exits` takes them; exits: those
         to compute, by layer, None = all. While training, with gradient equilibrium as configured."""
         exits = self.exit_layers if exits is None else list(exits)
@@ -390,7 +390,7 @@ class ElasticBertForSequenceClassification(ElasticBertExitModel):
         exit_policy: dict | None = None,
         exits: list[int] | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[RecordingArguments],
     ) -> ElasticBertExitOutput:
         """labels (rows,) classes, (rows,) floats for regression, (rows, labels) floats for multi-label.
 
@@ -444,7 +444,7 @@ class ElasticBertForTokenClassification(ElasticBertExitModel):
         exit_policy: dict | None = None,
         exits: list[int] | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[RecordingArguments],
     ) -> ElasticBertExitOutput:
         """labels (rows, tokens), -100 where a token has none; the rest as in sequence classification."""
         policy = self.policy_for(exit_policy, labels, "token_classification")
@@ -484,7 +484,7 @@ class ElasticBertForMultipleChoice(ElasticBertExitModel):
         exit_policy: dict | None = None,
         exits: list[int] | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[RecordingArguments],
     ) -> ElasticBertExitOutput:
         """labels (questions,): the right choice; logits (questions, choices); the rest as in sequence
         classification."""
@@ -537,7 +537,7 @@ class ElasticBertForQuestionAnswering(ElasticBertExitModel):
         layer_config: list[int] | None = None,
         exit_policy: dict | None = None,
         exits: list[int] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[RecordingArguments],
     ) -> ElasticBertQuestionAnsweringOutput:
         """start_positions, end_positions (rows,): tokens; one beyond the input is ignored, as in transformers."""
         labels = None if start_positions is None or end_positions is None else (start_positions, end_positions)
@@ -641,7 +641,7 @@ class ElasticBertForMaskedLM(ElasticBertMaskedModel):
         exit_policy: dict | None = None,
         exits: list[int] | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[RecordingArguments],
     ) -> ElasticBertExitOutput:
         """labels (rows, tokens), -100 where nothing is to be predicted.
 
@@ -698,7 +698,7 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
         exits: list[int] | None = None,
         mlm_count: torch.Tensor | int | None = None,
         sop_count: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[RecordingArguments],
     ) -> ElasticBertForPreTrainingOutput:
         """labels (rows, tokens), -100 where nothing is to be predicted; sentence_order_label (rows,): 1 = swapped.
 

@@ -1,9 +1,19 @@
 """What the models return."""
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from transformers.utils import ModelOutput
+
+
+class RecordingArguments(TypedDict, total=False):
+    """What every forward takes besides its own arguments, as in transformers: what to record, and in which form to
+    return it."""
+
+    output_hidden_states: bool | list[int] | None
+    output_attentions: bool | None
+    return_dict: bool | None
 
 
 @dataclass
