@@ -201,7 +201,7 @@ class Flow:
                 config=config, inputs_embeds=self.hidden, attention_mask=self.mask
             )
             self.attention_mask_is_stale = False
-        if length is None:
+        if length is None or (isinstance(length, int) and length >= self.hidden.shape[1]):
             self.hidden, _, _ = layer(self.hidden, self.attention_mask, **kwargs)
             return
         real = self.real_mask()

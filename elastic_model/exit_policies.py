@@ -111,7 +111,7 @@ def _patience(history, threshold, policy):
     if recent[-1].values is not None:
         near = [
             ((after.values - before.values).abs() < limit).all(-1)
-            for before, after, limit in zip(recent, recent[1:], threshold[-policy["patience"] :], strict=True)
+            for before, after, limit in zip(recent[:-1], recent[1:], threshold[-policy["patience"] :], strict=True)
         ]
         return torch.stack(near).all(0)
     votes = torch.stack([prediction.log_probs.argmax(-1) for prediction in recent])
@@ -164,6 +164,7 @@ def simulate(policy, exit_logits, exit_layers: list[int], problem_type: str, mas
     "learned". -> answers (rows, ...), and (rows,) the layer, from 1, that each row left at; as tensors.
     """
     exit_logits = torch.as_tensor(exit_logits)
+    mask = None if mask is None else torch.as_tensor(mask).bool()
     policy = check_exit_policy(policy, len(exit_layers), problem_type)
     if len(exit_logits) != len(exit_layers):
         raise ValueError(f"exit_logits must have one entry per exit, {len(exit_layers)}, got {len(exit_logits)}.")
