@@ -1,4 +1,5 @@
-"""The closed-form counts agree with PyTorch's own counter, to the last multiply-add, and with the parameters that exist."""
+"""The closed-form counts agree with PyTorch's own counter, to the last multiply-add, and with the parameters that
+exist."""
 
 import pytest
 import torch

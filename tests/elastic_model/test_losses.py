@@ -1,0 +1,201 @@
+"""Weightings, gradient equilibrium, grouped exits, distillation: formulas on known numbers, gradients against their
+definition."""
+
+import pytest
+import torch
+
+import elastic_model
+from elastic_model import ElasticBertConfig
+from elastic_model.losses import (
+    EXIT_LOSSES,
+    exit_group,
+    exit_weights,
+    gradient_equilibrium,
+    inplace_distillation,
+    weighted_loss,
+)
+
+HEADS = {
+    "ElasticBertForSequenceClassification": {"labels": torch.tensor([0, 2, 1])},
+    "ElasticBertForTokenClassification": {"labels": torch.arange(30).view(3, 10) % 3},
+    "ElasticBertForQuestionAnswering": {
+        "start_positions": torch.tensor([1, 0, 9]),
+        "end_positions": torch.tensor([3, 0, 9]),
+    },
+    "ElasticBertForMaskedLM": {"labels": torch.where(torch.arange(30) % 4 == 0, 7, -100).view(3, 10)},
+    "ElasticBertForPreTraining": {
+        "labels": torch.where(torch.arange(30) % 4 == 0, 7, -100).view(3, 10),
+        "sentence_order_label": torch.tensor([0, 1, 1]),
+    },
+}
+
+
+def model_of(head="ElasticBertForSequenceClassification", **overrides):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=60, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48)
+    dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    config = ElasticBertConfig(**{**sizes, **dropout, "initializer_range": 0.3, "num_labels": 3, **overrides})
+    return getattr(elastic_model, head)(config).train()
+
+
+def ids():
+    return torch.randint(1, 60, (3, 10), generator=torch.Generator().manual_seed(1))
+
+
+def gradients(model):
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("sum", [1, 1, 1]),
+        ("last", [0, 0, 1]),
+        ("mean", [1 / 3] * 3),
+        ("linear", [1 / 6, 2 / 6, 3 / 6]),
+        ("cumulative", [1 / 10, 3 / 10, 6 / 10]),
+        ("sqrt", [1 / 4.14626, 2**0.5 / 4.14626, 3**0.5 / 4.14626]),
+        ("inverse", [6 / 11, 3 / 11, 2 / 11]),
+        ("inverse_sqrt", [1 / 2.28446, 0.70711 / 2.28446, 0.57735 / 2.28446]),
+    ],
+)
+def test_weightings(name, expected):
+    assert exit_weights(name, [1, 2, 3]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", set(EXIT_LOSSES) - {"last"})
+def test_a_subset_of_exits_keeps_their_ratios(name):
+    all_of_them, some = exit_weights(name, list(range(1, 13))), exit_weights(name, [4, 9, 12])
+    assert some[1] / some[0] == pytest.approx(all_of_them[8] / all_of_them[3])
+    assert some[2] / some[1] == pytest.approx(all_of_them[11] / all_of_them[8])
+
+
+def test_unknown_weightings_are_named():
+    with pytest.raises(ValueError, match="exit_loss must be one of sum, last"):
+        exit_weights("harmonic", [1])
+    with pytest.raises(Exception, match="exit_loss must be one of"):
+        model_of(exit_loss="harmonic")
+
+
+def test_a_model_sums_its_exits_as_the_weighting_says():
+    for name in EXIT_LOSSES:
+        output = model_of(exit_loss=name)(ids(), labels=torch.tensor([0, 2, 1]))
+        expected = weighted_loss(dict(enumerate(output.exit_losses, start=1)), name)
+        torch.testing.assert_close(output.loss, expected)
+        by_hand = torch.nn.functional.cross_entropy(output.exit_logits[1], torch.tensor([0, 2, 1]))
+        torch.testing.assert_close(output.exit_losses[1], by_hand)
+
+
+def test_groups_deal_out_the_exits_and_share_the_last():
+    assert [exit_group(list(range(1, 13)), 2, step) for step in (0, 1, 2)] == [
+        [1, 3, 5, 7, 9, 11, 12],
+        [2, 4, 6, 8, 10, 12],
+        [1, 3, 5, 7, 9, 11, 12],
+    ]
+    assert exit_group([2, 5, 6], 5, 4) == [6] and exit_group([6], 3, 1) == [6]
+    with pytest.raises(ValueError, match="at least 1"):
+        exit_group([1, 2], 0, 0)
+
+
+def test_gradient_equilibrium_scales_only_gradients():
+    hidden = torch.ones(3, requires_grad=True)
+    branch, upward = gradient_equilibrium(hidden, 4)
+    assert torch.equal(branch, hidden) and torch.equal(upward, hidden)
+    (branch.sum() * 10 + upward.sum() * 100).backward()
+    assert hidden.grad.tolist() == pytest.approx([10 / 4 + 300 / 4] * 3)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("exits", [[1, 2, 3, 4], [2, 4], [1, 4], [4], [1, 2]])
+def test_the_backbone_sees_the_mean_over_the_trained_exits_above(head, exits):
+    """By definition: dL/dh_l = 1/n_l dL_l/dh_l + (n_l - 1)/n_l J^T dL/dh_{l+1}, for any subset; heads get theirs in
+    full."""
+    arguments = {"input_ids": ids(), **HEADS[head]}
+    model = model_of(head)
+    model(**arguments, exits=exits).loss.backward()
+    balanced = gradients(model)
+    losses = []
+    for exit_layer in exits:  # each exit alone, unscaled
+        alone = model_of(head, gradient_equilibrium=False)
+        alone(**arguments, exits=[exit_layer]).loss.backward()
+        losses.append(gradients(alone))
+    for name, gradient in balanced.items():
+        if ".encoder.layer." not in name:
+            continue
+        layer = int(name.split(".layer.")[1].split(".")[0]) + 1
+        seen = sum(losses[i][name] for i in range(len(exits)) if exits[i] >= layer and name in losses[i])
+        if isinstance(seen, int):
+            continue  # no trained exit above: no gradient of any kind
+        count = sum(exit_layer >= layer for exit_layer in exits)
+        torch.testing.assert_close(gradient, seen / count, atol=1e-5, rtol=1e-4)
+    for i, exit_layer in enumerate(exits):  # an exit's own parameters
+        own = [
+            name
+            for name in balanced
+            if name.startswith((f"classifiers.{exit_layer - 1}.", f"qa_outputs.{exit_layer - 1}."))
+        ]
+        for name in own:
+            torch.testing.assert_close(balanced[name], losses[i][name], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_exits_outside_the_group_take_part_with_zero_gradients(head):
+    model = model_of(head)
+    model(ids(), **HEADS[head], exits=[2, 4]).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    idle = [
+        p.grad
+        for n, p in model.named_parameters()
+        if any(f"{m}.0." in n for m in ("classifiers", "pooler", "transforms", "qa_outputs"))
+    ]
+    assert idle and all((gradient == 0).all() for gradient in idle)
+
+
+@pytest.mark.parametrize("exits", [[], [5], [0, 4]])
+def test_exits_that_do_not_exist_are_named(exits):
+    with pytest.raises(ValueError, match="exits must be some of the exit layers"):
+        model_of()(ids(), exits=exits)
+
+
+def test_distillation_is_the_divergence_from_the_teacher():
+    teacher, student = torch.randn(5, 3), torch.randn(5, 3, requires_grad=True)
+    p, q = teacher.softmax(-1), student.log_softmax(-1)
+    expected = (p * (p.log() - q)).sum(-1).mean()
+    torch.testing.assert_close(inplace_distillation(student, teacher, "single_label_classification"), expected)
+    zero = inplace_distillation(teacher, teacher, "single_label_classification")
+    assert zero.abs() < 1e-6
+    squared = inplace_distillation(torch.tensor([[1.0]]), torch.tensor([[3.0]]), "regression")
+    assert squared.item() == 4.0
+
+
+def test_distillation_of_tokens_and_spans_sees_real_tokens_only():
+    mask = torch.tensor([[True, True, False]])
+    teacher, student = torch.randn(1, 3, 2), torch.randn(1, 3, 2)
+    for problem in ("token_classification", "question_answering"):
+        loss = inplace_distillation(student, teacher, problem, mask)
+        student[0, 2], teacher[0, 2] = 50.0, torch.tensor([-3.0, 8.0])
+        torch.testing.assert_close(inplace_distillation(student, teacher, problem, mask), loss)
+
+
+def test_no_gradient_reaches_the_teacher():
+    teacher, student = (torch.randn(2, 3, requires_grad=True) for _ in range(2))
+    inplace_distillation(student, teacher, "single_label_classification").backward()
+    assert teacher.grad is None and student.grad is not None
+
+
+def test_masked_losses_count_what_they_are_told_to():
+    model, arguments = model_of("ElasticBertForPreTraining"), HEADS["ElasticBertForPreTraining"]
+    own = model(ids(), **arguments)
+    shared = model(ids(), **arguments, mlm_count=16, sop_count=6)
+    torch.testing.assert_close(shared.mlm_losses[0], own.mlm_losses[0] * 8 / 16)
+    torch.testing.assert_close(shared.sop_losses[0], own.sop_losses[0] * 3 / 6)
+    torch.testing.assert_close(own.loss, sum(own.mlm_losses) + sum(own.sop_losses))
+
+
+def test_the_learned_exit_head_learns_who_is_wrong():
+    model = model_of(learned_exit_head=True)
+    labels = torch.tensor([0, 2, 1])
+    output = model(ids(), labels=labels)
+    wrong = torch.stack(output.exit_logits)[:-1].argmax(-1) != labels
+    error = ((output.exit_uncertainty[:-1] - wrong.float()) ** 2).mean()
+    torch.testing.assert_close(output.loss, sum(output.exit_losses) + error)
