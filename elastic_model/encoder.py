@@ -338,5 +338,5 @@ class ElasticBertEncoder(nn.Module):
             exits_from_here = len(computed) - computed.index(number)
             branch = flow.branch_off(exits_from_here) if equilibrium and exits_from_here > 1 else replace(flow)
             yield Exit(number, self.exit_layers.index(number), number == top, branch, flow)
-            if not len(flow.hidden):
+            if not flow.hidden.shape[0]:
                 return

@@ -264,9 +264,9 @@ def gather_answers(walk, head, policy, problem_type, exit_layers, mask=None, cho
         logits, doubt = head(exit)
         rows = exit.flow.rows if exit.flow.rows is None or choices == 1 else exit.flow.rows[::choices] // choices
         if answers is None:
-            left_at = torch.full((len(logits),), exit.layer, dtype=torch.long, device=logits.device)
+            left_at = torch.full((logits.shape[0],), exit.layer, dtype=torch.long, device=logits.device)
             answers = Answers({}, {}, logits.clone(), left_at)
-        batch = len(answers.left_at)
+        batch = answers.left_at.shape[0]
         answers.logits[exit.layer] = _in_batch(logits, rows, batch)
         if doubt is not None:
             answers.uncertainty[exit.layer] = _in_batch(doubt, rows, batch)
@@ -419,10 +419,10 @@ def _wrong(logits: torch.Tensor, labels: torch.Tensor, problem_type: str) -> tor
     """What BERxiT's learned exit head should predict; (rows,): 1 where a row's answer is wrong, |tanh(y' - y)| in
     regression."""
     if problem_type == "regression":
-        return (logits.reshape(len(logits), -1) - labels.reshape(len(logits), -1)).tanh().abs().mean(-1)
+        return (logits.flatten(1) - labels.reshape(logits.shape[0], -1)).tanh().abs().mean(-1)
     if problem_type == "multi_label_classification":
         return ((logits > 0) != (labels > 0.5)).any(-1)
-    return ((logits.argmax(-1) != labels) & (labels != -100)).reshape(len(labels), -1).any(-1)
+    return ((logits.argmax(-1) != labels) & (labels != -100)).reshape(labels.shape[0], -1).any(-1)
 
 
 class ElasticBertForTokenClassification(ElasticBertExitModel):
@@ -731,7 +731,7 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
             sop_logits=orders[computed[-1]],
             exit_prediction_logits=tuple(predictions.values()) if labels is None else None,
             exit_sop_logits=tuple(orders.values()),
-            exit_layers=torch.full((len(orders[computed[-1]]),), computed[-1], device=orders[computed[-1]].device),
+            exit_layers=torch.full((orders[computed[-1]].shape[0],), computed[-1], device=orders[computed[-1]].device),
             mlm_losses=tuple(mlm.values()) or None,
             sop_losses=tuple(sop.values()) or None,
         )
