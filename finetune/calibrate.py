@@ -54,6 +54,23 @@ def candidates(name: str, logits: np.ndarray, problem_type: ProblemType) -> list
     return CANDIDATES[name](logits, problem_type)
 
 
+def never(name: str, exits: int, problem_type: ProblemType) -> Policy:
+    """The setting of a policy at which every row goes to full depth."""
+    if name != "patience":
+        return {"name": name, "threshold": 0.0 if name == "entropy" else 1.0}
+    return (
+        {"name": name, "patience": 1, "threshold": 0.0}
+        if problem_type == "regression"
+        else {"name": name, "patience": exits}
+    )
+
+
+def thresholds(name: str, policy: Policy | None, exits: int, problem_type: ProblemType) -> list[float]:
+    """A policy's threshold at each exit, as operating points hold it (class patience: a count); None: full depth."""
+    settings = policy or never(name, exits, problem_type)
+    return [float(settings["threshold" if "threshold" in settings else "patience"])] * exits
+
+
 def choose(qualities: list[float], full: float, permitted_loss: float) -> int | None:
     """Which candidate to take, or None: the last before quality first falls below full depth by more than permitted.
 

@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase, logging
 
-from elastic_model import ElasticBertForSequenceClassification
+from elastic_model import ElasticBertConfig, ElasticBertForSequenceClassification
+from elastic_model.cost import mean_flops
 from elastic_model.exit_policies import simulate
 from elastic_model.folders import check_output, new_folder
 from finetune.calibrate import Policy, candidates, policy_name
@@ -23,6 +24,7 @@ from finetune.prepare import Labels, chosen_task, encode_split, labels_of_model,
 from finetune.tasks import Examples, ProblemType, read_examples
 
 MULTI_LABEL_THRESHOLD = 0.0  # of a logit: probability one half
+LINES = 20  # of a sweep that are printed
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,17 @@ class Score:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a policy gives on a split: every metric, and the layer, from 1, that its rows leave at on average."""
+    """What a policy gives on a split: the rows' answers, the layers, from 1, that they leave at, and every metric."""
 
     policy: Policy | None
+    answers: np.ndarray
+    left_at: np.ndarray
     quality: dict[str, float]
-    mean_exit_layer: float
+
+    @property
+    def mean_exit_layer(self) -> float:
+        """The layer that a row leaves at, on average."""
+        return float(self.left_at.mean())
 
 
 @torch.no_grad()
@@ -81,17 +89,21 @@ def answers_of(logits: np.ndarray, problem_type: ProblemType) -> np.ndarray:
     return logits.argmax(-1)
 
 
-def quality(logits: np.ndarray, encoded: Encoded, labels: Labels) -> dict[str, float]:
-    """Every metric of the task on logits (rows, labels)."""
-    answers = answers_of(logits, labels.problem_type)
+def quality(answers: np.ndarray, encoded: Encoded, labels: Labels) -> dict[str, float]:
+    """Every metric of the task on the rows' answers."""
     return {name: metric(name)(answers, encoded.labels) for name in labels.metrics}
+
+
+def score_of(answers: np.ndarray, encoded: Encoded, labels: Labels, seed: int, name: str | None = None) -> Score:
+    """One metric, by default the deciding one, with its interval."""
+    name = name or labels.metrics[0]
+    return Score(name, metric(name)(answers, encoded.labels), *interval(name, answers, encoded.labels, seed))
 
 
 def scores(logits: np.ndarray, encoded: Encoded, labels: Labels, seed: int) -> list[Score]:
     """Every metric of the task on logits (rows, labels), with intervals."""
     answers = answers_of(logits, labels.problem_type)
-    values = quality(logits, encoded, labels)
-    return [Score(name, value, *interval(name, answers, encoded.labels, seed)) for name, value in values.items()]
+    return [score_of(answers, encoded, labels, seed, name) for name in labels.metrics]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -101,19 +113,36 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
 
 
-def exit_table(per_exit: dict[int, list[Score]]) -> str:
-    """Quality by exit layer, a line an exit."""
+def exit_table(per_exit: dict[int, list[Score]], config: ElasticBertConfig, encoded: Encoded) -> str:
+    """Quality by exit layer, a line an exit, with the cost of stopping there."""
     metrics = [score.metric for score in next(iter(per_exit.values()))]
-    rows = [[layer, *scored] for layer, scored in per_exit.items()]
-    return table(["exit layer", *(f"{name} (95 % interval)" for name in metrics)], rows)
+    cost = {layer: mean_flops(config, encoded.lengths, [layer] * len(encoded)) for layer in per_exit}
+    rows = [[layer, f"{cost[layer] / 1e6:.4g}", *scored] for layer, scored in per_exit.items()]
+    return table(["exit layer", "MFLOPs a row", *(f"{name} (95 % interval)" for name in metrics)], rows)
 
 
 def outcome(
     policy: Policy | None, logits: np.ndarray, exit_layers: list[int], encoded: Encoded, labels: Labels
 ) -> Outcome:
     """What a policy gives, from the logits of all exits (exits, rows, labels)."""
-    answers, left_at = simulate(policy, logits, exit_layers, labels.problem_type)
-    return Outcome(policy, quality(answers.numpy(), encoded, labels), left_at.double().mean().item())
+    chosen, left_at = simulate(policy, logits, exit_layers, labels.problem_type)
+    answers = answers_of(chosen.numpy(), labels.problem_type)
+    return Outcome(policy, answers, left_at.numpy(), quality(answers, encoded, labels))
+
+
+def mean_flops_of(one: Outcome, config: ElasticBertConfig, encoded: Encoded) -> float:
+    """FLOPs of a row on average, on its real tokens and up to the exit it left at."""
+    return mean_flops(config, encoded.lengths, one.left_at.tolist())
+
+
+def spread(outcomes: list[Outcome], count: int) -> list[Outcome]:
+    """At most `count` of the outcomes of a sweep from strict to loose, evenly over their mean exit layers."""
+    if not outcomes:
+        return []
+    layers = [one.mean_exit_layer for one in outcomes]
+    targets = np.linspace(max(layers), min(layers), count)
+    nearest = [int(np.abs(np.array(layers) - target).argmin()) for target in targets]
+    return [outcomes[number] for number in dict.fromkeys(nearest)]
 
 
 def _policies(options: EvaluateOptions, logits: np.ndarray, labels: Labels, saved: Policy | None) -> list[Policy]:
@@ -124,12 +153,6 @@ def _policies(options: EvaluateOptions, logits: np.ndarray, labels: Labels, save
         return [{"name": name, "patience": int(value)} for value in options.thresholds]
     steps = {"patience": 1} if name == "patience" else {}
     return [{"name": name, **steps, "threshold": value} for value in options.thresholds]
-
-
-def _distinct(outcomes: list[Outcome]) -> list[Outcome]:
-    """Without the settings that change nothing over the one before."""
-    pairs = zip([None, *outcomes], outcomes, strict=False)
-    return [after for before, after in pairs if before is None or after.mean_exit_layer != before.mean_exit_layer]
 
 
 def policy_text(policy: Policy | None) -> str:
@@ -148,19 +171,31 @@ def outcome_table(outcomes: dict[str, Outcome]) -> str:
     return table(["", "mean exit layer", *next(iter(outcomes.values())).quality], rows)
 
 
-def _write_predictions(
-    file: Path, examples: Examples, answers: np.ndarray, left_at: np.ndarray, labels: Labels
-) -> None:
+def _write_predictions(file: Path, examples: Examples, own: Outcome, labels: Labels) -> None:
+    answers = own.answers
     named = answers if labels.problem_type != "single_label_classification" else [labels.names[one] for one in answers]
     with file.open("w", encoding="utf-8") as lines:
         lines.write("index\tprediction\tlabel\texit_layer\n")
-        for number, (answer, label, layer) in enumerate(zip(named, examples.labels, left_at, strict=True)):
+        for number, (answer, label, layer) in enumerate(zip(named, examples.labels, own.left_at, strict=True)):
             lines.write(f"{number}\t{answer}\t{label}\t{layer}\n")
+
+
+def _curve(options: EvaluateOptions, exits: dict[int, list[Score]], outcomes: dict[str, Outcome]) -> dict[str, Any]:
+    """What is printed, as JSON holds it."""
+    return {
+        "split": options.split,
+        "exits": {layer: [asdict(score) for score in scored] for layer, scored in exits.items()},
+        "policies": {
+            name: {"policy": one.policy, "mean_exit_layer": one.mean_exit_layer, "quality": one.quality}
+            for name, one in outcomes.items()
+        },
+    }
 
 
 def evaluate(options: EvaluateOptions) -> None:
     """Print (with --output also write) quality per exit, a sweep of the exit policy, the checkpoint's own policy."""
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     if options.output:
         check_output(Path(options.output))
     accelerator = Accelerator()
@@ -170,25 +205,17 @@ def evaluate(options: EvaluateOptions) -> None:
     examples = read_examples(task, options.split)
     encoded = encode_split(examples, options.split, task, labels, tokenizer, options.max_length)
     logits = exit_logits(model, encoded, tokenizer, options.eval_batch_size, accelerator)
-    layers, saved = model.config.exit_layers, model.config.exit_policy
-    per_exit = {layer: scores(one, encoded, labels, options.seed) for layer, one in zip(layers, logits, strict=True)}
+    layers, saved = list(model.config.exit_layers), model.config.exit_policy
+    exits = {layer: scores(one, encoded, labels, options.seed) for layer, one in zip(layers, logits, strict=True)}
     swept = [outcome(policy, logits, layers, encoded, labels) for policy in _policies(options, logits, labels, saved)]
     own = outcome(saved, logits, layers, encoded, labels)
+    outcomes = {policy_text(one.policy): one for one in (swept if options.thresholds else spread(swept, LINES))}
+    outcomes |= {"the checkpoint's own": own}
     accelerator.print(
-        f"{task.name}, {options.split} split: {len(encoded)} rows, {encoded.cut} cut to {options.max_length} tokens"
+        f"{task.name}, {options.split}: {len(encoded)} rows, {encoded.cut} cut to {options.max_length} tokens"
     )
-    named = {policy_text(one.policy): one for one in _distinct(swept)}
-    accelerator.print(exit_table(per_exit), outcome_table(named | {"the checkpoint's own policy": own}), sep="\n\n")
+    accelerator.print(exit_table(exits, model.config, encoded), outcome_table(outcomes), sep="\n\n")
     if options.output and accelerator.is_main_process:
-        answers, left_at = simulate(saved, logits, layers, labels.problem_type)
         with new_folder(Path(options.output)) as folder:
-            curve = {
-                "split": options.split,
-                "rows": len(encoded),
-                "exits": {layer: [asdict(score) for score in scored] for layer, scored in per_exit.items()},
-                "policies": [asdict(one) for one in swept],
-                "own": asdict(own),
-            }
-            (folder / "curve.json").write_text(json.dumps(curve, indent=1))
-            predicted = answers_of(answers.numpy(), labels.problem_type)
-            _write_predictions(folder / "predictions.tsv", examples, predicted, left_at.numpy(), labels)
+            (folder / "curve.json").write_text(json.dumps(_curve(options, exits, outcomes), indent=1))
+            _write_predictions(folder / "predictions.tsv", examples, own, labels)

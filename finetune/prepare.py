@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set
 
 from elastic_model import ElasticBertConfig, ElasticBertForSequenceClassification
 from elastic_model.losses import exit_weights
+from elastic_model.provenance import file_hash
 from finetune.config import TaskOptions, TrainOptions
 from finetune.data import Encoded, encode
 from finetune.metrics import metric
@@ -51,16 +52,6 @@ def weight_files(folder: Path) -> list[Path]:
     if not files:
         raise ValueError(f"model folder {folder} has no weights ({' or '.join(WEIGHT_FILES)})")
     return files
-
-
-def weights_hash(folder: Path) -> str:
-    """SHA-256 of the weights of a checkpoint folder, in hexadecimal."""
-    digest = hashlib.sha256()
-    for file in weight_files(folder):
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def rows_hash(encoded: Encoded) -> str:
@@ -192,5 +183,5 @@ def settings_of(options: TrainOptions, splits: Mapping[str, Encoded]) -> dict[st
     """What makes two runs the same: the options, the starting weights and the rows."""
     free = ("output", "resume", "model", "save_steps", "log_steps")
     settings = {name: value for name, value in vars(options).items() if name not in free}
-    settings["model weights"] = weights_hash(Path(options.model))
+    settings["model weights"] = [file_hash(file) for file in weight_files(Path(options.model))]
     return settings | {f"{split} rows": rows_hash(encoded) for split, encoded in splits.items()}

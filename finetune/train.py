@@ -9,151 +9,24 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, logging
+from transformers import logging
 
-from elastic_model import ElasticBertForSequenceClassification
-from elastic_model.arguments import to_yaml
-from elastic_model.folders import check_output, claim_folder, is_ours, new_folder
-from finetune.calibrate import candidates, choose, policy_name
+from elastic_model.folders import claim_folder, is_ours
+from finetune.checkpoint import REPORT, is_finished, write_checkpoint
 from finetune.config import TrainOptions
-from finetune.data import Encoded, collate, shuffled_batches
-from finetune.evaluate import Outcome, exit_logits, exit_table, outcome, outcome_table, policy_text, quality, scores
-from finetune.prepare import (
-    Labels,
-    chosen_task,
-    encode_split,
-    labels_of_training,
-    load_for_training,
-    load_tokenizer,
-    settings_of,
-    some_rows,
-)
-from finetune.recipe import Phase, find_recipe
-from finetune.state import (
-    Progress,
-    copy_weights,
-    load_optimizer,
-    load_progress,
-    load_weights,
-    save_state,
-)
-from finetune.tasks import read_examples
+from finetune.data import collate
+from finetune.evaluate import answers_of, exit_logits, quality
+from finetune.recipe import Phase
+from finetune.run import METRICS, Plan, Run, prepare
+from finetune.state import Progress, copy_weights, load_optimizer, load_progress, load_weights, save_state
 
 INTERRUPTED = 143  # exit code after SIGTERM: 128 + 15
-SETTINGS = "finetune.json"  # in the checkpoint: what made it
-METRICS = "metrics.jsonl"
-REPORT = "report.txt"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which rows each update sees: a function of (seed, update) alone, so that a run can be resumed anywhere."""
-
-    lengths: tuple[int, ...]
-    batch_size: int
-    epochs: int
-    seed: int
-
-    @property
-    def updates_per_epoch(self) -> int:
-        """The last batch of an epoch may be smaller."""
-        return math.ceil(len(self.lengths) / self.batch_size)
-
-    @property
-    def updates_per_phase(self) -> int:
-        """Every phase of a recipe has as many epochs."""
-        return self.epochs * self.updates_per_epoch
-
-    def rows(self, update: int) -> list[int]:
-        """The rows of an update; updates are counted over the whole run."""
-        epoch, batch = divmod(update, self.updates_per_epoch)
-        return _epoch(self, epoch)[batch]
-
-
-@lru_cache(maxsize=1)
-def _epoch(plan: Plan, epoch: int) -> list[list[int]]:
-    return shuffled_batches(list(plan.lengths), plan.batch_size, plan.seed, epoch)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run works on; `folder` holds its log and state until the checkpoint is written."""
-
-    options: TrainOptions
-    accelerator: Accelerator
-    model: ElasticBertForSequenceClassification
-    tokenizer: PreTrainedTokenizerBase
-    labels: Labels
-    splits: dict[str, Encoded]
-    phases: tuple[Phase, ...]
-    settings: dict[str, Any]
-    folder: Path
-
-    @property
-    def plan(self) -> Plan:
-        """The order of the rows."""
-        options = self.options
-        return Plan(tuple(self.splits["train"].lengths), options.batch_size, options.epochs, options.seed)
-
-    @property
-    def state(self) -> Path:
-        """Where an interrupted run continues from."""
-        return self.folder / "state"
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Add a line to the run's metrics."""
-        if self.accelerator.is_main_process:
-            with (self.folder / METRICS).open("a") as lines:
-                lines.write(json.dumps(record) + "\n")
-
-
-def _check_numbers(options: TrainOptions) -> None:
-    for name in ("epochs", "batch_size", "save_steps", "log_steps", "eval_batch_size"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
-    for name in ("micro_batch_size", "eval_steps", "train_rows"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise ValueError(f"{name} must be at least 1 or none, got {getattr(options, name)}")
-    if not 0 <= options.warmup <= 1:
-        raise ValueError(f"warmup is a share of the updates, from 0 to 1, got {options.warmup}")
-    if not options.learning_rate > 0:
-        raise ValueError(f"learning_rate must be above 0, got {options.learning_rate}")
-
-
-def prepare(options: TrainOptions, accelerator: Accelerator) -> Run:
-    """Everything read and checked; nothing is written yet."""
-    _check_numbers(options)
-    phases = find_recipe(options.recipe)
-    check_output(Path(options.output))
-    task, tokenizer = chosen_task(options), load_tokenizer(Path(options.model))
-    train = some_rows(read_examples(task, "train"), options.train_rows, options.seed)
-    if len(train) < options.batch_size:
-        raise ValueError(f"the train split has {len(train)} rows, fewer than a batch ({options.batch_size})")
-    labels = labels_of_training(options, task, train)
-    policy_name(options.exit_policy, labels.problem_type)
-    others = [split for split in ("dev", "test") if split == "dev" or options.test]
-    examples = {"train": train, **{split: read_examples(task, split) for split in others}}
-    model = load_for_training(options, labels)
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer of {options.model} has {len(tokenizer)} tokens, its model {model.config.vocab_size}"
-        )
-    splits = {
-        split: encode_split(rows, split, task, labels, tokenizer, options.max_length)
-        for split, rows in examples.items()
-    }
-    folder = Path(options.output).with_name(f"{Path(options.output).name}.run")
-    settings = settings_of(options, splits)
-    return Run(options, accelerator, model, tokenizer, labels, splits, phases, settings, folder)
 
 
 def learning_rate(update: int, updates: int, peak: float, warmup: float) -> float:
@@ -212,9 +85,8 @@ def _evaluate(run: Run, progress: Progress) -> None:
     """Quality at every exit on dev; keeps the weights where they are the best so far (the later ones of equal)."""
     dev = run.splits["dev"]
     logits = exit_logits(run.model, dev, run.tokenizer, run.options.eval_batch_size, run.accelerator)
-    exits = {
-        layer: quality(one, dev, run.labels) for layer, one in zip(run.model.config.exit_layers, logits, strict=True)
-    }
+    answers = [answers_of(one, run.labels.problem_type) for one in logits]
+    exits = {layer: quality(one, dev, run.labels) for layer, one in zip(run.exit_layers, answers, strict=True)}
     deciding = [values[run.labels.metrics[0]] for values in exits.values()]
     value = deciding[-1] if run.options.best_exit == "last" else float(np.mean(deciding))
     run.log({"update": progress.update, "dev": exits})
@@ -314,67 +186,6 @@ def start(run: Run) -> Progress:
     return progress
 
 
-def calibrate(run: Run, logits: np.ndarray) -> tuple[Outcome, Outcome]:
-    """Full depth, and the loosest exit policy that keeps the deciding metric on dev within the permitted loss."""
-    dev, config, options = run.splits["dev"], run.model.config, run.options
-    full = outcome(None, logits, config.exit_layers, dev, run.labels)
-    name = policy_name(options.exit_policy, run.labels.problem_type)
-    policies = candidates(name, logits, run.labels.problem_type) if len(config.exit_layers) > 1 else []
-    outcomes = [outcome(policy, logits, config.exit_layers, dev, run.labels) for policy in policies]
-    deciding = run.labels.metrics[0]
-    best = choose([one.quality[deciding] for one in outcomes], full.quality[deciding], options.permitted_loss)
-    return full, full if best is None else outcomes[best]
-
-
-def report(run: Run, full: Outcome, chosen: Outcome, logits: dict[str, np.ndarray]) -> str:
-    """The text that ends a run: quality by exit on dev (and on test, where that was given), the exit policy chosen."""
-    lines, layers = [], run.model.config.exit_layers
-    for split, values in logits.items():
-        rows = run.splits[split]
-        scored = (scores(one, rows, run.labels, run.options.seed) for one in values)
-        lines += [f"{split}: {len(rows)} rows, {rows.cut} of them cut to {run.options.max_length} tokens"]
-        lines += [exit_table(dict(zip(layers, scored, strict=True))), ""]
-    deciding, permitted = run.labels.metrics[0], run.options.permitted_loss
-    lines += [
-        f"exit policy, chosen on dev: {policy_text(chosen.policy)}",
-        f"(the loosest setting before {deciding} on dev first falls more than {permitted} below full depth)",
-    ]
-    outcomes = {"dev, full depth": full, "dev, with exits": chosen}
-    if "test" in logits:
-        outcomes["test, with exits"] = outcome(chosen.policy, logits["test"], layers, run.splits["test"], run.labels)
-    return "\n".join([*lines, outcome_table(outcomes)])
-
-
-def finish(run: Run, progress: Progress) -> None:
-    """The best weights with their exit policy as a checkpoint, what made it, and the report."""
-    run.model.load_state_dict(progress.best_weights)
-    logits = {
-        split: exit_logits(run.model, rows, run.tokenizer, run.options.eval_batch_size, run.accelerator)
-        for split, rows in run.splits.items()
-        if split != "train"
-    }
-    if not run.accelerator.is_main_process:
-        return
-    full, chosen = calibrate(run, logits["dev"])
-    run.model.config.exit_policy = chosen.policy
-    text = report(run, full, chosen, logits)
-    with new_folder(Path(run.options.output)) as folder:
-        run.model.save_pretrained(folder)
-        run.tokenizer.save_pretrained(folder)
-        (folder / SETTINGS).write_text(json.dumps(run.settings, indent=1))
-        (folder / "finetune.yaml").write_text(to_yaml(run.options))
-        (folder / REPORT).write_text(text + "\n")
-        shutil.copy(run.folder / METRICS, folder)
-    shutil.rmtree(run.folder)
-    print(text, f"checkpoint of update {progress.best_update}: {run.options.output}", sep="\n\n")
-
-
-def _is_finished(run: Run) -> bool:
-    """Whether the output already holds the checkpoint of a run with the same settings."""
-    saved = Path(run.options.output) / SETTINGS
-    return saved.is_file() and json.loads(saved.read_text()) == run.settings
-
-
 def train(options: TrainOptions) -> int:
     """Fine-tune, choose an exit policy, write the checkpoint; exit code 0, or 143 after SIGTERM (state saved)."""
     logging.set_verbosity_error()
@@ -382,7 +193,7 @@ def train(options: TrainOptions) -> int:
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
     run = prepare(options, accelerator)
     run.model.to(accelerator.device)
-    if options.resume and _is_finished(run):
+    if options.resume and is_finished(run):
         accelerator.print(f"{options.output} is finished already:\n\n{(Path(options.output) / REPORT).read_text()}")
         return 0
     accelerator.print(
@@ -393,5 +204,5 @@ def train(options: TrainOptions) -> int:
     if not fit(run, progress):
         accelerator.print(f"stopped at update {progress.update}, the state is saved; continue with --resume")
         return INTERRUPTED
-    finish(run, progress)
+    write_checkpoint(run, progress.best_weights, progress.best_update)
     return 0

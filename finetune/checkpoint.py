@@ -1,0 +1,174 @@
+"""The end of a run: exit policy and operating points chosen on dev, the report, and the folder that holds it all."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elastic_model.arguments import to_yaml
+from elastic_model.card import write_card
+from elastic_model.folders import new_folder
+from elastic_model.operating_points import OperatingPoint, OperatingPoints, checkpoint_hash
+from elastic_model.provenance import Data, Metric, append_stage
+from finetune.calibrate import candidates, choose, never, policy_name, thresholds
+from finetune.evaluate import (
+    Outcome,
+    Score,
+    exit_logits,
+    exit_table,
+    mean_flops_of,
+    outcome,
+    outcome_table,
+    policy_text,
+    score_of,
+    scores,
+    spread,
+)
+from finetune.prepare import rows_hash
+from finetune.run import METRICS, Run
+from finetune.state import Weights
+
+SETTINGS = "finetune.json"  # what makes two runs the same
+REPORT = "report.txt"
+EVALUATION = "evaluation.json"
+Scored = dict[str, dict[int, list[Score]]]  # split -> exit layer -> a score a metric
+POINTS = 12  # operating points spread over the sweep, beside full depth and the calibrated one
+
+
+def sweep(run: Run, logits: np.ndarray) -> list[Outcome]:
+    """What every setting of the exit policy gives on dev, from strict to loose; nothing where there is one exit."""
+    name = policy_name(run.options.exit_policy, run.labels.problem_type)
+    policies = candidates(name, logits, run.labels.problem_type) if len(run.exit_layers) > 1 else []
+    return [outcome(policy, logits, run.exit_layers, run.splits["dev"], run.labels) for policy in policies]
+
+
+def calibrate(run: Run, full: Outcome, outcomes: list[Outcome]) -> Outcome:
+    """The loosest setting that keeps the deciding metric on dev within the permitted loss, else full depth."""
+    deciding = run.labels.metrics[0]
+    qualities = [one.quality[deciding] for one in outcomes]
+    best = choose(qualities, full.quality[deciding], run.options.permitted_loss)
+    return full if best is None else outcomes[best]
+
+
+def _point(run: Run, name: str, one: Outcome) -> OperatingPoint:
+    score, dev = score_of(one.answers, run.splits["dev"], run.labels, run.options.seed), run.splits["dev"]
+    policy = policy_name(run.options.exit_policy, run.labels.problem_type)
+    return OperatingPoint(
+        name,
+        thresholds(policy, one.policy, len(run.exit_layers), run.labels.problem_type),
+        one.mean_exit_layer,
+        flops=mean_flops_of(one, run.model.config, dev),
+        quality={**asdict(score), "split": "dev"},
+    )
+
+
+def operating_points(
+    run: Run, weights: str, full: Outcome, chosen: Outcome, outcomes: list[Outcome]
+) -> OperatingPoints:
+    """Full depth, the calibrated point, and points spread evenly over the mean exit layers of the sweep."""
+    name = policy_name(run.options.exit_policy, run.labels.problem_type)
+    policy = chosen.policy or never(name, len(run.exit_layers), run.labels.problem_type)
+    points = [_point(run, "full", full)]
+    if chosen is not full:
+        points.append(_point(run, "calibrated", chosen))
+    others = [
+        one for one in spread(outcomes, POINTS) if one.mean_exit_layer not in (chosen.mean_exit_layer, full.mean_exit_layer)
+    ]
+    named = {f"mean-exit-{one.mean_exit_layer:.2f}": one for one in others}
+    return OperatingPoints(weights, policy, points + [_point(run, name, one) for name, one in named.items()])
+
+
+def report(run: Run, full: Outcome, chosen: Outcome, logits: dict[str, np.ndarray], scored: Scored) -> str:
+    """The text that ends a run: quality by exit on dev (and on test, where that was given), the exit policy chosen."""
+    lines = []
+    for split, per_exit in scored.items():
+        rows = run.splits[split]
+        lines += [f"{split}: {len(rows)} rows, {rows.cut} of them cut to {run.options.max_length} tokens"]
+        lines += [exit_table(per_exit, run.model.config, rows), ""]
+    deciding, permitted = run.labels.metrics[0], run.options.permitted_loss
+    lines += [
+        f"exit policy, chosen on dev: {policy_text(chosen.policy)}",
+        f"(the loosest setting before {deciding} on dev first falls more than {permitted} below full depth)",
+    ]
+    outcomes = {"dev, full depth": full, "dev, with exits": chosen}
+    if "test" in logits:
+        test = outcome(chosen.policy, logits["test"], run.exit_layers, run.splits["test"], run.labels)
+        outcomes["test, with exits"] = test
+    return "\n".join([*lines, outcome_table(outcomes)])
+
+
+def _record(run: Run, folder: Path, scored: Scored) -> None:
+    """The provenance of the checkpoint, and its model card."""
+    data = [Data(run.task.name, split, rows_hash(rows)) for split, rows in run.splits.items()]
+    metrics = [
+        Metric(score.metric, score.value, run.task.name, split, layer, score.low, score.high)
+        for split, per_exit in scored.items()
+        for layer, values in per_exit.items()
+        for score in values
+    ]
+    settings = {name: value for name, value in vars(run.options).items() if name not in ("output", "resume")}
+    append_stage(
+        folder,
+        "finetune",
+        parent=run.options.model,
+        data=data,
+        metrics=metrics,
+        settings=settings,
+        seed=run.options.seed,
+    )
+    write_card(folder)
+
+
+def _scores_by_exit(run: Run, split: str, logits: np.ndarray) -> dict[int, list[Score]]:
+    by_exit = zip(run.exit_layers, logits, strict=True)
+    return {layer: scores(one, run.splits[split], run.labels, run.options.seed) for layer, one in by_exit}
+
+
+def _evaluation(full: Outcome, chosen: Outcome, scored: Scored) -> dict[str, Any]:
+    def plain(one: Outcome) -> dict[str, Any]:
+        return {"policy": one.policy, "quality": one.quality, "mean_exit_layer": one.mean_exit_layer}
+
+    exits = {
+        split: {layer: [asdict(score) for score in values] for layer, values in per_exit.items()}
+        for split, per_exit in scored.items()
+    }
+    return {"exits": exits, "dev": {"full": plain(full), "calibrated": plain(chosen)}}
+
+
+def write_checkpoint(run: Run, weights: Weights, update: int) -> None:
+    """The weights with their exit policy and operating points as the run's output; the run's folder is removed."""
+    run.model.load_state_dict(weights)
+    logits = {
+        split: exit_logits(run.model, rows, run.tokenizer, run.options.eval_batch_size, run.accelerator)
+        for split, rows in run.splits.items()
+        if split != "train"
+    }
+    if not run.accelerator.is_main_process:
+        return
+    scored = {split: _scores_by_exit(run, split, values) for split, values in logits.items()}
+    full = outcome(None, logits["dev"], run.exit_layers, run.splits["dev"], run.labels)
+    outcomes = sweep(run, logits["dev"])
+    chosen = calibrate(run, full, outcomes)
+    run.model.config.exit_policy = chosen.policy
+    text = report(run, full, chosen, logits, scored)
+    with new_folder(Path(run.options.output)) as folder:
+        run.model.save_pretrained(folder)
+        run.tokenizer.save_pretrained(folder)
+        operating_points(run, checkpoint_hash(folder), full, chosen, outcomes).save(folder)
+        (folder / SETTINGS).write_text(json.dumps(run.settings, indent=1))
+        (folder / "finetune.yaml").write_text(to_yaml(run.options))
+        (folder / REPORT).write_text(text + "\n")
+        (folder / EVALUATION).write_text(json.dumps(_evaluation(full, chosen, scored), indent=1))
+        shutil.copy(run.folder / METRICS, folder)
+        _record(run, folder, scored)
+    shutil.rmtree(run.folder)
+    print(text, f"checkpoint of update {update}: {run.options.output}", sep="\n\n")
+
+
+def is_finished(run: Run) -> bool:
+    """Whether the output already holds the checkpoint of a run with the same settings."""
+    saved = Path(run.options.output) / SETTINGS
+    return saved.is_file() and json.loads(saved.read_text()) == run.settings
