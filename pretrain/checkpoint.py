@@ -1,4 +1,4 @@
-"""Checkpoints of a run: a model folder that `from_pretrained` reads, with the optimizer's state and its place in the data."""
+"""Checkpoints of a run: a folder that `from_pretrained` reads, the optimizer's state, and the place in the data."""
 
 import dataclasses
 import hashlib
@@ -30,7 +30,7 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write `checkpoint-STEP` in one piece (written beside, fsynced, renamed), then remove all but the newest `keep`."""
+    """Write `checkpoint-STEP` in one piece (beside, fsynced, renamed), then remove all but the newest `keep`."""
     folder = output / f"checkpoint-{step}"
     with new_folder(folder) as temporary:
         save_model(temporary, model, tokenizer)
@@ -50,7 +50,7 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """AdamW's state as named tensors: PARAMETER.exp_avg, PARAMETER.exp_avg_sq, PARAMETER.step."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}.{key}": value.contiguous()
         for parameter, values in optimizer.state.items()
@@ -81,7 +81,7 @@ def find_checkpoints(output: Path) -> list[Path]:
 
 
 def checkpoint_to_resume(output: Path, previous: bool) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint, or the one before it, with its state; None if there is none; ValueError if it is damaged."""
+    """The newest checkpoint, or the one before it, and its state; None without one; ValueError if it is damaged."""
     found = find_checkpoints(output)
     if previous:
         if len(found) < 2:

@@ -11,7 +11,7 @@ CACHE = Path.home() / ".cache" / "elastic-model"
 
 @dataclass
 class PretrainConfig:
-    """Text to a multi-exit checkpoint: masked language modelling and sentence order at every exit (DESIGN: ElasticBERT)."""
+    """Text to a multi-exit checkpoint: masked language modelling and sentence order at every exit."""
 
     # what goes in and what comes out
     text: list[str] = option(

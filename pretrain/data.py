@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from pretrain.config import PretrainConfig
 from pretrain.masking import IGNORED, mask_tokens
@@ -34,8 +35,8 @@ def passages(
 ) -> Iterator[tuple[int, int]]:
     """Consecutive sentences of one document packed up to `longest` tokens: (start, stop) offsets, nothing left out.
 
-    boundaries: the sentences' offsets, rising. A share `short` of the passages is packed to a random shorter length (Devlin et
-    al. 2019, appendix A.2). A sentence longer than its passage may be is cut.
+    boundaries: the sentences' offsets, rising. A share `short` of the passages is packed to a random shorter length
+    (Devlin et al. 2019, appendix A.2). A sentence longer than its passage may be is cut.
     """
     start, stop = boundaries[0], boundaries[-1]
     while start < stop:
@@ -66,7 +67,8 @@ class Examples:
         held_out = split_documents(np.concatenate([shard.hashes for shard in shards]), config.validation_fraction)
         generator = np.random.default_rng(config.seed)
         longest = config.max_length - SPECIAL_TOKENS_OF_A_PAIR
-        rows, document = [], 0
+        rows: list[tuple[int, int, int]] = []
+        document = 0
         for number, shard in enumerate(shards):
             for first, last in zip(shard.documents[:-1], shard.documents[1:], strict=True):
                 if held_out[document] == self.held_out:
@@ -93,40 +95,45 @@ class Examples:
         return counts
 
     def example(self, epoch: int, index: int) -> dict[str, np.ndarray | int]:
-        """One segment pair: input_ids, token_type_ids, labels (tokens,) and sentence_order_label, 1 = swapped (ALBERT)."""
+        """A segment pair: input_ids, token_type_ids, labels (tokens,), sentence_order_label: 1 = swapped (ALBERT).
+
+        A passage within a single sentence has no order to tell: one segment, and a label that is ignored.
+        """
         generator = np.random.default_rng((self.config.seed, epoch, index))
         number, start, stop = self.table[index]
         shard = self.corpus.shards[number]
         tokens = shard.tokens[start:stop].astype(np.int64)
-        cut = self._cut(shard.sentences, start, stop, tokens, generator)
-        swapped = int(generator.random() < 0.5)
         units = self.starts[tokens] if self.config.whole_words else np.ones(len(tokens), dtype=bool)
         inputs, labels = mask_tokens(
             tokens, units, self.config.mask_probability, self.mask, self.replacements, generator
         )
-        first, second = (slice(cut, None), slice(0, cut)) if swapped else (slice(0, cut), slice(cut, None))
-        segments = np.repeat([0, 1], [len(inputs[first]) + 2, len(inputs[second]) + 1])
+        low, high = np.searchsorted(shard.sentences, [start + 1, stop])
+        if low == high:
+            segments, order = [slice(None)], IGNORED
+        else:
+            cut = int(shard.sentences[generator.integers(low, high)] - start)
+            order = int(generator.random() < 0.5)
+            segments = [slice(cut, None), slice(0, cut)] if order else [slice(0, cut), slice(cut, None)]
+        return self._join([inputs[segment] for segment in segments], [labels[segment] for segment in segments], order)
+
+    def _join(self, inputs: list[np.ndarray], labels: list[np.ndarray], order: int) -> dict[str, np.ndarray | int]:
+        """[CLS] first [SEP], or [CLS] first [SEP] second [SEP]."""
+        ids: list[ArrayLike] = [[self.cls]]
+        targets: list[ArrayLike] = [[IGNORED]]
+        types: list[ArrayLike] = [[0]]
+        for number, (segment, answers) in enumerate(zip(inputs, labels, strict=True)):
+            ids += [segment, [self.sep]]
+            targets += [answers, [IGNORED]]
+            types += [[number] * (len(segment) + 1)]
         return {
-            "input_ids": np.concatenate(([self.cls], inputs[first], [self.sep], inputs[second], [self.sep])),
-            "token_type_ids": segments,
-            "labels": np.concatenate(([IGNORED], labels[first], [IGNORED], labels[second], [IGNORED])),
-            "sentence_order_label": swapped,
+            "input_ids": np.concatenate(ids),
+            "token_type_ids": np.concatenate(types),
+            "labels": np.concatenate(targets),
+            "sentence_order_label": order,
         }
 
-    def _cut(
-        self, sentences: np.ndarray, start: int, stop: int, tokens: np.ndarray, generator: np.random.Generator
-    ) -> int:
-        """Where the second segment starts: at a sentence, or, within a single one, at a word, or anywhere at last."""
-        low, high = np.searchsorted(sentences, [start + 1, stop])
-        candidates = sentences[low:high] - start
-        if not len(candidates):
-            candidates = 1 + np.flatnonzero(self.starts[tokens[1:]])
-        if not len(candidates):
-            candidates = np.arange(1, len(tokens))
-        return int(candidates[generator.integers(len(candidates))])
-
     def collate(self, epoch: int, indices: np.ndarray) -> Batch:
-        """The examples as one batch, padded on the right to the longest of them; tensors (rows, tokens), labels (rows,)."""
+        """The examples as one batch, padded on the right to the longest of them; (rows, tokens) and (rows,)."""
         examples = [self.example(epoch, int(index)) for index in indices]
         longest = max(len(example["input_ids"]) for example in examples)  # type: ignore[arg-type]
         padding = {"input_ids": self.pad, "token_type_ids": 0, "labels": IGNORED, "attention_mask": 0}
@@ -150,16 +157,17 @@ class Share:
 
 
 class GlobalBatches(torch.utils.data.Dataset[list[Batch]]):
-    """Item `step`: this process's micro-batches of the global batch of that step, the same rows for any number of processes.
+    """Item `step`: this process's micro-batches of the global batch of that step.
 
-    An epoch is a permutation of the examples by (seed, epoch); what does not fill its last batch waits for another epoch.
+    A global batch is the same rows for any number of processes. An epoch is a permutation of the examples by
+    (seed, epoch); what does not fill its last batch waits for another epoch. Rows of like length share a micro-batch.
     """
 
     def __init__(self, examples: Examples, batch_size: int, share: Share):
         if len(examples) < batch_size:
             raise ValueError(
-                f"the text gives {len(examples)} training examples, fewer than one batch: batch_size must be at most that, "
-                f"got {batch_size}"
+                f"the text gives {len(examples)} training examples, fewer than one batch: batch_size must be at most "
+                f"that, got {batch_size}"
             )
         self.examples = examples
         self.batch_size = batch_size
@@ -176,6 +184,7 @@ class GlobalBatches(torch.utils.data.Dataset[list[Batch]]):
 
     def __getitem__(self, step: int) -> list[Batch]:
         epoch, rows = self.rows(step)
+        rows = rows[np.argsort(self.examples.lengths[rows], kind="stable")]
         mine = rows[self.share.process :: self.share.processes]
         size = self.share.micro_batch_size
         return [self.examples.collate(epoch, mine[start : start + size]) for start in range(0, len(mine), size)]

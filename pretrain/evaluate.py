@@ -29,9 +29,9 @@ class Evaluation:
             lines.append(
                 f"{layer:4d}   {loss:8.4f}   {self.sop_loss[layer]:8.4f}   {100 * self.sop_accuracy[layer]:10.1f} %"
             )
+        lines.append(f"unigram {self.unigram_loss:7.4f}   (the same {self.masked_tokens} tokens, by frequency alone)")
         lines.append(
-            f"unigram {self.unigram_loss:7.4f}   ({self.examples} held-out examples, {self.masked_tokens} masked tokens; "
-            f"MLM accuracy of the last exit {100 * self.mlm_accuracy:.1f} %)"
+            f"MLM accuracy of the last exit {100 * self.mlm_accuracy:.1f} %, {self.examples} held-out examples"
         )
         return "\n".join(lines)
 
@@ -43,7 +43,7 @@ def unigram_losses(counts: np.ndarray) -> torch.Tensor:
 
 
 def _sums(output, batch: Batch, unigram: torch.Tensor) -> torch.Tensor:
-    """(3 exits + 4,): MLM losses, SOP losses, right SOP answers per exit; right tokens, unigram loss, tokens, rows."""
+    """(3 exits + 4,): per exit MLM losses, SOP losses, right orders; then right tokens, unigram loss, tokens, pairs"""
     masked = batch["labels"] != IGNORED
     targets = batch["labels"][masked]
     right = [(logits.argmax(-1) == batch["sentence_order_label"]).sum() for logits in output.exit_sop_logits]
@@ -51,7 +51,7 @@ def _sums(output, batch: Batch, unigram: torch.Tensor) -> torch.Tensor:
         (output.prediction_logits[masked].argmax(-1) == targets).sum(),
         unigram[targets].sum(),
         masked.sum(),
-        torch.tensor(len(masked), device=masked.device),
+        (batch["sentence_order_label"] != IGNORED).sum(),
     ]
     return torch.stack([value.double() for value in (*output.mlm_losses, *output.sop_losses, *right, *others)])
 
@@ -76,18 +76,19 @@ def evaluate(
         total += _sums(model(**batch, mlm_count=1, sop_count=1), batch, unigram)
     model.train()
     total = accelerator.reduce(total, "sum")
-    return _evaluation(total, exit_layers)
+    return _evaluation(total, exit_layers, len(chosen))
 
 
-def _evaluation(total: torch.Tensor, exit_layers: list[int]) -> Evaluation:
-    right_tokens, unigram_loss, tokens, rows = total[-4:].tolist()
+def _evaluation(total: torch.Tensor, exit_layers: list[int], examples: int) -> Evaluation:
+    right_tokens, unigram_loss, tokens, pairs = total[-4:].tolist()
+    pairs = max(pairs, 1.0)
     mlm, sop, right = (values.tolist() for values in total[:-4].reshape(3, -1))
     return Evaluation(
         mlm_loss={layer: value / tokens for layer, value in zip(exit_layers, mlm, strict=True)},
-        sop_loss={layer: value / rows for layer, value in zip(exit_layers, sop, strict=True)},
-        sop_accuracy={layer: value / rows for layer, value in zip(exit_layers, right, strict=True)},
+        sop_loss={layer: value / pairs for layer, value in zip(exit_layers, sop, strict=True)},
+        sop_accuracy={layer: value / pairs for layer, value in zip(exit_layers, right, strict=True)},
         mlm_accuracy=right_tokens / tokens,
         unigram_loss=unigram_loss / tokens,
         masked_tokens=int(tokens),
-        examples=int(rows),
+        examples=examples,
     )

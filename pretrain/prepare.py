@@ -71,7 +71,7 @@ class Corpus:
 
 
 def prepare(config: PretrainConfig, quiet: bool = False) -> Corpus:
-    """The corpus of `config.text`, from the cache where it was prepared before; ValueError for text that cannot be used."""
+    """The corpus of `config.text`, from the cache where it is there; ValueError for text that cannot be used."""
     files = find_files(config.text)
     digests = [_file_digest(file) for file in files]
     tokenizer = _tokenizer(config, files, digests, quiet)

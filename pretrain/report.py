@@ -10,7 +10,7 @@ from pretrain.prepare import Corpus
 
 
 def plot_losses(metrics: Path, image: Path) -> None:
-    """MLM loss of every exit over the updates: training as lines, held-out documents as dots, unigram guessing dashed."""
+    """MLM loss of every exit: training as lines, held-out documents as dots, guessing by frequency dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -40,11 +40,11 @@ tags: [elasticbert, multi-exit, masked-language-modelling]
 ---
 # {name}
 
-A BERT encoder with an exit after layers {exits} ({layers} x {width}, vocabulary {vocabulary}), pre-trained with masked language
-modelling and sentence-order prediction at every exit.
+A BERT encoder with an exit after layers {exits} ({layers} x {width}, vocabulary {vocabulary}), pre-trained with masked
+language modelling and sentence-order prediction at every exit.
 
-Trained for {steps} updates of {batch} examples of at most {length} tokens on {documents} documents ({tokens} tokens) from
-{files}. The text's licence is not recorded here: it is that of those files.
+Trained for {steps} updates of {batch} examples of at most {length} tokens on {documents} documents ({tokens} tokens)
+from {files}. The text's licence is not recorded here: it is that of those files.
 
 Losses on held-out documents (nats per masked token):
 

@@ -4,11 +4,11 @@ import gzip
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from elastic_model.folders import shipped
 
@@ -66,7 +66,9 @@ def sentences(paragraph: str) -> list[str]:
 
 def _ends_in_abbreviation(sentence: str) -> bool:
     match = LAST_WORD.search(sentence)
-    return bool(match) and (match[1] in ABBREVIATIONS or len(match[1]) == 1 and match[1].isupper() and match[1] != "I")
+    if match is None:
+        return False
+    return match[1] in ABBREVIATIONS or len(match[1]) == 1 and match[1].isupper() and match[1] != "I"
 
 
 @contextmanager
@@ -75,8 +77,8 @@ def _open(file: Path) -> Iterator[IO[bytes]]:
         with _open_zst(file) as stream:
             yield stream
         return
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(file.suffix, open)
-    with opener(file, "rb") as stream:
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+    with openers.get(file.suffix, open)(file, "rb") as stream:
         yield stream
 
 

@@ -11,7 +11,7 @@ WORD_START = "\u2581"
 
 
 def train_wordpiece(lines: Iterator[str], vocab_size: int, lowercase: bool) -> BertTokenizer:
-    """A BERT tokenizer whose vocabulary, at most `vocab_size`, was merged pair by pair on `lines`; the same every time.
+    """A BERT tokenizer whose vocabulary, at most `vocab_size`, was merged pair by pair on `lines`; always the same.
 
     The WordPiece trainer of `tokenizers` numbers its ##-pieces in the order of a hash table, so two runs give two
     vocabularies. Marking where words start, not where they continue, gives the same merges from a sorted alphabet.
@@ -34,7 +34,7 @@ def _wordpieces(merged: list[str], vocab_size: int) -> list[str]:
     if len(SPECIAL_TOKENS) + 2 * len(characters) >= vocab_size:
         needed = len(SPECIAL_TOKENS) + 2 * len(characters)
         raise ValueError(
-            f"vocab_size must be above {needed} for this text ({len(characters)} different characters), got {vocab_size}"
+            f"vocab_size must be above {needed} for a text of {len(characters)} different characters, got {vocab_size}"
         )
     pieces = [token[1:] if token.startswith(WORD_START) else f"##{token}" for token in merged if token != WORD_START]
     ordered = [*SPECIAL_TOKENS, *characters, *(f"##{character}" for character in characters), *pieces]
@@ -53,7 +53,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def word_starts(tokenizer: PreTrainedTokenizerBase) -> list[bool]:
-    """For every entry of the vocabulary: whether it starts a word (WordPiece marks the others, byte-level BPE these)."""
+    """For every entry of the vocabulary: whether it starts a word (WordPiece marks the others, byte-level these)."""
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     if any(token.startswith("##") for token in tokens):
         return [not token.startswith("##") for token in tokens]

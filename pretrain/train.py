@@ -25,7 +25,6 @@ from elastic_model.losses import exit_group
 from pretrain.checkpoint import (
     check_same_run,
     checkpoint_to_resume,
-    find_checkpoints,
     load_checkpoint,
     run_state,
     save_checkpoint,
@@ -94,8 +93,14 @@ def start_accelerator(config: PretrainConfig) -> Accelerator:
     return accelerator
 
 
-def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> ElasticBertForPreTraining:
-    """The model to train: new, or the warm start with the exits and the training settings of `config`."""
+def build_model(
+    config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, unigram: torch.Tensor
+) -> ElasticBertForPreTraining:
+    """The model to train: new, or the warm start with the exits and the training settings of `config`.
+
+    unigram (vocabulary,): -log of the tokens' shares of the text. A new model starts with them as the decoder's bias,
+    so that its first updates are not spent on learning frequencies.
+    """
     training = {
         "exit_loss": config.exit_loss,
         "gradient_equilibrium": config.gradient_equilibrium,
@@ -110,6 +115,8 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> E
         model = ElasticBertForPreTraining.from_pretrained(config.init_from, **training)
     else:
         model = ElasticBertForPreTraining(_shape(config, tokenizer, training))
+        with torch.no_grad():
+            model.predictions.decoder.bias.copy_(-unigram)
     longest = model.config.max_position_embeddings - model.config.position_offset
     if config.max_length > longest:
         raise ValueError(
@@ -172,7 +179,7 @@ class Run:
         share = Share(accelerator.process_index, accelerator.num_processes, self.micro_batch_size)
         self.batches = GlobalBatches(self.train_examples, config.batch_size, share)
         self.unigram = unigram_losses(self.train_examples.token_counts())
-        model = build_model(config, corpus.tokenizer)
+        model = build_model(config, corpus.tokenizer, self.unigram)
         self.exit_layers = model.config.exit_layers
         self.model, self.optimizer = accelerator.prepare(model, build_optimizer(model, config))
         self.progress = Progress()
@@ -199,9 +206,9 @@ class Run:
     def update(self, micro_batches: list[Batch]) -> None:
         """One optimizer step on a global batch; skipped, and counted, where the gradient is not finite."""
         progress, config = self.progress, self.config
-        masked, rows, tokens, stop = self._global_counts(micro_batches)
+        masked, pairs, tokens, stop = self._global_counts(micro_batches)
         exits = exit_group(self.exit_layers, config.exit_groups, progress.step)
-        losses = self._backward(micro_batches, exits, masked, rows)
+        losses = self._backward(micro_batches, exits, masked, pairs)
         norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm))
         if math.isfinite(norm):
             for group in self.optimizer.param_groups:
@@ -218,10 +225,10 @@ class Run:
         self.stop_requested = bool(stop)
 
     def _global_counts(self, micro_batches: list[Batch]) -> list[float]:
-        """Masked tokens, rows and real tokens of the global batch, and whether any process was asked to stop."""
-        counts = [
+        """Masked tokens, ordered pairs and real tokens of the global batch; whether any process was asked to stop."""
+        counts: list[float] = [
             sum(int((batch["labels"] != IGNORED).sum()) for batch in micro_batches),
-            sum(len(batch["labels"]) for batch in micro_batches),
+            sum(int((batch["sentence_order_label"] != IGNORED).sum()) for batch in micro_batches),
             sum(int(batch["attention_mask"].sum()) for batch in micro_batches),
             int(self.stop_requested),
         ]
@@ -230,11 +237,11 @@ class Run:
         total = torch.tensor(counts, dtype=torch.float64, device=self.accelerator.device)
         return self.accelerator.reduce(total, "sum").tolist()
 
-    def _backward(self, micro_batches: list[Batch], exits: list[int], masked: float, rows: float) -> torch.Tensor:
-        """Gradients of the loss over the global batch; -> (exits, 2), this process's part of the MLM and SOP losses.
+    def _backward(self, micro_batches: list[Batch], exits: list[int], masked: float, pairs: float) -> torch.Tensor:
+        """Gradients of the global batch's loss; -> (exits, 2), this process's part of the MLM and SOP losses.
 
-        Sums are divided by the counts of the global batch over the number of processes, whose gradients are averaged: the
-        update is the same however the batch is dealt out. Dropout is a function of (seed, step, process).
+        Sums are divided by the counts of the global batch over the number of processes, whose gradients are averaged:
+        the update is the same however the batch is dealt out. Dropout is a function of (seed, step, process).
         """
         accelerator = self.accelerator
         torch.manual_seed(_seed_of(self.config.seed, self.progress.step, accelerator.process_index))
@@ -246,11 +253,10 @@ class Run:
                     **{name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()},
                     exits=exits,
                     mlm_count=masked / accelerator.num_processes,
-                    sop_count=rows / accelerator.num_processes,
+                    sop_count=max(pairs, 1) / accelerator.num_processes,
                 )
                 accelerator.backward(output.loss)
-            pairs = zip(output.mlm_losses, output.sop_losses, strict=True)
-            losses += torch.stack([torch.stack(pair) for pair in pairs]).detach()
+            losses += torch.stack([torch.stack(output.mlm_losses), torch.stack(output.sop_losses)], dim=1).detach()
         return losses
 
     def _skip(self) -> None:
@@ -259,8 +265,8 @@ class Run:
         progress.skipped_in_a_row += 1
         if progress.skipped_in_a_row >= self.config.max_skipped:
             raise ValueError(
-                f"the loss was not finite in {progress.skipped_in_a_row} updates in a row, up to update {progress.step + 1}; "
-                "lower learning_rate, raise warmup_steps, or resume from an earlier checkpoint"
+                f"the loss was not finite in {progress.skipped_in_a_row} updates in a row, up to update "
+                f"{progress.step + 1}; lower learning_rate, raise warmup_steps, or resume from an earlier checkpoint"
             )
 
     def log(self) -> dict[str, Any]:
@@ -391,7 +397,7 @@ def _check_run_folder(config: PretrainConfig) -> None:
 
 
 def train(config: PretrainConfig) -> int:
-    """Pre-train as `config` says; -> 0, or 143 where SIGTERM stopped and saved it. The result is in `config.output`."""
+    """Pre-train as `config` says, into `config.output`; -> 0, or 143 where SIGTERM stopped and saved it."""
     _check_run_folder(config)
     accelerator = start_accelerator(config)
     with accelerator.local_main_process_first():
@@ -416,10 +422,11 @@ def train(config: PretrainConfig) -> int:
 def _summary(run: Run) -> str:
     corpus, train, held_out = run.corpus, run.train_examples, run.held_out_examples
     parameters = sum(parameter.numel() for parameter in run.plain_model.parameters())
+    tokens = corpus.total("tokens")
     padding = 1 - train.lengths.mean() / run.config.max_length
     return (
-        f"{corpus.total('documents')} documents, {corpus.total('sentences')} sentences, {corpus.total('tokens')} tokens "
-        f"({100 * corpus.total('unknown') / corpus.total('tokens'):.2f} % unknown), vocabulary {len(corpus.tokenizer)}\n"
+        f"{corpus.total('documents')} documents, {corpus.total('sentences')} sentences, {tokens} tokens "
+        f"({100 * corpus.total('unknown') / tokens:.2f} % unknown), vocabulary {len(corpus.tokenizer)}\n"
         f"{len(train)} training and {len(held_out)} held-out examples of {train.lengths.mean():.1f} tokens "
         f"({100 * padding:.1f} % short of {run.config.max_length}), {parameters / 1e6:.2f} M parameters, "
         f"exits {run.exit_layers}, {run.accelerator.num_processes} process(es)\n"
@@ -452,7 +459,7 @@ def _loop(run: Run) -> int:
 
 
 def _finish(run: Run) -> None:
-    """The last evaluation, the model in the output folder itself, the plot and the card; nothing where that was done."""
+    """The last evaluation, the model in the output folder itself, the plot and the card; once."""
     output = run.config.output
     if (output / EVALUATION).exists():
         run.accelerator.print(f"{output} is complete")
