@@ -1,0 +1,72 @@
+"""Tables as users have them, and the one line that says what is wrong with one."""
+
+import gzip
+import lzma
+
+import pytest
+
+from finetune.tables import read_table
+
+
+def cells(file, **arguments):
+    return [row.cells for row in read_table(file, **arguments)]
+
+
+def test_tsv_has_no_quoting(tmp_path):
+    file = tmp_path / "a.tsv"
+    file.write_bytes('\ufefftext\tlabel\r\nsaid "no\t1\r\n\r\n"yes" he said\t0\r\n'.encode())
+    assert cells(file) == [{"text": 'said "no', "label": "1"}, {"text": '"yes" he said', "label": "0"}]
+
+
+def test_csv_has_quoting(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_text('text,label\n"one, two\nthree",1\n')
+    assert cells(file) == [{"text": "one, two\nthree", "label": "1"}]
+
+
+def test_jsonl_keeps_types(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "one", "label": 1}\n\n{"text": "two", "label": [1, 2]}\n')
+    assert [row["label"] for row in cells(file)] == [1, [1, 2]]
+
+
+@pytest.mark.parametrize(("ending", "opener"), [("gz", gzip.open), ("xz", lzma.open)])
+def test_compressed(tmp_path, ending, opener):
+    file = tmp_path / f"a.tsv.{ending}"
+    with opener(file, "wt") as stream:
+        stream.write("text\tlabel\none\t1\n")
+    assert cells(file) == [{"text": "one", "label": "1"}]
+
+
+def test_named_columns_leave_further_cells_out(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_text("x\t1.5\tone\textra\ny\t2.5\ttwo\n")
+    assert cells(file, form="tsv", columns=("id", "score", "text"))[0] == {"id": "x", "score": "1.5", "text": "one"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.tsv", b"", "has no rows"),
+        ("a.tsv", b"text\tlabel\n", "has no rows"),
+        ("a.tsv", b"text\tlabel\none\n", r"row 2: 1 cells under 2 columns \(text, label\)"),
+        ("a.tsv", b"text\tlabel\none\t1\t2\n", "row 2: 3 cells under 2 columns"),
+        ("a.tsv", b"text\tlabel\n\xff\xfe\t1\n", "not a readable tsv file in UTF-8"),
+        ("a.tsv.gz", b"text\tlabel\n", "not a readable tsv file"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": \n', "line 2: not JSON"),
+        ("a.jsonl", b'["one"]\n', "line 1: expected an object"),
+        ("a.parquet", b"PAR1", r"expected a .tsv, .csv or .jsonl file"),
+    ],
+)
+def test_a_bad_table_is_named_with_its_place(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_table(tmp_path / name)
+    assert name in str(error.value)
+
+
+def test_a_missing_column_lists_those_there(tmp_path):
+    file = tmp_path / "a.tsv"
+    file.write_text("text\tlabel\none\t1\n")
+    with pytest.raises(ValueError, match=r"row 2: there is no column 'sentence'; columns: text, label"):
+        read_table(file)[0]["sentence"]

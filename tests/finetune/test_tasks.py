@@ -1,0 +1,143 @@
+"""The table of tasks, labels as names, and what is wrong with a label."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from finetune.tasks import (
+    DATA_VARIABLE,
+    TASKS,
+    check_labels,
+    encode_labels,
+    find_labels,
+    find_problem_type,
+    find_task,
+    own_task,
+    read_examples,
+)
+
+# rows that the public splits have; dev of mrpc and imdb is cut from train
+ROWS = {
+    "era": {"train": 3200, "dev": 480, "test": 1200},
+    "sst2": {"train": 67349, "dev": 872, "test": 1821},
+    "imdb": {"train": 24000, "dev": 1000, "test": 12500},
+    "mrpc": {"train": 3668, "dev": 408, "test": 1725},
+    "stsb": {"train": 5749, "dev": 1500, "test": 1379},
+    "rte": {"train": 2490, "dev": 277},
+    "cola": {"train": 7250, "dev": 1043},  # GLUE has 8,551 train rows, the local copy fewer
+    "sick": {"train": 4500, "dev": 500, "test": 4927},
+}
+
+
+def table(tmp_path, *rows, columns="text\tlabel", name="train.tsv"):
+    file = tmp_path / name
+    file.write_text("\n".join([columns, *rows]) + "\n")
+    return str(file)
+
+
+def examples_of(tmp_path, *rows, problem_type=None, **columns):
+    task = own_task({"train": table(tmp_path, *rows)}, {"text": "text", "label": "label", **columns}, problem_type)
+    return task, read_examples(task, "train")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_of_the_table_reads(name):
+    if name != "era" and not os.environ.get(DATA_VARIABLE):
+        pytest.skip(f"{DATA_VARIABLE} is not set")
+    task = find_task(name)
+    train = read_examples(task, "train")
+    problem_type = find_problem_type(task, train.labels)
+    names = find_labels(task, train, problem_type)
+    for split, rows in ROWS[name].items():
+        examples = read_examples(task, split)
+        encoded = encode_labels(task, examples, names, problem_type)
+        assert len(examples) == len(encoded) == rows
+        check_labels(encoded, split, problem_type)
+        if problem_type != "regression":
+            assert set(encoded) == set(range(len(names)))
+
+
+def test_the_embedded_task_needs_no_data_folder(monkeypatch):
+    monkeypatch.delenv(DATA_VARIABLE, raising=False)
+    assert len(read_examples(TASKS["era"], "dev")) == ROWS["era"]["dev"]
+    with pytest.raises(ValueError, match=f"{DATA_VARIABLE} is not set"):
+        read_examples(TASKS["sst2"], "dev")
+
+
+def test_a_folder_without_the_task_names_the_file(monkeypatch, tmp_path):
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="sst2/dev.tsv"):
+        read_examples(TASKS["sst2"], "dev")
+
+
+def test_an_unknown_task_lists_the_table():
+    with pytest.raises(ValueError, match="task 'sst' is unknown; allowed: era, sst2"):
+        find_task("sst")
+
+
+def test_classes_are_sorted_as_numbers_where_they_are_numbers(tmp_path):
+    task, examples = examples_of(tmp_path, "a\t10", "b\t9", "c\t9", "d\t1")
+    problem_type = find_problem_type(task, examples.labels)
+    names = find_labels(task, examples, problem_type)
+    assert (problem_type, names) == ("single_label_classification", ["1", "9", "10"])
+    assert encode_labels(task, examples, names, problem_type).tolist() == [2, 1, 1, 0]
+
+
+def test_fractional_labels_are_regression(tmp_path):
+    task, examples = examples_of(tmp_path, "a\t1.5", "b\t2", "c\t2.25")
+    assert find_problem_type(task, examples.labels) == "regression"
+    assert encode_labels(task, examples, ["score"], "regression").tolist() == [1.5, 2.0, 2.25]
+
+
+def test_several_labels_in_a_cell(tmp_path):
+    task, examples = examples_of(tmp_path, "a\tx|y", "b\t", "c\ty", problem_type="multi_label_classification")
+    names = find_labels(task, examples, "multi_label_classification")
+    encoded = encode_labels(task, examples, names, "multi_label_classification")
+    assert encoded.tolist() == [[1, 1], [0, 0], [0, 1]]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "", "high"])
+def test_a_regression_label_that_is_no_number_is_named_with_its_row(tmp_path, value):
+    task, examples = examples_of(tmp_path, "a\t1.5", f"b\t{value}", problem_type="regression")
+    with pytest.raises(ValueError, match=f"row 3: a regression label must be a finite number, got '{value}'"):
+        encode_labels(task, examples, ["score"], "regression")
+
+
+def test_a_label_unseen_in_training_is_named_with_those_allowed(tmp_path):
+    task, examples = examples_of(tmp_path, "a\tred", "b\tblue")
+    with pytest.raises(ValueError, match="row 3: label 'blue' is not among the labels of the model: red, green"):
+        encode_labels(task, examples, ["red", "green"], "single_label_classification")
+
+
+def test_an_empty_text_is_named_with_its_row(tmp_path):
+    with pytest.raises(ValueError, match=r"row 3: column 'text' has no text"):
+        examples_of(tmp_path, "a\t1", " \t0")
+
+
+def test_own_files_need_their_columns(tmp_path):
+    with pytest.raises(ValueError, match="need --text and --label"):
+        own_task({"train": "a.tsv"}, {"text": "text"}, None)
+    with pytest.raises(ValueError, match=r"there is no column 'second'; columns: text, label"):
+        examples_of(tmp_path, "a\t1", pair="second")
+
+
+def test_a_split_that_is_not_there_lists_those_that_are():
+    with pytest.raises(ValueError, match="task 'own files' has no test split; it has: dev"):
+        read_examples(own_task({"dev": "a.tsv"}, {"text": "text", "label": "label"}, None), "test")
+
+
+def test_one_class_is_an_error():
+    with pytest.raises(ValueError, match="the dev split has one class only"):
+        check_labels(np.zeros(5, dtype=int), "dev", "single_label_classification")
+
+
+def test_no_speaker_is_on_two_sides():
+    folder = Path(TASKS["era"].folder())
+    from finetune.tables import read_table
+
+    presidents = [
+        {row["president"] for row in read_table(folder / f"era/{s}.tsv.xz")} for s in ("train", "dev", "test")
+    ]
+    assert not (presidents[0] & presidents[1] or presidents[0] & presidents[2] or presidents[1] & presidents[2])
