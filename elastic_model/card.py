@@ -127,11 +127,17 @@ class Facts:
 
 
 def write_card(
-    folder: Path | str, repo_id: str | None = None, *, tags: Iterable[str] = (), notes: str = ""
+    folder: Path | str,
+    repo_id: str | None = None,
+    *,
+    name: str | None = None,
+    tags: Iterable[str] = (),
+    notes: str = "",
 ) -> ModelCard:
     """Write README.md of a checkpoint folder, whose weights, tokenizer and record are there already.
 
-    `repo_id`: the id that the code example loads (default: the folder itself); `notes`: Markdown to end with.
+    `repo_id`: the id that the code example loads (default: the folder itself); `name`: what the card calls the model
+    (default: the folder, which may still have a temporary name); `notes`: Markdown to end with.
     ValueError where the folder is no elastic checkpoint, or holds a card that somebody else wrote.
     """
     file = Path(folder) / CARD
@@ -139,7 +145,7 @@ def write_card(
         raise ValueError(
             f"{file} was not written by elastic-model and is left as it is; move it away to get a new one"
         )
-    facts = read_facts(Path(folder), repo_id)
+    facts = read_facts(Path(folder), repo_id, name)
     card = ModelCard(
         f"---\n{metadata(facts, tags).to_yaml()}\n---\n\n{text(facts, notes)}", ignore_metadata_errors=False
     )
@@ -152,7 +158,7 @@ def is_ours(card: Path) -> bool:
     return MARKER in card.read_text(encoding="utf-8", errors="replace")
 
 
-def read_facts(folder: Path, repo_id: str | None = None) -> Facts:
+def read_facts(folder: Path, repo_id: str | None = None, name: str | None = None) -> Facts:
     """What the folder's files say; ValueError where they are not those of an elastic checkpoint."""
     config, task = _read_config(folder)
     weights = weights_hash(folder)
@@ -161,7 +167,7 @@ def read_facts(folder: Path, repo_id: str | None = None) -> Facts:
     stages = read_provenance(folder)
     points = OperatingPoints.load(folder) if (folder / POINTS_FILE).is_file() else None
     return Facts(
-        name=(repo_id or folder.resolve().name).split("/")[-1],
+        name=name or (repo_id or folder.resolve().name).split("/")[-1],
         repo_id=repo_id,
         config=config,
         task=task,

@@ -75,7 +75,9 @@ def operating_points(
     if chosen is not full:
         points.append(_point(run, "calibrated", chosen))
     others = [
-        one for one in spread(outcomes, POINTS) if one.mean_exit_layer not in (chosen.mean_exit_layer, full.mean_exit_layer)
+        one
+        for one in spread(outcomes, POINTS)
+        if one.mean_exit_layer not in (chosen.mean_exit_layer, full.mean_exit_layer)
     ]
     named = {f"mean-exit-{one.mean_exit_layer:.2f}": one for one in others}
     return OperatingPoints(weights, policy, points + [_point(run, name, one) for name, one in named.items()])
@@ -119,7 +121,7 @@ def _record(run: Run, folder: Path, scored: Scored) -> None:
         settings=settings,
         seed=run.options.seed,
     )
-    write_card(folder)
+    write_card(folder, name=Path(run.options.output).name)
 
 
 def _scores_by_exit(run: Run, split: str, logits: np.ndarray) -> dict[int, list[Score]]:
