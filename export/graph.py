@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,8 +20,8 @@ OPSET = 17
 CONTRIB_OPSET = 1
 IR_VERSION = 8
 MINIMUM_ONNXRUNTIME = "1.17.0"
-STAY = {"name": "entropy", "threshold": 0.0}  # nothing is below an entropy of 0
-STAY_REGRESSION = {"name": "patience", "patience": 1, "threshold": 0.0}
+STAY: dict[str, Any] = {"name": "entropy", "threshold": 0.0}  # nothing is below an entropy of 0
+STAY_REGRESSION: dict[str, Any] = {"name": "patience", "patience": 1, "threshold": 0.0}
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ def task_of(config: ElasticBertConfig) -> Task:
     """
     exits = config.exit_layers
     problem_type = config.problem_type or (REGRESSION if config.num_labels == 1 else "single_label_classification")
-    policy = check_exit_policy(config.exit_policy, len(exits), problem_type)
-    max_layer = exits[-1]
+    policy, max_layer = check_exit_policy(config.exit_policy, len(exits), problem_type), exits[-1]
     if policy is not None and policy["name"] == "constant":
-        policy, max_layer = None, policy["layer"]
-    policy = policy or (STAY_REGRESSION if problem_type == REGRESSION else STAY)
+        max_layer, policy = policy["layer"], None
+    if policy is None:
+        policy = STAY_REGRESSION if problem_type == REGRESSION else STAY
     counts = {"patience": policy.get("patience"), "voting": policy.get("votes")}
     settings = policy if "threshold" in policy else {"threshold": counts[policy["name"]]}
     return Task(problem_type, policy, thresholds_of(settings, len(exits)), max_layer)

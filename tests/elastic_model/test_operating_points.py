@@ -1,0 +1,83 @@
+"""The table of operating points: what a budget chooses, what a damaged file says."""
+
+import json
+
+import pytest
+
+from elastic_model.operating_points import FILE, OperatingPoint, OperatingPoints
+
+
+def point(name, layer, quality, latency=None):
+    measured = {"metric": "accuracy", "value": quality, "split": "dev"}
+    timed = None if latency is None else {"value": latency, "batch": 1, "threads": 1, "machine": "test"}
+    return OperatingPoint(name, [0.1] * 4, layer, flops=layer * 1e6, quality=measured, latency_ms=timed)
+
+
+@pytest.fixture
+def points():
+    table = [point("full", 4, 0.90, 8.0), point("half", 2, 0.896), point("fast", 1, 0.85, 2.0), point("bad", 2, 0.7)]
+    return OperatingPoints("0" * 64, {"name": "entropy"}, table)
+
+
+@pytest.mark.parametrize(
+    ("budget", "name"),
+    [
+        ("half", "half"),
+        ({"speedup": 1}, "full"),
+        ({"speedup": 2}, "half"),
+        ({"speedup": 4}, "fast"),
+        ({"flops": 3e6}, "half"),
+        ({"latency_ms": 5}, "fast"),
+        ({"max_drop": 0}, "full"),
+        ({"max_drop": 0.5}, "half"),
+        ({"max_drop": 5}, "fast"),
+    ],
+)
+def test_a_budget_chooses_the_best_that_fits(points, budget, name):
+    assert points.at(budget).name == name
+
+
+@pytest.mark.parametrize(
+    ("budget", "says"),
+    [
+        ("slow", "no operating point named 'slow'; the names are: full, half, fast, bad"),
+        ({"speedup": 10}, "no operating point within speedup 10"),
+        ({"latency_ms": 1}, "measured are: full 8, fast 2"),
+        ({"price": 1}, "one of speedup, latency_ms, flops, max_drop"),
+        ({"speedup": 0}, "expected a positive number, got 0"),
+        ({"flops": float("nan")}, "expected a positive number, got nan"),
+        (4, "a budget is a point's name or a mapping"),
+    ],
+)
+def test_a_budget_that_cannot_be_met_says_why(points, budget, says):
+    with pytest.raises(ValueError, match=says):
+        points.at(budget)
+
+
+def test_what_was_not_measured_cannot_be_asked(points):
+    bare = OperatingPoints(points.checkpoint, points.policy, [OperatingPoint("full", [0.1], 4.0)])
+    for budget in ({"latency_ms": 5}, {"max_drop": 1}, {"flops": 1e9}, {"speedup": 2}):
+        with pytest.raises(ValueError, match="no operating point has a measured"):
+            bare.at(budget)
+
+
+def test_the_table_round_trips(points, tmp_path):
+    points.save(tmp_path)
+    assert OperatingPoints.load(tmp_path) == points
+    assert json.loads((tmp_path / FILE).read_text())["format"] == 1
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 2}', '{"format": 1}', '{"format": 1, "points": [{}]}'])
+def test_a_damaged_file_is_named(tmp_path, content):
+    (tmp_path / FILE).write_text(content)
+    with pytest.raises(ValueError, match=f"{FILE}: not a table of operating points"):
+        OperatingPoints.load(tmp_path)
+
+
+def test_points_must_make_sense():
+    with pytest.raises(ValueError, match="must be finite"):
+        OperatingPoint("nan", [float("nan")], 1.0)
+    with pytest.raises(ValueError, match="names of their own"):
+        OperatingPoints("", {}, [OperatingPoint("same", [0.1], 1.0)] * 2)
+    with pytest.raises(ValueError, match="one threshold per exit"):
+        OperatingPoints("", {}, [OperatingPoint("a", [0.1], 1.0), OperatingPoint("b", [0.1, 0.2], 1.0)])

@@ -1,0 +1,192 @@
+"""The client of an exported folder, in a process that cannot import torch and in this one."""
+
+import json
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from elastic_model import ElasticSession, processor
+from elastic_model.operating_points import OperatingPoint, OperatingPoints
+from tests.export.graphs import lively
+
+TEXTS = [
+    "The harvest of this year has been plentiful.",
+    "Tonight the state of our Union is strong because our people are strong, in every part of the country.",
+    "A treaty.",
+    "It remains for the wisdom of the legislature to provide for the public lands.",
+] * 6
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, tiny_tokenizer):
+    """The artefact of a lively tiny classifier with three operating points."""
+    from elastic_model import ElasticBertConfig
+    from elastic_model.operating_points import checkpoint_hash
+    from export.config import ExportOptions
+    from export.write import export_checkpoint
+
+    folder = tmp_path_factory.mktemp("session")
+    config = ElasticBertConfig(
+        vocab_size=200,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=40,
+        id2label={0: "early", 1: "middle", 2: "late"},
+        label2id={"early": 0, "middle": 1, "late": 2},
+        exit_policy={"name": "entropy", "threshold": 0.7},
+    )
+    lively(config).save_pretrained(folder / "checkpoint")
+    tiny_tokenizer.save_pretrained(folder / "checkpoint")
+    table = [
+        OperatingPoint(name, [threshold] * 4, layer, flops=layer * 1e6)
+        for name, threshold, layer in [("full", 0.0, 4.0), ("usual", 0.7, 3.5), ("fast", 1.0, 1.0)]
+    ]
+    points = OperatingPoints(checkpoint_hash(folder / "checkpoint"), {"name": "entropy"}, table)
+    points.save(folder / "checkpoint")
+    export_checkpoint(ExportOptions(folder / "checkpoint", folder / "out"))
+    return folder / "out"
+
+
+@pytest.fixture
+def session(exported):
+    return ElasticSession.from_pretrained(exported, threads=1)
+
+
+def test_a_process_without_torch_and_transformers_answers(exported):
+    script = f"""
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "transformers", "onnx"):
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Refuse())
+from elastic_model import ElasticSession
+print(ElasticSession.from_pretrained({str(exported)!r}, threads=1)("The harvest has been plentiful.")[0])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "'label':" in done.stdout and "'point': 'usual'" in done.stdout
+
+
+def test_answers_are_in_the_order_of_the_texts(session):
+    many = session(TEXTS, batch_size=5)
+    assert [set(result) for result in many] == [{"label", "score", "exit_layer", "point"}] * len(TEXTS)
+    for text, result in zip(TEXTS[:4], many, strict=False):
+        (alone,) = session(text)
+        assert alone["label"] == result["label"] and alone["exit_layer"] == result["exit_layer"]
+        assert alone["score"] == pytest.approx(result["score"], abs=1e-5)
+    assert len({result["exit_layer"] for result in many}) > 1
+
+
+def test_scores_are_probabilities_of_the_exit_that_answered(session):
+    logits = session.exit_logits(TEXTS[:4])
+    assert logits.shape == (4, 4, 3) and np.isfinite(logits).all()
+    for number, result in enumerate(session(TEXTS[:4])):
+        row = logits[session.exit_layers.index(result["exit_layer"]), number].astype(float)
+        shares = np.exp(row) / np.exp(row).sum()
+        assert result["label"] == session.labels[shares.argmax()]
+        assert result["score"] == pytest.approx(shares.max(), abs=1e-4)
+
+
+def test_budgets_choose_the_operating_point(session):
+    assert {result["point"] for result in session(TEXTS)} == {"usual"}
+    full = session(TEXTS, budget="full")
+    assert {(result["exit_layer"], result["point"]) for result in full} == {(4, "full")}
+    fast = session(TEXTS, budget={"speedup": 4})
+    assert {(result["exit_layer"], result["point"]) for result in fast} == {(1, "fast")}
+    assert max(result["exit_layer"] for result in session(TEXTS, max_layer=2)) == 2
+
+
+def test_pairs_and_long_texts(session):
+    pair, joined = session([("The harvest has", "been plentiful.")]), session(["The harvest has been plentiful."])
+    assert pair[0]["score"] != joined[0]["score"]  # separated, with token types of their own
+    assert session("peace " * 1000)[0]["label"] in session.labels  # cut to the 40 positions there are
+    assert session([]) == [] and session.exit_logits([]).shape == (4, 0, 3)
+
+
+def test_threads_may_share_a_session(session):
+    expected = session(TEXTS)
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda _: session(TEXTS), range(24)):
+            assert [(one["label"], one["exit_layer"]) for one in found] == [
+                (one["label"], one["exit_layer"]) for one in expected
+            ]
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda session: session(["fine", "  "]), r"text 1 is empty"),
+        (lambda session: session([3]), r"text 0 must be a string or a pair"),
+        (lambda session: session(["a"], max_layer=5), r"from 1 to 4, got 5"),
+        (lambda session: session(["a"], max_layer=0), r"from 1 to 4, got 0"),
+        (lambda session: session(["a"], budget="quick"), r"the names are: full, usual, fast"),
+        (lambda session: session(["a"], batch_size=0), r"batch_size must be at least 1"),
+        (lambda session: session.run(session.tokenizer.encode_batch(["a"]), [float("nan")] * 4), r"4 finite numbers"),
+        (lambda session: session.run(session.tokenizer.encode_batch(["a"]), [0.1]), r"4 finite numbers"),
+    ],
+)
+def test_bad_calls_say_what_is_allowed(session, call, says):
+    with pytest.raises(ValueError, match=says):
+        call(session)
+
+
+def test_folders_that_are_not_artefacts(exported, tmp_path):
+    with pytest.raises(ValueError, match="is not a folder"):
+        ElasticSession.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="present: none"):
+        ElasticSession.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no model_fp4; present: "):
+        ElasticSession.from_pretrained(exported, "model_fp4")
+
+
+@pytest.mark.parametrize("case", ["truncated", "empty", "not onnx"])
+def test_a_damaged_file_is_named(exported, tmp_path, case):
+    shutil.copytree(exported, tmp_path / "out")
+    file = tmp_path / "out/onnx/model.onnx"
+    content = {"truncated": file.read_bytes()[:5000], "empty": b"", "not onnx": b"hello"}[case]
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="model.onnx: (onnxruntime .* cannot load it|not a file that)"):
+        ElasticSession.from_pretrained(tmp_path / "out", "model")
+
+
+def test_an_artefact_without_its_tokenizer_or_with_other_points(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "out")
+    OperatingPoints("", {}, [OperatingPoint("two exits", [0.1, 0.1], 1.0)]).save(tmp_path / "out")
+    with pytest.raises(ValueError, match="2 thresholds per point for the 4 exits"):
+        ElasticSession.from_pretrained(tmp_path / "out")
+    (tmp_path / "out/operating_points.json").unlink()
+    with pytest.raises(ValueError, match="has no operating_points.json"):
+        ElasticSession.from_pretrained(tmp_path / "out")(["a"], budget="full")
+    (tmp_path / "out/tokenizer.json").write_text(json.dumps({"version": "1.0"}))
+    with pytest.raises(ValueError, match="not a tokenizer"):
+        ElasticSession.from_pretrained(tmp_path / "out")
+    (tmp_path / "out/tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="tokenizer.json is missing"):
+        ElasticSession.from_pretrained(tmp_path / "out")
+
+
+def test_the_file_fits_the_cpu(monkeypatch, tmp_path):
+    assert processor.fitting_files({"avx2", "avx512_vnni"})[0] == "model_qint8_avx512_vnni"
+    assert processor.fitting_files({"avx2", "avx512f"})[0] == "model_quint8_avx2"  # it would saturate with the other
+    assert processor.fitting_files(set()) == ["model"]
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu avx2 avx_vnni\n")
+    monkeypatch.setattr(processor, "CPUINFO", cpuinfo)
+    assert processor.cpu_flags() == {"fpu", "avx2", "avx_vnni"}
+
+
+def test_threads_respect_the_container(monkeypatch, tmp_path):
+    quota = tmp_path / "cpu.max"
+    monkeypatch.setattr(processor, "CPU_MAX", quota)
+    monkeypatch.setattr(processor.os, "sched_getaffinity", lambda _: set(range(8)))
+    assert processor.available_cores() == 8
+    for content, cores in [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1)]:
+        quota.write_text(content)
+        assert processor.available_cores() == cores

@@ -1,0 +1,206 @@
+"""The command: what the folder holds, what its checks stop, what it says of bad input."""
+
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+from transformers import AutoTokenizer
+
+from elastic_model import ElasticBertForSequenceClassification
+from elastic_model.operating_points import OperatingPoint, OperatingPoints, checkpoint_hash
+from export import arithmetic, check, write
+from export.__main__ import main
+from export.config import ExportOptions
+from export.rows import read_texts
+from export.write import export_checkpoint
+
+TEXTS = ["A treaty of commerce was signed in the spring.", "Our people are strong.", "The debt has been reduced."]
+INT8 = "model_quint8_avx2"
+
+
+def export_to(folder, checkpoint, **options):
+    return export_checkpoint(ExportOptions(checkpoint, folder, **{"files": [INT8], **options}))
+
+
+def test_the_folder_is_complete(lively_checkpoint, tmp_path):
+    report = export_to(tmp_path / "out", lively_checkpoint)
+    out = tmp_path / "out"
+    assert {path.name for path in (out / "onnx").iterdir()} == {"model.onnx", f"{INT8}.onnx"}
+    assert json.loads((out / "export_report.json").read_text()) == report
+    assert max(report["files"]["model"]["largest_difference"].values()) < 1e-4
+    assert report["files"][INT8]["int8_share"] > 0.95
+    assert all(name.startswith(("classifiers", "attention")) for name in report["files"][INT8]["float32_products"])
+    assert "ElasticSession" in (out / "README.md").read_text()
+    model = ElasticBertForSequenceClassification.from_pretrained(out)
+    assert model.config.id2label[2] == "late"
+
+
+@pytest.mark.parametrize("file", ["model", INT8])
+def test_a_plain_session_needs_the_tokenizer_only(lively_checkpoint, tmp_path, file):
+    export_to(tmp_path / "out", lively_checkpoint)
+    session = onnxruntime.InferenceSession(tmp_path / "out/onnx" / f"{file}.onnx", providers=["CPUExecutionProvider"])
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "out")(TEXTS, padding=True, return_tensors="np")
+    assert set(tokens) == {one.name for one in session.get_inputs()}
+    logits, exit_layer, exit_logits = session.run(["logits", "exit_layer", "exit_logits"], dict(tokens))
+    assert logits.shape == (3, 3) and exit_layer.tolist() == [4, 4, 4]
+    np.testing.assert_array_equal(exit_logits[-1], logits)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["elastic_labels"]) == ["early", "middle", "late"]
+
+
+def test_rows_to_compare_on(lively_checkpoint, tmp_path):
+    (tmp_path / "rows.tsv").write_text("text\tother\n" + "".join(f"{text}\tx\n" for text in TEXTS * 9))
+    report = export_to(tmp_path / "out", lively_checkpoint, rows=tmp_path / "rows.tsv", max_rows=20)
+    assert report["files"][INT8]["rows"] == 20 and report["files"][INT8]["real_rows"]
+
+
+def test_operating_points_travel_with_the_weights_they_belong_to(lively_checkpoint, tmp_path):
+    points = [OperatingPoint("half", [0.5] * 4, 2.0)]
+    OperatingPoints(checkpoint_hash(lively_checkpoint), {"name": "entropy"}, points).save(lively_checkpoint)
+    export_to(tmp_path / "out", lively_checkpoint)
+    assert OperatingPoints.load(tmp_path / "out").at("half").thresholds == [0.5] * 4
+    OperatingPoints("0" * 64, {"name": "entropy"}, points).save(lively_checkpoint)
+    with pytest.raises(ValueError, match="belongs to other weights"):
+        export_to(tmp_path / "again", lively_checkpoint)
+
+
+def test_a_float32_graph_that_differs_is_not_kept(lively_checkpoint, tmp_path, monkeypatch):
+    """The third layer's feed-forward is off by a thousandth: the check names that exit, and nothing is written."""
+    exact = arithmetic.product_float32
+
+    def slightly_off(graph, tokens, name, weight):
+        return exact(graph, tokens, name, weight * (1.001 if "layer.2.intermediate" in name else 1))
+
+    broken = arithmetic.Arithmetic(slightly_off, arithmetic.lookup_float32)
+    monkeypatch.setitem(arithmetic.ARITHMETICS, "model", broken)
+    with pytest.raises(ValueError, match="the exit after layer 3 is the first"):
+        export_to(tmp_path / "out", lively_checkpoint)
+    assert [path.name for path in tmp_path.iterdir()] == [lively_checkpoint.name]
+
+
+def test_an_int8_graph_that_differs_is_not_kept(lively_checkpoint, tmp_path, monkeypatch):
+    """A scale lost for one layer's products, as a fusion once did."""
+    exact = arithmetic.product_int8
+
+    def scale_lost(graph, tokens, name, weight, pairs):
+        return exact(graph, tokens, name, weight * (3 if "layer.1.output" in name else 1), pairs=pairs)
+
+    broken = arithmetic.Arithmetic(lambda *given: scale_lost(*given, pairs=True), arithmetic.lookup_int8)
+    monkeypatch.setitem(arithmetic.ARITHMETICS, INT8, broken)
+    with pytest.raises(ValueError, match=f"{INT8}.onnx against float32: .* the exit after layer 2 is the first"):
+        export_to(tmp_path / "out", lively_checkpoint)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_leave_wrongly_are_noticed(lively_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "_leaves_at", lambda *given: np.full(given[2].shape[1], 1))
+    with pytest.raises(ValueError, match="leaves after layer 4"):
+        export_to(tmp_path / "out", lively_checkpoint)
+
+
+def test_a_file_for_another_cpu_is_marked_unchecked(lively_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "cpu_flags", lambda: {"avx2"})
+    report = export_to(tmp_path / "out", lively_checkpoint, files=["model_qint8_avx512_vnni"])
+    assert "avx512_vnni" in report["files"]["model_qint8_avx512_vnni"]["unchecked"]
+
+
+@pytest.fixture
+def run_export(monkeypatch, capsys):
+    """Runs the command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["python -m export", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code, *capsys.readouterr()
+
+    return run
+
+
+def spoil(folder, case):
+    config = json.loads((folder / "config.json").read_text())
+    if case == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif case == "truncated weights":
+        content = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    elif case == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+    elif case == "another model":
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
+    elif case == "another head":
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": ["ElasticBertForPreTraining"]}))
+    elif case == "damaged config":
+        (folder / "config.json").write_text("{")
+    elif case == "no config":
+        (folder / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("case", "says"),
+    [
+        ("no weights", "has no weights"),
+        ("truncated weights", "cannot be loaded"),
+        ("no tokenizer", "no tokenizer.json"),
+        ("another model", "model_type 'bert'"),
+        ("another head", "ElasticBertForPreTraining is not exported"),
+        ("damaged config", "not JSON"),
+        ("no config", "no config.json"),
+    ],
+)
+def test_a_checkpoint_that_is_not_one(lively_checkpoint, tmp_path, case, says):
+    spoil(lively_checkpoint, case)
+    with pytest.raises(ValueError, match=says):
+        export_to(tmp_path / "out", lively_checkpoint)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_lacks_a_head_is_not_exported_with_a_random_one(lively_model, lively_checkpoint, tmp_path):
+    tensors = {name: tensor for name, tensor in lively_model.state_dict().items() if "classifiers.2" not in name}
+    lively_model.save_pretrained(lively_checkpoint, state_dict=tensors)
+    with pytest.raises(ValueError, match="lacks weights: classifiers.2"):
+        export_to(tmp_path / "out", lively_checkpoint)
+
+
+def test_the_command_reports_in_one_line_and_overwrites_nothing(tiny_checkpoint, tmp_path, run_export):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.txt").write_text("mine")
+    code, _, errors = run_export(tiny_checkpoint, tmp_path / "theirs")
+    assert code == 2 and len(errors.strip().splitlines()) == 1
+    assert "was not made by elastic-model" in errors
+    assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["thesis.txt"]
+    code, _, errors = run_export(tmp_path / "nowhere", tmp_path / "out")
+    assert code == 2 and "nowhere is not a folder" in errors
+    code, _, errors = run_export(tiny_checkpoint, tmp_path / "out", "--files", "model_fp4")
+    assert code == 2 and "model_fp4" in errors and "model_quint8_avx2" in errors
+
+
+def test_the_commands_end_to_end(tiny_checkpoint, tmp_path, run_export):
+    code, output, _ = run_export(tiny_checkpoint, tmp_path / "out")
+    assert code == 0 and "onnx/model.onnx: float32" in output
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS) + "\n")
+    _, output, _ = run_export("predict", tmp_path / "out", "--input", tmp_path / "texts.txt", "--max_layer", 2)
+    lines = [line.split("\t") for line in output.splitlines()]
+    assert lines[0] == ["label", "score", "exit_layer", "point"] and len(lines) == 4
+    assert all(line[0] in ("early", "middle", "late") and line[2] == "2" for line in lines[1:])
+    timings = tmp_path / "timings.json"
+    flags = ["--input", tmp_path / "texts.txt", "--seconds", 0.05, "--output", timings]
+    assert run_export("benchmark", tmp_path / "out", *flags)[0] == 0
+    assert {(one["file"], one["batch"]) for one in json.loads(timings.read_text())} >= {("model", 1), ("model", 32)}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("rows.tsv", b"body\tlabel\nx\ty\n", "no column 'text'; its columns are body, label"),
+        ("rows.tsv", b"text\tlabel\nx\n", "line 2: 1 cells under 2 columns"),
+        ("rows.txt", b"\xff\xfe\n", "not readable as UTF-8"),
+        ("rows.txt", b"\n\n", "has no texts"),
+        ("rows.txt.xz", b"not xz", "not readable"),
+    ],
+)
+def test_a_file_of_texts_that_is_not_one(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        read_texts(tmp_path / name, "text")
