@@ -35,7 +35,9 @@ SKIPS = [
     ("test_encoder_decoder_loss_no_double_shift", "not an encoder-decoder: nothing is shifted", NEVER),
     ("test_*router_logits*", "no mixture of experts", NEVER),
     ("test_eager_matches_batched_and_grouped_inference_*", "no mixture of experts", NEVER),
-    ("test_*composite_model*", "one configuration for one network: no sub-models", NEVER),
+    ("test_attn_implementation_composite_models", "one configuration for one network: no sub-models", NEVER),
+    ("test_sdpa_can_dispatch_composite_models", "one configuration for one network: no sub-models", NEVER),
+    ("test_can_set_attention_dynamically_composite_model", "one configuration: no sub-models", NEVER),
     ("test_internal_model_config_and_subconfig_are_same", "one configuration for one network: no sub-models", NEVER),
     # features of transformers that BERT does not have there either
     ("test_keep_in_fp32_modules*", "no module has to stay in float32: test_ecosystem.py runs bf16 and float16", NEVER),

@@ -1,0 +1,89 @@
+"""Answers from a question-answering model: the best span of a context of any length, seen through overlapping windows.
+
+A context longer than the model is cut into windows that overlap by a stride, each with the question before it. A
+span's score is the start logit of its first token plus the end logit of its last (Devlin et al. 2019, section 4.2); the best
+span of all windows of a question is its answer. NumPy alone.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`context[start:end]`, its score, and that of having no answer; where the latter won, "" and start = end = 0."""
+
+    text: str
+    start: int
+    end: int
+    score: float
+    no_answer_score: float
+
+
+def best_answer(
+    context: str,
+    start_logits,
+    end_logits,
+    offsets,
+    in_context,
+    *,
+    max_tokens: int = 30,
+    no_answer_threshold: float | None = None,
+) -> Answer:
+    """The best span of one question's windows.
+
+    start_logits, end_logits (windows, tokens); offsets (windows, tokens, 2): each token's characters in `context`;
+    in_context (windows, tokens): true at the context's tokens, false at the question's, special ones and padding. The
+    first token of every window is [CLS]. max_tokens: the longest answer. no_answer_threshold: None = there is always
+    an answer; a number t: none unless the best span scores more than t above [CLS] as start and end, the lowest of all
+    windows, since a window without the answer says nothing against the others (Devlin et al., section 4.3).
+
+    Raises ValueError for shapes that do not fit, logits that are not finite and windows that hold no context.
+    """
+    start, end = (np.asarray(logits, dtype=np.float32) for logits in (start_logits, end_logits))
+    offsets, in_context = np.asarray(offsets), np.asarray(in_context, dtype=bool)
+    _check(start, end, offsets, in_context, max_tokens)
+    no_answer_score = float((start[:, 0] + end[:, 0]).min())
+    window, first, last = _best_span(start, end, in_context, max_tokens)
+    score = float(start[window, first] + end[window, last])
+    if no_answer_threshold is not None and score <= no_answer_score + no_answer_threshold:
+        return Answer("", 0, 0, score, no_answer_score)
+    left, right = int(offsets[window, first, 0]), int(offsets[window, last, 1])
+    text = context[left:right]
+    left += len(text) - len(text.lstrip())  # byte-level tokenizers count the space before a word to the word
+    return Answer(text.strip(), left, left + len(text.strip()), score, no_answer_score)
+
+
+def _best_span(start, end, in_context, max_tokens: int) -> tuple[int, int, int]:
+    """Window, first and last token of the span with the highest score; the earliest of equals."""
+    tokens = start.shape[1]
+    length = np.arange(tokens)[None, :] - np.arange(tokens)[:, None] + 1  # (first, last): tokens of the span
+    possible = (length >= 1) & (length <= max_tokens)
+    best, best_score = (0, 0, 0), -np.inf
+    for window in range(len(start)):
+        allowed = possible & in_context[window][:, None] & in_context[window][None, :]
+        scores = np.where(allowed, start[window][:, None] + end[window][None, :], -np.inf)
+        first, last = divmod(int(scores.argmax()), tokens)
+        if scores[first, last] > best_score:
+            best, best_score = (window, first, last), scores[first, last]
+    return best
+
+
+def _check(start, end, offsets, in_context, max_tokens: int) -> None:
+    shape = start.shape
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"start_logits must have the shape (windows, tokens) with at least one of each, got {shape}.")
+    for name, array, wanted in (
+        ("end_logits", end, shape),
+        ("offsets", offsets, (*shape, 2)),
+        ("in_context", in_context, shape),
+    ):
+        if array.shape != wanted:
+            raise ValueError(f"{name} must have the shape {wanted} to go with start_logits, got {array.shape}.")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}.")
+    if not (np.isfinite(start).all() and np.isfinite(end).all()):
+        raise ValueError("start_logits and end_logits must be finite: take an exit that every window reached.")
+    if not in_context.any():
+        raise ValueError("in_context marks no token of the context in any window: the context is empty, or cut off.")
