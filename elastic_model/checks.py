@@ -22,7 +22,7 @@ REGRESSION_POLICIES = ("never", "constant", "patience", "learned")
 def check_length_config(length_config, layers: int) -> list[float] | list[int] | None:
     """The length configuration as a list, one entry per layer, or None where nothing is dropped.
 
-    An entry says what remains after that layer's attention (Kim and Cho 2021, section 3.1): a float in (0, 1] is a
+    An entry says what remains after that layer's attention (Kim and Cho 2021): a float in (0, 1] is a
     share of the row's own real tokens, an int is that many tokens, at least 2. Raises ValueError for anything else,
     and where it rises.
     """

@@ -1,6 +1,6 @@
 """What a sub-network costs, from its configuration alone: parameters, and FLOPs of its matrix products.
 
-One multiply-add counts as 2 FLOPs; matrix products only, as ELUE (Liu et al. 2022, section 4.3) and Kim and Cho
+One multiply-add counts as 2 FLOPs; matrix products only, as ELUE (Liu et al. 2022) and Kim and Cho
 (2021) count. An embedding lookup is no product and costs nothing.
 """
 

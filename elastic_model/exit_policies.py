@@ -66,7 +66,7 @@ def predict(logits: torch.Tensor, problem_type: str, mask: torch.Tensor | None =
 
 
 def normalised_entropy(prediction: Prediction) -> torch.Tensor:
-    """Entropy / ln(classes) of the least certain group, 0 (certain) to 1 (uniform); (rows,). FastBERT, eq. 7; DeeBERT
+    """Entropy / ln(classes) of the least certain group, 0 (certain) to 1 (uniform); (rows,). FastBERT; DeeBERT
     in nats."""
     entropy = torch.special.entr(prediction.log_probs.exp()).sum(-1)
     classes = prediction.classes

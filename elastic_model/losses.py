@@ -1,5 +1,7 @@
-"""Losses over exits: weightings, gradient equilibrium, grouped training, inplace distillation, and the loss of one
-exit."""
+"""Losses over exits: weightings, gradient equilibrium, grouped training, inplace distillation; the loss of one exit.
+
+L_j is the loss of the exit after layer j, from 1; every formula stands where it is computed, with the paper it is from.
+"""
 
 import torch
 from torch import nn
@@ -15,16 +17,20 @@ def _normalised(weight_of_layer):
     return weights
 
 
-# exit layers (1-based) -> one weight per exit
+# exit layers -> one weight per exit
 EXIT_LOSSES = {
-    "sum": lambda layers: [1.0] * len(layers),  # ElasticBERT (Liu et al. 2022), eq. 2; Xin et al. 2022, section 3.3
-    "last": lambda layers: [0.0] * (len(layers) - 1) + [1.0],  # a single-exit model
-    "mean": _normalised(lambda layer: 1.0),  # LayerSkip (Elhoushi et al. 2024), uniform scale
-    "linear": _normalised(lambda layer: layer),  # PABEE (Zhou et al. 2020), eq. 6: sum j L_j / sum j
-    "cumulative": _normalised(lambda layer: layer * (layer + 1) / 2),  # LayerSkip, eq. 6: sum of 1..l
-    "sqrt": _normalised(lambda layer: layer**0.5),  # LayerSkip
-    "inverse": _normalised(lambda layer: 1.0 / layer),  # LayerSkip
-    "inverse_sqrt": _normalised(lambda layer: layer**-0.5),  # LayerSkip
+    # L = sum_j L_j: ElasticBERT's training objective (Liu et al. 2022); the operator E of Xin et al. 2022
+    "sum": lambda layers: [1.0] * len(layers),
+    # L = L_last: a single-exit model
+    "last": lambda layers: [0.0] * (len(layers) - 1) + [1.0],
+    # L = sum_j j L_j / sum_j j: PABEE (Zhou et al. 2020)
+    "linear": _normalised(lambda layer: layer),
+    # L = sum_j e(j) L_j / sum_j e(j): the scales e of LayerSkip's early-exit loss (Elhoushi et al. 2024)
+    "mean": _normalised(lambda layer: 1.0),
+    "cumulative": _normalised(lambda layer: layer * (layer + 1) / 2),  # e(j) = 1 + 2 + ... + j
+    "sqrt": _normalised(lambda layer: layer**0.5),
+    "inverse": _normalised(lambda layer: 1.0 / layer),
+    "inverse_sqrt": _normalised(lambda layer: layer**-0.5),
 }
 
 
@@ -43,8 +49,8 @@ def weighted_loss(losses: dict[int, torch.Tensor], exit_loss: str) -> torch.Tens
 
 
 def exit_group(exit_layers: list[int], groups: int, step: int) -> list[int]:
-    """The exits trained at `step`: dealt into `groups` in turn, the last exit in every group (ElasticBERT, section
-    3.2).
+    """The exits trained at `step`: dealt into `groups` in turn, the last exit in every group (ElasticBERT's grouped
+    training, Liu et al. 2022).
 
     With 12 exits and 2 groups: layers 1, 3, ..., 11, 12 at even steps, layers 2, 4, ..., 12 at odd ones.
     """
@@ -69,7 +75,8 @@ def gradient_equilibrium(hidden: torch.Tensor, exits_from_here: int) -> tuple[to
     """`hidden` twice, once for this exit's branch and once for the way up, with scaled gradients.
 
     With n exits trained at or above this layer the branch gets 1/n of its gradient and the path upward (n - 1)/n, so
-    that a layer sees the mean, not the sum, of the exits above it (Li et al. 2019, eq. 3; ElasticBERT, section 3.2).
+    that a layer sees the mean, not the sum, of the exits above it: dL/dh_l = 1/n dL_l/dh_l + (n - 1)/n dL/dh_(l+1)
+    dh_(l+1)/dh_l (Li et al. 2019, "Improved techniques for training adaptive deep networks"; Liu et al. 2022).
     """
     branch = _ScaleGradient.apply(hidden, 1.0 / exits_from_here)
     upward = _ScaleGradient.apply(hidden, (exits_from_here - 1.0) / exits_from_here)
@@ -104,8 +111,7 @@ def exit_task_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: str
 def inplace_distillation(
     logits: torch.Tensor, teacher: torch.Tensor, problem_type: str, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """KL(teacher || student) to the full model's detached prediction (Yu and Huang 2019; Kim and Cho 2021, section
-    3.2).
+    """KL(teacher || student) to the full model's detached prediction (Yu and Huang 2019; Kim and Cho 2021).
 
     logits, teacher (rows, ..., classes), mask (rows, ...) true where a prediction counts (tokens); regression:
     squared error; multi-label: the binary divergences, averaged over labels; question answering: (rows, tokens, 2),
@@ -128,6 +134,5 @@ def inplace_distillation(
 
 
 def uncertainty_loss(uncertainty: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:
-    """BERxiT's loss of the learned exit head: squared error of the predicted to the actual uncertainty (Xin et al.
-    2021, eq. 6)."""
+    """(u - u*)^2: BERxiT's loss of the learned exit head, predicted and actual uncertainty (rows,) (Xin et al. 2021)."""
     return nn.functional.mse_loss(uncertainty.float(), wrong.detach().float())
