@@ -5,7 +5,7 @@ import torch
 
 
 def significance(probabilities: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """How much attention each token receives, summed over heads and over real query tokens (PoWER-BERT, Goyal et al. 2020).
+    """How much attention each token receives, summed over heads and real query tokens (Goyal et al. 2020).
 
     probabilities (rows, heads, queries, keys) without dropout, real (rows, queries) -> (rows, keys), float32
     """

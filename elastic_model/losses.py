@@ -1,6 +1,6 @@
 """Losses over exits: weightings, gradient equilibrium, grouped training, inplace distillation; the loss of one exit.
 
-L_j is the loss of the exit after layer j, from 1; every formula stands where it is computed, with the paper it is from.
+L_j is the loss of the exit after layer j, from 1. Every formula stands where it is computed, with its paper.
 """
 
 import torch
@@ -134,5 +134,5 @@ def inplace_distillation(
 
 
 def uncertainty_loss(uncertainty: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:
-    """(u - u*)^2: BERxiT's loss of the learned exit head, predicted and actual uncertainty (rows,) (Xin et al. 2021)."""
+    """(u - u*)^2: BERxiT's loss of the learned exit head, predicted and actual uncertainty, (rows,) each (Xin 2021)."""
     return nn.functional.mse_loss(uncertainty.float(), wrong.detach().float())
