@@ -72,7 +72,7 @@ def operating_points(
     name = policy_name(run.options.exit_policy, run.labels.problem_type)
     policy = chosen.policy or never(name, len(run.exit_layers), run.labels.problem_type)
     points = [_point(run, "full", full)]
-    if chosen is not full:
+    if chosen.mean_exit_layer < full.mean_exit_layer:
         points.append(_point(run, "calibrated", chosen))
     others = [
         one

@@ -83,18 +83,33 @@ def _metrics(given: list[str], task: Task, problem_type: ProblemType) -> tuple[s
     return names
 
 
+def _names_of(config: Any) -> list[str]:
+    return [config.id2label[number] for number in range(config.num_labels)]
+
+
 def labels_of_training(options: TaskOptions, task: Task, train: Examples) -> Labels:
-    """The labels as the train split has them."""
+    """The labels as the train split has them, in the order of the starting checkpoint's head where that has the same.
+
+    ValueError where the checkpoint is a classifier of other labels: its head would be lost without a word.
+    """
     problem_type = find_problem_type(task, train.labels)
-    return Labels(problem_type, find_labels(task, train, problem_type), _metrics(options.metrics, task, problem_type))
+    names = find_labels(task, train, problem_type)
+    config = AutoConfig.from_pretrained(options.model, local_files_only=True)
+    if any("ForSequenceClassification" in name for name in config.architectures or []):
+        if sorted(names) != sorted(_names_of(config)):
+            raise ValueError(
+                f"model folder {options.model} is a classifier of other labels: {', '.join(_names_of(config))}; "
+                f"the task has {', '.join(names)}; start from a checkpoint without a head, or rename its id2label"
+            )
+        names = _names_of(config)
+    return Labels(problem_type, names, _metrics(options.metrics, task, problem_type))
 
 
 def labels_of_model(options: TaskOptions, task: Task, config: ElasticBertConfig) -> Labels:
     """The labels as a task checkpoint has them."""
     default: ProblemType = "regression" if config.num_labels == 1 else "single_label_classification"
     problem_type = config.problem_type or default
-    names = [config.id2label[number] for number in range(config.num_labels)]
-    return Labels(problem_type, names, _metrics(options.metrics, task, problem_type))
+    return Labels(problem_type, _names_of(config), _metrics(options.metrics, task, problem_type))
 
 
 def some_rows(examples: Examples, rows: int | None, seed: int) -> Examples:
@@ -131,23 +146,10 @@ def check_length(config: Any, max_length: int) -> None:
         raise ValueError(f"max_length must be 3 to {longest} (the positions of the model), got {max_length}")
 
 
-def _check_head(config: Any, labels: Labels, folder: Path) -> None:
-    """ValueError where the checkpoint is a classifier of other labels: its head would be lost without a word."""
-    if not any("ForSequenceClassification" in name for name in config.architectures or []):
-        return
-    names = [config.id2label[number] for number in range(config.num_labels)]
-    if names != labels.names:
-        raise ValueError(
-            f"model folder {folder} is a classifier of other labels: it has {', '.join(names)}; "
-            f"the task has {', '.join(labels.names)}"
-        )
-
-
 def load_for_training(options: TrainOptions, labels: Labels) -> ElasticBertForSequenceClassification:
     """The starting checkpoint with an exit head per exit layer; what it lacks is drawn from the seed."""
     folder = Path(options.model)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    _check_head(config, labels, folder)
     check_length(config, options.max_length)
     exit_weights(options.exit_loss, [1])
     settings: dict[str, Any] = {"exit_loss": options.exit_loss, "gradient_equilibrium": options.gradient_equilibrium}

@@ -1,0 +1,60 @@
+"""A small task with a signal, and options of a run on it that takes seconds."""
+
+import random
+
+import pytest
+
+SIGNAL = {"early": "treaty harvest revenue", "middle": "army ships schools", "late": "energy Congress medicine"}
+NOISE = "the of and to every country people this year our".split()
+
+
+def _lines(rows, seed):
+    draw = random.Random(seed)
+    for number in range(rows):
+        label = list(SIGNAL)[number % 3]
+        words = draw.choices(SIGNAL[label].split(), k=2) + draw.choices(NOISE, k=draw.randint(2, 10))
+        yield f"{' '.join(draw.sample(words, len(words)))}\t{label}"
+
+
+@pytest.fixture(scope="session")
+def small_task(tmp_path_factory):
+    """A folder with train, dev and test: three labels, each with words of its own among words of all."""
+    folder = tmp_path_factory.mktemp("task")
+    for seed, (split, rows) in enumerate({"train": 60, "dev": 30, "test": 30}.items()):
+        (folder / f"{split}.tsv").write_text("\n".join(["text\tlabel", *_lines(rows, seed)]) + "\n")
+    return folder
+
+
+def options_for(small_task, model, output, /, **changes):
+    """A run of 12 updates on the small task."""
+    from finetune.config import TrainOptions
+
+    own = {split: str(small_task / f"{split}.tsv") for split in ("train", "dev")}
+    own |= {"model": str(model), "output": str(output), "text": "text", "label": "label"}
+    short = {"max_length": 32, "batch_size": 10, "epochs": 2, "learning_rate": 3e-3, "log_steps": 1}
+    return TrainOptions(**{**own, **short, **changes})
+
+
+@pytest.fixture
+def options(small_task, tiny_checkpoint, tmp_path):
+    """-> options(**changes): a short run from the tiny checkpoint."""
+    return lambda **changes: options_for(small_task, tiny_checkpoint, tmp_path / "out", **changes)
+
+
+@pytest.fixture(scope="session")
+def trained(small_task, tiny_tokenizer, tmp_path_factory):
+    """The options of a finished run from random weights, long enough to learn the task."""
+    import torch
+
+    from elastic_model import ElasticBertConfig, ElasticBertForPreTraining
+    from finetune.train import train
+
+    folder = tmp_path_factory.mktemp("trained")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+    config = ElasticBertConfig(vocab_size=200, max_position_embeddings=64, hidden_dropout_prob=0.0, **sizes)
+    ElasticBertForPreTraining(config).save_pretrained(folder / "start")
+    tiny_tokenizer.save_pretrained(folder / "start")
+    run = options_for(small_task, folder / "start", folder / "checkpoint", epochs=12, seed=1)
+    assert train(run) == 0
+    return run

@@ -1,0 +1,56 @@
+"""Batches: each row once, the same from the same seed, of similar length; rows cut to the length are counted."""
+
+import numpy as np
+import torch
+
+from finetune.data import GROUP, collate, encode, shuffled_batches, sorted_batches
+from finetune.tasks import Examples
+
+LENGTHS = [1 + (number * 7919) % 97 for number in range(1003)]
+
+
+def examples_of(texts, pairs=None):
+    return Examples(texts, pairs, [0] * len(texts), [""] * len(texts))
+
+
+def test_an_epoch_has_each_row_once():
+    batches = shuffled_batches(LENGTHS, 10, seed=0, epoch=0)
+    assert sorted(row for batch in batches for row in batch) == list(range(1003))
+    assert sorted(map(len, batches)) == [3] + [10] * 100
+
+
+def test_batches_are_a_function_of_seed_and_epoch():
+    assert shuffled_batches(LENGTHS, 10, 1, 2) == shuffled_batches(LENGTHS, 10, 1, 2)
+    assert shuffled_batches(LENGTHS, 10, 1, 2) != shuffled_batches(LENGTHS, 10, 1, 3)
+    assert shuffled_batches(LENGTHS, 10, 1, 2) != shuffled_batches(LENGTHS, 10, 2, 2)
+
+
+def test_grouping_by_length_saves_most_of_the_padding():
+    def slots(batches):
+        return sum(len(batch) * max(LENGTHS[row] for row in batch) for batch in batches)
+
+    in_order = [list(range(first, min(first + 10, 1003))) for first in range(0, 1003, 10)]
+    grouped = shuffled_batches(LENGTHS, 10, 0, 0)
+    real = sum(LENGTHS)
+    assert GROUP > 1 and slots(grouped) - real < 0.2 * (slots(in_order) - real)
+    assert slots(sorted_batches(LENGTHS, 10)) <= slots(grouped)
+
+
+def test_rows_longer_than_the_length_are_cut_and_counted(tiny_tokenizer):
+    texts = ["the harvest " * 20, "the harvest", "a treaty"]
+    encoded = encode(examples_of(texts), np.zeros(3), tiny_tokenizer, max_length=12)
+    assert encoded.cut == 1 and max(encoded.lengths) == 12 and len(encoded) == 3
+    assert encoded.rows[0]["input_ids"][-1] == tiny_tokenizer.sep_token_id
+
+
+def test_a_batch_is_padded_to_its_longest_row(tiny_tokenizer):
+    encoded = encode(examples_of(["the harvest of this year", "a treaty"]), np.array([1, 0]), tiny_tokenizer, 32)
+    batch = collate(encoded, [1, 0], tiny_tokenizer, torch.device("cpu"))
+    assert batch["input_ids"].shape == (2, max(encoded.lengths))
+    assert batch["attention_mask"].sum(1).tolist() == [encoded.lengths[1], encoded.lengths[0]]
+    assert batch["labels"].tolist() == [0, 1]
+
+
+def test_pairs_carry_token_types(tiny_tokenizer):
+    encoded = encode(examples_of(["the army"], ["the revenue"]), np.zeros(1), tiny_tokenizer, 32)
+    assert set(encoded.rows[0]["token_type_ids"]) == {0, 1}

@@ -1,0 +1,212 @@
+"""The loop: it learns, resumes where it was, sums gradients rightly, and writes a whole checkpoint or nothing."""
+
+import dataclasses
+import json
+import re
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+import finetune.train
+from elastic_model import ElasticBertForSequenceClassification
+from elastic_model.arguments import parse
+from elastic_model.operating_points import OperatingPoints, checkpoint_hash
+from finetune.config import TrainOptions
+from finetune.recipe import RECIPES
+from finetune.run import prepare
+from finetune.train import INTERRUPTED, backward, learning_rate, train
+
+SHIPPED = sorted((Path(finetune.train.__file__).parent / "recipes").glob("*.yaml"))
+
+
+def weights_of(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def assert_same_weights(first, second):
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def log_of(folder):
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "updates_per_second"} for line in lines]
+
+
+def test_a_run_learns_and_leaves_a_checkpoint(trained, small_task):
+    folder = Path(trained.output)
+    model = ElasticBertForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = [line.split("\t") for line in (small_task / "test.tsv").read_text().splitlines()[1:]]
+    batch = tokenizer([text for text, _ in rows], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        output = model(**batch)
+    named = [model.config.id2label[number] for number in output.logits.argmax(-1).tolist()]
+    assert np.mean([name == label for name, (_, label) in zip(named, rows, strict=True)]) > 0.8  # a guess: 1/3
+    assert model.config.exit_policy["name"] == "entropy"
+    assert not Path(f"{trained.output}.run").exists()
+
+
+def test_the_checkpoint_states_its_operating_points(trained):
+    folder = Path(trained.output)
+    points = OperatingPoints.load(folder)
+    config = ElasticBertForSequenceClassification.from_pretrained(folder).config
+    assert points.checkpoint == checkpoint_hash(folder) and points.policy == config.exit_policy
+    full, calibrated = points.at("full"), points.at("calibrated")
+    assert full.mean_exit_layer == 4 and calibrated.mean_exit_layer < 4 and calibrated.flops < full.flops
+    assert calibrated.quality["value"] >= full.quality["value"] - trained.permitted_loss
+    assert calibrated.thresholds == [config.exit_policy["threshold"]] * 4
+    assert points.at({"max_drop": 100.0}).flops == min(point.flops for point in points.points)
+
+
+def test_the_report_and_the_files_agree(trained):
+    folder = Path(trained.output)
+    report, evaluation = (folder / "report.txt").read_text(), json.loads((folder / "evaluation.json").read_text())
+    for layer, scores in evaluation["exits"]["dev"].items():
+        assert re.search(rf"^{layer} .*{scores[0]['value']:.4f}.*{scores[1]['value']:.4f}", report, re.M)
+    assert evaluation["dev"]["calibrated"]["policy"] == json.loads((folder / "config.json").read_text())["exit_policy"]
+    assert parse(TrainOptions, ["--config", str(folder / "finetune.yaml")]) == trained
+
+
+class Crash(Exception):
+    """What a killed process looks like from inside the loop."""
+
+
+@pytest.mark.parametrize(  # a phase has 12 updates: at 12 the second one is just beginning
+    ("recipe", "update"),
+    [("joint", 1), ("joint", 5), ("alternating", 8), ("two_stage", 5), ("two_stage", 12), ("self_distillation", 19)],
+)
+def test_a_run_killed_at_any_update_resumes_to_the_same_weights(options, monkeypatch, tmp_path, recipe, update):
+    settings = {"recipe": recipe, "dropout": 0.1, "save_steps": 3, "learning_rate": 1e-3}
+    assert train(options(**settings, output=str(tmp_path / "whole"))) == 0
+
+    def crash(run, phase, model, number):
+        if number == update:
+            raise Crash
+        return backward(run, phase, model, number)
+
+    monkeypatch.setattr(finetune.train, "backward", crash)
+    with pytest.raises(Crash):
+        train(options(**settings))
+    assert not Path(options().output).exists()
+    monkeypatch.undo()
+    assert train(options(**settings, resume=True)) == 0
+    assert_same_weights(weights_of(tmp_path / "whole"), weights_of(options().output))
+    assert log_of(tmp_path / "whole") == log_of(options().output)
+
+
+def test_sigterm_saves_and_exits_143(options, monkeypatch, tmp_path, capsys):
+    assert train(options(output=str(tmp_path / "whole"))) == 0
+
+    def terminated(run, phase, model, number):
+        if number == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return backward(run, phase, model, number)
+
+    monkeypatch.setattr(finetune.train, "backward", terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    assert train(options()) == INTERRUPTED == 143
+    assert "stopped at update 5" in capsys.readouterr().out and signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.undo()
+    assert train(options(resume=True)) == 0
+    assert "resuming at update 5" in capsys.readouterr().out
+    assert_same_weights(weights_of(tmp_path / "whole"), weights_of(options().output))
+
+
+def test_a_finished_run_ends_at_once(trained, monkeypatch, capsys):
+    before = weights_of(trained.output)
+    monkeypatch.setattr(finetune.train, "fit", None)  # nothing is trained
+    assert train(dataclasses.replace(trained, resume=True)) == 0
+    assert "is finished already" in capsys.readouterr().out
+    assert_same_weights(before, weights_of(trained.output))
+
+
+def test_a_state_of_other_settings_is_not_continued(options, monkeypatch):
+    monkeypatch.setattr(finetune.train, "fit", lambda run, progress: _save(run, progress))
+    train(options())
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="holds a run with learning_rate = 0.003, not 0.1; resume it with its own"):
+        train(options(learning_rate=0.1, resume=True))
+
+
+def _save(run, progress):
+    from finetune.state import save_state
+    from finetune.train import make_optimizer
+
+    progress.update = 1
+    save_state(run.state, run.model, make_optimizer(run.model, run.options), progress, run.settings)
+    return False
+
+
+def test_a_failed_run_leaves_the_old_checkpoint(trained, monkeypatch):
+    before = weights_of(trained.output)
+    monkeypatch.setattr(finetune.train, "write_checkpoint", _crash)
+    with pytest.raises(Crash):
+        train(dataclasses.replace(trained, epochs=1))
+    assert_same_weights(before, weights_of(trained.output))
+
+
+def _crash(*_):
+    raise Crash
+
+
+def test_micro_batches_sum_to_the_gradient_of_the_batch(options):
+    gradients = {}
+    for size in (None, 3):
+        run = prepare(options(micro_batch_size=size), Accelerator())
+        run.model.eval()  # no dropout
+        backward(run, run.phases[0], run.model, 0)
+        gradients[size] = {name: one.grad for name, one in run.model.named_parameters() if one.grad is not None}
+    assert gradients[None].keys() == gradients[3].keys()
+    for name, gradient in gradients[None].items():
+        torch.testing.assert_close(gradients[3][name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_grouped_exits_take_turns(options):
+    run = prepare(options(exit_groups=2), Accelerator())
+    seen = []
+    for update in (0, 1):
+        run.model.zero_grad()
+        backward(run, run.phases[0], run.model, update)
+        heads = {layer: run.model.get_parameter(f"classifiers.{layer - 1}.weight").grad for layer in run.exit_layers}
+        seen.append([layer for layer, gradient in heads.items() if gradient is not None and gradient.abs().sum() > 0])
+    assert seen == [[1, 3, 4], [2, 4]]
+
+
+def test_the_learning_rate_rises_and_falls():
+    rates = [learning_rate(update, 100, 1.0, 0.1) for update in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == 1.0 and rates[10] == 1.0
+    assert rates[-1] == pytest.approx(1 / 90) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert learning_rate(0, 10, 1.0, 0.0) == 1.0
+
+
+def test_frozen_parts_stay_bit_for_bit(options, tiny_checkpoint):
+    """Two stages: the second trains the inner exits alone; the last exit is what the first left."""
+    train(options(recipe="two_stage", best_exit="mean", output=str(Path(options().output).with_name("stages"))))
+    stages = weights_of(Path(options().output).with_name("stages"))
+    start = weights_of(tiny_checkpoint)
+    moved = {name for name in start if not torch.equal(start[name], stages[name])}
+    assert {f"classifiers.{number}.weight" for number in range(4)} <= moved
+    run = prepare(options(recipe="two_stage"), Accelerator())
+    inner = {name for name, _ in run.model.named_parameters() if run.phases[1].trains(name, run.model.config)}
+    last = {name for name, _ in run.model.named_parameters() if run.phases[0].trains(name, run.model.config)}
+    assert inner | last == set(start) and not inner & last
+    assert {name.split(".")[-3] if "pooler" in name else name.split(".")[1] for name in inner} == {"0", "1", "2"}
+
+
+def test_best_checkpoint_is_the_best_of_the_log(trained):
+    values = {line["update"]: line["dev"]["4"]["accuracy"] for line in log_of(trained.output) if "dev" in line}
+    evaluation = json.loads((Path(trained.output) / "evaluation.json").read_text())
+    assert evaluation["dev"]["full"]["quality"]["accuracy"] == max(values.values()) and len(values) == 12
+
+
+@pytest.mark.parametrize("recipe", SHIPPED, ids=lambda recipe: recipe.stem)
+def test_every_shipped_recipe_parses(recipe):
+    options = parse(TrainOptions, ["--config", str(recipe), "--model", "m", "--output", "o"])
+    assert options.recipe in RECIPES and options.max_length >= 32
