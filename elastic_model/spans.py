@@ -1,8 +1,8 @@
 """Answers from a question-answering model: the best span of a context of any length, seen through overlapping windows.
 
 A context longer than the model is cut into windows that overlap by a stride, each with the question before it. A
-span's score is the start logit of its first token plus the end logit of its last (Devlin et al. 2019, section 4.2); the best
-span of all windows of a question is its answer. NumPy alone.
+span's score is the start logit of its first token plus the end logit of its last (Devlin et al. 2019, section 4.2);
+the best span of all windows of a question is its answer. NumPy alone.
 """
 
 from dataclasses import dataclass
