@@ -17,6 +17,7 @@ CARRIED = (
     "*.safetensors",
     "*.safetensors.index.json",
     "*.py",
+    "provenance.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

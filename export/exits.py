@@ -58,10 +58,15 @@ def log_probabilities(graph: GraphBuilder, passed: Passed) -> str:
     """Of the last exit: (rows, groups, classes). With several labels each is a group of two classes, logits 0 and its
     own."""
     logits = passed.history[-1]
-    if passed.problem_type != MULTI_LABEL:
-        return graph.op("Unsqueeze", graph.op("LogSoftmax", logits, axis=-1), graph.integers(1))
-    classes = [graph.op("Unsqueeze", part, graph.integers(2)) for part in (graph.op("Sub", logits, logits), logits)]
-    return graph.op("LogSoftmax", graph.op("Concat", *classes, axis=2), axis=-1)
+    if passed.problem_type == MULTI_LABEL:
+        classes = [
+            graph.op("Unsqueeze", part, graph.integers(2)) for part in (graph.op("Sub", logits, logits), logits)
+        ]
+        log_probs = graph.op("LogSoftmax", graph.op("Concat", *classes, axis=2), axis=-1)
+    else:
+        log_probs = graph.op("Unsqueeze", graph.op("LogSoftmax", logits, axis=-1), graph.integers(1))
+    # onnxruntime's may be above 0 by a rounding: a certain row would then leave at a threshold that lets nobody leave
+    return graph.op("Min", log_probs, graph.constant(0, np.float32))
 
 
 def entropy(graph: GraphBuilder, passed: Passed) -> str:

@@ -19,7 +19,7 @@ from export.exits import POLICIES, REGRESSION, Passed, exit_logits, exit_uncerta
 OPSET = 17
 CONTRIB_OPSET = 1
 IR_VERSION = 8
-MINIMUM_ONNXRUNTIME = "1.17.0"
+REQUIRES = {"onnxruntime": "1.17", "opset": OPSET, "ir_version": IR_VERSION}
 STAY: dict[str, Any] = {"name": "entropy", "threshold": 0.0}  # nothing is below an entropy of 0
 STAY_REGRESSION: dict[str, Any] = {"name": "patience", "patience": 1, "threshold": 0.0}
 
@@ -47,10 +47,12 @@ class Inside:
         return [self.hidden, self.row, self.lengths]
 
 
-def task_of(config: ElasticBertConfig) -> Task:
+def task_of(config: ElasticBertConfig, measured: dict[str, Any] | None = None) -> Task:
     """The task and the default operating point of a sequence classifier's configuration.
 
-    Where it names no policy, one is built in whose default threshold lets nobody leave.
+    measured: the policy of the checkpoint's operating points. Where the configuration names none, that one is built
+    in, or without points one whose default threshold lets nobody leave. ValueError where the two are of different
+    kinds.
     """
     exits = config.exit_layers
     problem_type = config.problem_type or (REGRESSION if config.num_labels == 1 else "single_label_classification")
@@ -58,7 +60,12 @@ def task_of(config: ElasticBertConfig) -> Task:
     if policy is not None and policy["name"] == "constant":
         max_layer, policy = policy["layer"], None
     if policy is None:
-        policy = STAY_REGRESSION if problem_type == REGRESSION else STAY
+        policy = measured or (STAY_REGRESSION if problem_type == REGRESSION else STAY)
+    if measured and measured.get("name") != policy["name"]:
+        raise ValueError(
+            f"the configuration's exit policy is {policy['name']!r}, but the operating points were measured with "
+            f"{measured.get('name')!r}; evaluate the checkpoint again"
+        )
     counts = {"patience": policy.get("patience"), "voting": policy.get("votes")}
     settings = policy if "threshold" in policy else {"threshold": counts[policy["name"]]}
     return Task(problem_type, policy, thresholds_of(settings, len(exits)), max_layer)
@@ -75,7 +82,7 @@ def metadata(config: ElasticBertConfig, task: Task, max_tokens: int, versions: d
         "thresholds": task.thresholds,
         "max_layer": task.max_layer,
         "max_tokens": max_tokens,
-        "requires": {"onnxruntime": MINIMUM_ONNXRUNTIME, "opset": OPSET, "ir_version": IR_VERSION},
+        "requires": REQUIRES,
         "versions": versions,
         "config": config.to_diff_dict(),
     }

@@ -9,16 +9,17 @@ from typing import Any
 
 import onnx
 
+from elastic_model.card import write_card
 from elastic_model.folders import check_output, new_folder
 from elastic_model.operating_points import FILE, OperatingPoints, checkpoint_hash
 from elastic_model.processor import ONNX_FILES, cpu_flags, fitting_files
 from elastic_model.session import ElasticSession, Text
 from export.arithmetic import ARITHMETICS
-from export.card import model_card
+from export.card import card_notes
 from export.check import check_float32, check_int8, check_model_file
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.config import ExportOptions
-from export.graph import Task, build_graph, metadata, task_of
+from export.graph import REQUIRES, Task, build_graph, metadata, task_of
 from export.rows import read_texts
 
 FLOAT32 = "model"
@@ -37,7 +38,7 @@ def export_checkpoint(options: ExportOptions) -> dict[str, Any]:
         points = carry_points(checkpoint, folder)
         report = write_files(checkpoint, files, folder, points, texts, options.min_agreement)
         (folder / "export_report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(model_card(checkpoint, report, points), encoding="utf-8")
+        write_card(folder, name=options.output.resolve().name, notes=card_notes(report))
     return report
 
 
@@ -72,7 +73,7 @@ def write_files(
     min_agreement: float,
 ) -> dict[str, Any]:
     """Build, write and check each ONNX file; the report."""
-    task = task_of(checkpoint.config)
+    task = task_of(checkpoint.config, points.policy if points else None)
     (folder / "onnx").mkdir()
     for name in files:
         write_graph(checkpoint, task, name, folder / "onnx" / f"{name}.onnx", points)
@@ -87,7 +88,13 @@ def write_files(
             checks[name] = check_int8(session, float32, checkpoint, texts, min_agreement)
     for name in files:
         checks[name] |= check_model_file(folder / "onnx" / f"{name}.onnx")
-    return {"versions": versions(), "policy": task.policy, "thresholds": task.thresholds, "files": checks}
+    return {
+        "versions": versions(),
+        "requires": REQUIRES,
+        "policy": task.policy,
+        "thresholds": task.thresholds,
+        "files": checks,
+    }
 
 
 def write_graph(checkpoint: Checkpoint, task: Task, name: str, file: Path, points: OperatingPoints | None) -> None:

@@ -47,7 +47,7 @@ def exported(tmp_path_factory, tiny_tokenizer):
         OperatingPoint(name, [threshold] * 4, layer, flops=layer * 1e6)
         for name, threshold, layer in [("full", 0.0, 4.0), ("usual", 0.7, 3.5), ("fast", 1.0, 1.0)]
     ]
-    points = OperatingPoints(checkpoint_hash(folder / "checkpoint"), {"name": "entropy"}, table)
+    points = OperatingPoints(checkpoint_hash(folder / "checkpoint"), config.exit_policy, table)
     points.save(folder / "checkpoint")
     export_checkpoint(ExportOptions(folder / "checkpoint", folder / "out"))
     return folder / "out"

@@ -11,16 +11,16 @@ from export.graph import build_graph
 
 def lively(config, seed=0):
     """A random classifier whose logits are spread as a trained one's are."""
-    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     model = ElasticBertForSequenceClassification(config).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in sorted(model.named_parameters()):
             if name.endswith("bias"):
-                parameter.normal_(0, 0.1)
+                parameter.normal_(0, 0.1, generator=generator)
             elif "embeddings" in name and "LayerNorm" not in name:
-                parameter.normal_(0, 1)
+                parameter.normal_(0, 1, generator=generator)
             elif "LayerNorm" not in name:
-                parameter.normal_(0, 1.5 / parameter.shape[1] ** 0.5)
+                parameter.normal_(0, 1.5 / parameter.shape[1] ** 0.5, generator=generator)
     return model
 
 

@@ -128,6 +128,17 @@ def test_an_empty_batch_is_answered(lively_model):
     assert (logits.shape, layers.shape, exit_logits.shape) == ((0, 3), (0,), (4, 0, 3))
 
 
+@pytest.mark.parametrize(("name", "threshold"), [("entropy", 0.0), ("confidence", 1.0), ("margin", 1.0)])
+def test_a_threshold_at_the_edge_lets_nobody_leave(name, threshold):
+    """Not even rows whose probabilities round to 0 and 1, logits up to 1e4 apart."""
+    model = lively(config_of(exit_policy={"name": name, "threshold": threshold}))
+    with torch.no_grad():
+        for number, scale in enumerate((1, 30, 1e3, 1e4)):
+            getattr(model.classifiers, str(number)).weight.mul_(scale)
+    logits, layers = session_of(model).run(["exit_logits", "exit_layer"], batch_of(model.config, LENGTHS * 8))
+    assert (layers == 4).all() and np.isfinite(logits).all()
+
+
 @pytest.mark.parametrize(("cap", "layer"), [(1, 2), (2, 2), (3, 2), (4, 4)])
 def test_max_layer_is_the_last_exit_that_is_not_above_it(cap, layer):
     model = lively(config_of(exit_layers=[2, 4]))

@@ -57,10 +57,12 @@ def test_rows_to_compare_on(lively_checkpoint, tmp_path):
 
 def test_operating_points_travel_with_the_weights_they_belong_to(lively_checkpoint, tmp_path):
     points = [OperatingPoint("half", [0.5] * 4, 2.0)]
-    OperatingPoints(checkpoint_hash(lively_checkpoint), {"name": "entropy"}, points).save(lively_checkpoint)
-    export_to(tmp_path / "out", lively_checkpoint)
+    stay = {"name": "confidence", "threshold": 1.0}
+    OperatingPoints(checkpoint_hash(lively_checkpoint), stay, points).save(lively_checkpoint)
+    report = export_to(tmp_path / "out", lively_checkpoint)
+    assert report["policy"] == stay
     assert OperatingPoints.load(tmp_path / "out").at("half").thresholds == [0.5] * 4
-    OperatingPoints("0" * 64, {"name": "entropy"}, points).save(lively_checkpoint)
+    OperatingPoints("0" * 64, stay, points).save(lively_checkpoint)
     with pytest.raises(ValueError, match="belongs to other weights"):
         export_to(tmp_path / "again", lively_checkpoint)
 
