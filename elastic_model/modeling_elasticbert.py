@@ -35,7 +35,7 @@ from .outputs import (
     ElasticBertQuestionAnsweringOutput,
     RecordingArguments,
 )
-from .pretrained import load_foreign, save_code
+from .pretrained import commit_of, load_foreign, save_code
 
 
 class ElasticBertPreTrainedModel(PreTrainedModel):
@@ -58,13 +58,17 @@ class ElasticBertPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """As in transformers; a stock BERT, RoBERTa or DistilBERT checkpoint becomes an elastic model whose full
         depth is it."""
-        foreign = load_foreign(cls, pretrained_model_name_or_path, kwargs)
+        name = pretrained_model_name_or_path
+        foreign, commit = load_foreign(cls, name, kwargs), commit_of(name, kwargs)
         if foreign is None:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        config, state_dict, kwargs = foreign
-        model = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
-        (model[0] if isinstance(model, tuple) else model).config._name_or_path = str(pretrained_model_name_or_path)
-        return model
+            loaded = super().from_pretrained(name, *model_args, **kwargs)
+        else:
+            config, state_dict, kwargs = foreign
+            loaded = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
+        if name is not None:
+            config = (loaded[0] if isinstance(loaded, tuple) else loaded).config
+            config._name_or_path, config._commit_hash = str(name), commit
+        return loaded
 
     def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
         """As in transformers, with the code that the checkpoint needs where the package is not installed."""

@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 # what a fresh process without the package needs to know to load a checkpoint folder
 AUTO_MAP = {
@@ -143,6 +145,17 @@ def load_foreign(model_class, name, kwargs: dict) -> tuple[PreTrainedConfig, dic
             fields["pooler_act"] = "relu"
         config, kwargs = model_class.config_class.from_dict(fields, return_unused_kwargs=True, **kwargs)
     return config, _convert(tensors, model_type, model_class, config), kwargs
+
+
+def commit_of(name, kwargs: dict) -> str | None:
+    """The commit that a checkpoint of the hub was just read at; None for a folder, or where it is not in the cache."""
+    if name is None or Path(name).exists():
+        return None
+    config = "/".join(filter(None, (kwargs.get("subfolder"), "config.json")))
+    file = try_to_load_from_cache(
+        str(name), config, cache_dir=kwargs.get("cache_dir"), revision=kwargs.get("revision")
+    )
+    return extract_commit_hash(file, None) if isinstance(file, str) else None
 
 
 def _read_weights(name, hub: dict) -> dict[str, torch.Tensor]:
