@@ -13,6 +13,7 @@ from transformers import (
 
 from . import modeling_elasticbert as modeling
 from .configuration_elasticbert import ElasticBertConfig
+from .hub import push_model
 
 AUTO_CLASSES = {
     AutoModel: modeling.ElasticBertModel,
@@ -27,3 +28,5 @@ AUTO_CLASSES = {
 AutoConfig.register(ElasticBertConfig.model_type, ElasticBertConfig)
 for auto_class, model_class in AUTO_CLASSES.items():
     auto_class.register(ElasticBertConfig, model_class)
+# the card and what it is made from do not travel with checkpoints: code from the hub pushes as transformers does
+modeling.ElasticBertPreTrainedModel.push_to_hub = push_model  # type: ignore[method-assign, assignment]

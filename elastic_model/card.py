@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import yaml_dump
 
 from elastic_model import cost
 from elastic_model.configuration_elasticbert import ElasticBertConfig
@@ -209,7 +209,7 @@ def metadata(facts: Facts, tags: Iterable[str] = ()) -> ModelCardData:
         pipeline_tag=facts.task.pipeline_tag,
         tags=[*TAGS, *(["onnx"] if facts.onnx_files else []), *tags],
         metrics=sorted({metric.metric for metric in facts.metrics}) or None,
-        model_name=facts.name,
+        model_name=facts.name if results else None,  # the name of the results' list, and nothing else
         eval_results=results or None,
     )
 
@@ -411,7 +411,7 @@ def _stage(number: int, stage: Stage) -> str:
     )
     if not stage.settings:
         return line
-    settings = yaml.safe_dump(stage.settings, sort_keys=False, allow_unicode=True).replace("```", "'''")
+    settings = yaml_dump(stage.settings, sort_keys=False).replace("```", "'''")
     return f"{line}\n\n<details><summary>settings</summary>\n\n```yaml\n{settings}```\n\n</details>"
 
 
