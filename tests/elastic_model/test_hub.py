@@ -1,0 +1,181 @@
+"""From and to a model hub, here a small server on loopback: revisions, cache, offline, interruptions, pushing."""
+
+import json
+import re
+
+import pytest
+import torch
+import transformers
+
+from elastic_model.provenance import append_stage, read_provenance
+from tests.elastic_model.fresh_process import run
+from tests.elastic_model.hub_server import TOKEN, HubServer
+
+NAME = "org/elastic-tiny"
+HERE = "import sys; sys.meta_path.pop(0)\n"  # a process of its own, but one that has the package
+LOAD = """
+import torch
+from transformers import AutoModelForSequenceClassification
+def load(name, **arguments):
+    model = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=True, **arguments).eval()
+    with torch.no_grad():
+        return model(input_ids=torch.arange(5, 15)[None]).logits[0].tolist()
+def attempt(name, **arguments):
+    try:
+        return load(name, **arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+"""
+
+
+@pytest.fixture
+def hub():
+    server = HubServer()
+    yield server
+    server.close()
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(5, 15)[None]).logits[0].tolist()
+
+
+def shifted(model, by):
+    """The same model with other answers, to tell revisions apart."""
+    with torch.no_grad():
+        model.classifiers.at(model.config.num_hidden_layers).bias.add_(by)
+    return model
+
+
+def reported(process):
+    """What a process printed as JSON in its last line."""
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def test_revisions_cache_and_offline_mode_without_the_package(hub, tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "first")
+    old = hub.upload(NAME, tmp_path / "first")
+    hub.repositories[NAME].refs["v1"] = old
+    before = logits_of(tiny_model)
+    shifted(tiny_model, 1.0).save_pretrained(tmp_path / "second")
+    hub.upload(NAME, tmp_path / "second")
+    after = logits_of(tiny_model)
+    shifted(tiny_model, 1.0).save_pretrained(tmp_path / "third")
+    hub.upload(NAME, tmp_path / "third", branch="trial")
+
+    offline = f"import json\nprint(json.dumps(attempt({NAME!r})))"
+    refused = reported(run(LOAD + offline, tmp_path, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1"))
+    assert "offline" in refused.lower() or "cached files" in refused, refused
+
+    revisions = ["main", "v1", old, "trial", "never"]
+    code = f"import json\nprint(json.dumps([attempt({NAME!r}, revision=one) for one in {revisions}]))"
+    main, tag, commit, branch, missing = reported(run(LOAD + code, tmp_path, HF_ENDPOINT=hub.url))
+    assert (main, tag, commit, branch) == (after, before, before, logits_of(tiny_model))
+    assert "never is not a valid git identifier" in missing and NAME in missing
+
+    hub.downloads()
+    assert reported(run(LOAD + offline, tmp_path, HF_ENDPOINT=hub.url)) == after
+    assert hub.downloads() == []  # all from the cache, once it is known to be the newest
+    assert reported(run(LOAD + offline, tmp_path, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")) == after
+    assert hub.requests == []
+
+
+def test_an_interrupted_download_never_passes_for_a_whole_one(hub, tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "model")
+    hub.upload(NAME, tmp_path / "model")
+    size = (tmp_path / "model" / "model.safetensors").stat().st_size
+    hub.cuts["model.safetensors"] = size // 3
+    code = LOAD + f"import json\nprint(json.dumps(attempt({NAME!r})))"
+    first = reported(run(code, tmp_path, HF_ENDPOINT=hub.url))
+    snapshots = list((tmp_path / "hf_home").rglob("snapshots/*/model.safetensors"))
+    assert all(file.stat().st_size == size for file in snapshots)
+    if isinstance(first, str):  # the client gave up: nothing may be there under the file's name
+        assert not snapshots, first
+    hub.cuts.clear()
+    assert reported(run(code, tmp_path, HF_ENDPOINT=hub.url)) == logits_of(tiny_model)
+
+
+def test_a_stock_checkpoint_of_the_hub_becomes_an_elastic_classifier(hub, tmp_path):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, num_labels=3
+    )
+    stock = transformers.BertForSequenceClassification(config).eval()
+    stock.save_pretrained(tmp_path / "stock")
+    card = "---\nlicense: mit\ndatasets:\n- org/some-data\nlanguage: en\n---\n# Stock\n"
+    (tmp_path / "stock" / "README.md").write_text(card)
+    commit = hub.upload("org/stock-bert", tmp_path / "stock")
+    code = f"""
+import json
+from elastic_model import ElasticBertForSequenceClassification
+from elastic_model.card import write_card
+from elastic_model.provenance import append_stage
+model = ElasticBertForSequenceClassification.from_pretrained("org/stock-bert").eval()
+model.save_pretrained("converted")
+append_stage("converted", "convert", parent="org/stock-bert")
+write_card("converted")
+pushed = model.push_to_hub("org/elastic-bert", token={TOKEN!r})
+with torch.no_grad():
+    print(json.dumps(model(input_ids=torch.arange(5, 15)[None]).logits[0].tolist()))
+"""
+    logits = reported(run(HERE + LOAD + code, tmp_path, HF_ENDPOINT=hub.url))
+    torch.testing.assert_close(torch.tensor(logits), torch.tensor(logits_of(stock)), atol=1e-5, rtol=0)
+    (stage,) = read_provenance(tmp_path / "converted")
+    assert (stage.parent.hub_id, stage.parent.revision) == ("org/stock-bert", commit)
+    card = (tmp_path / "converted" / "README.md").read_text()
+    for line in ("license: mit", "base_model: org/stock-bert", "- org/some-data", "- en"):
+        assert f"\n{line}\n" in card
+    pushed = hub.files("org/elastic-bert")["README.md"].decode()
+    assert "\nbase_model: org/stock-bert\n" in pushed and "changes that are not stated" in pushed
+
+
+def test_pushing_carries_code_tokenizer_and_a_card_that_keeps_to_the_record(
+    hub, tiny_checkpoint, tiny_corpus, tmp_path
+):
+    append_stage(tiny_checkpoint, "pretrain", seed=7, license="cc-by-4.0")
+    (tmp_path / "other.md").write_text("---\nlicense: mit\n---\n# By hand\n")
+    code = f"""
+from elastic_model import ElasticBertForSequenceClassification
+from huggingface_hub import HfApi
+from transformers import AutoTokenizer
+model = ElasticBertForSequenceClassification.from_pretrained({str(tiny_checkpoint)!r})
+tokenizer = AutoTokenizer.from_pretrained({str(tiny_checkpoint)!r})
+model.push_to_hub({NAME!r}, tokenizer=tokenizer, token={TOKEN!r}, tags=["tiny"])
+model.push_to_hub({NAME!r}, token={TOKEN!r}, revision="trial", commit_message="again")
+HfApi(token={TOKEN!r}).upload_file(repo_id={NAME!r}, path_or_fileobj="other.md", path_in_repo="README.md")
+with torch.no_grad():
+    model.classifiers.at(4).bias.add_(1.0)
+model.push_to_hub({NAME!r}, token={TOKEN!r})
+"""
+    done = run(HERE + LOAD + code, tmp_path, HF_ENDPOINT=hub.url)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, *_ = (one for one in hub.repositories[NAME].commits.values() if "README.md" in one)
+    needed = {"modeling_elasticbert.py", "configuration_elasticbert.py", "tokenizer.json", "model.safetensors"}
+    assert needed <= first.keys()
+    card = first["README.md"].decode()
+    assert "\nlicense: cc-by-4.0\n" in card and "- tiny\n" in card and f'from_pretrained("{NAME}"' in card
+    assert json.loads(first["provenance.json"])["stages"][-1]["seed"] == 7
+    assert "changes that are not stated" not in card
+    last = hub.files(NAME)
+    assert last["README.md"] == (tmp_path / "other.md").read_bytes()  # written by hand: not ours to replace
+    assert json.loads(last["provenance.json"])["stages"][-1]["stage"] == "changes that are not stated"
+    assert hub.files(NAME, "trial")["model.safetensors"] != last["model.safetensors"]
+
+    example = re.findall(r"```python\n(.*?)```", card, flags=re.S)[0]
+    done = run(f"sys.modules['__main__'].__dict__.pop('runpy')\n{example}", tmp_path, HF_ENDPOINT=hub.url)
+    assert done.returncode == 0 and "tensor" in done.stdout, done.stderr[-3000:]
+
+
+def test_without_a_token_nothing_is_pushed(hub, tiny_model, tmp_path, tiny_checkpoint):
+    code = f"""
+from elastic_model import ElasticBertForSequenceClassification
+model = ElasticBertForSequenceClassification.from_pretrained({str(tiny_checkpoint)!r})
+try:
+    model.push_to_hub({NAME!r})
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    done = run(HERE + code, tmp_path, HF_ENDPOINT=hub.url)
+    assert "401" in done.stdout, done.stdout + done.stderr
+    assert not hub.repositories
