@@ -90,7 +90,7 @@ def metadata(config: ElasticBertConfig, task: Task, max_tokens: int, versions: d
 
 
 def build_graph(
-    config: ElasticBertConfig, tensors: Mapping[str, np.ndarray], arithmetic: Arithmetic
+    config: ElasticBertConfig, tensors: Mapping[str, np.ndarray], task: Task, arithmetic: Arithmetic
 ) -> onnx.ModelProto:
     """The sequence classifier of a configuration and its tensors as one ONNX model.
 
@@ -99,7 +99,6 @@ def build_graph(
     exit that is not above it (at the first, if all are). Outputs logits (batch, labels), exit_layer int64 (batch,) and
     exit_logits (exits, batch, labels), NaN where a row had left.
     """
-    task = task_of(config)
     graph = GraphBuilder()
     weights = Weights(config, tensors, arithmetic)
     inside, nothing = enter(graph, weights)

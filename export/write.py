@@ -99,7 +99,7 @@ def write_files(
 
 def write_graph(checkpoint: Checkpoint, task: Task, name: str, file: Path, points: OperatingPoints | None) -> None:
     """One ONNX file with its metadata."""
-    model = build_graph(checkpoint.config, checkpoint.tensors, ARITHMETICS[name])
+    model = build_graph(checkpoint.config, checkpoint.tensors, task, ARITHMETICS[name])
     entries = metadata(checkpoint.config, task, checkpoint.max_tokens, versions())
     if points is not None:
         entries["elastic_operating_points"] = json.dumps(points.to_dict())

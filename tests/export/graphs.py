@@ -6,7 +6,7 @@ import torch
 
 from elastic_model import ElasticBertForSequenceClassification
 from export.arithmetic import ARITHMETICS
-from export.graph import build_graph
+from export.graph import build_graph, task_of
 
 
 def lively(config, seed=0):
@@ -27,7 +27,7 @@ def lively(config, seed=0):
 def session_of(model, file="model", level=onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL):
     """A plain onnxruntime session of a model's graph."""
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    graph = build_graph(model.config, tensors, ARITHMETICS[file])
+    graph = build_graph(model.config, tensors, task_of(model.config), ARITHMETICS[file])
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3

@@ -9,7 +9,7 @@ import torch
 from elastic_model import ElasticBertConfig
 from elastic_model.exit_policies import simulate
 from export.arithmetic import ARITHMETICS
-from export.graph import IR_VERSION, OPSET, build_graph
+from export.graph import IR_VERSION, OPSET, build_graph, task_of
 from tests.export.graphs import batch_of, lively, session_of, torch_output
 
 LENGTHS = [9, 2, 30, 17, 5, 30, 11, 3]
@@ -159,7 +159,9 @@ def test_skipped_layers_do_no_work(lively_model, tmp_path):
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.enable_profiling = 3, True
     options.profile_file_prefix = str(tmp_path / "profile")
-    graph = build_graph(lively_model.config, tensors, ARITHMETICS["model"]).SerializeToString()
+    graph = build_graph(
+        lively_model.config, tensors, task_of(lively_model.config), ARITHMETICS["model"]
+    ).SerializeToString()
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     session.run(None, {**batch_of(lively_model.config, LENGTHS), "max_layer": np.array([2])})
     with open(session.end_profiling()) as file:
@@ -171,7 +173,7 @@ def test_skipped_layers_do_no_work(lively_model, tmp_path):
 @pytest.mark.parametrize("file", ARITHMETICS)
 def test_the_file_is_valid_onnx_and_states_its_versions(lively_model, file):
     tensors = {name: tensor.numpy() for name, tensor in lively_model.state_dict().items()}
-    model = build_graph(lively_model.config, tensors, ARITHMETICS[file])
+    model = build_graph(lively_model.config, tensors, task_of(lively_model.config), ARITHMETICS[file])
     onnx.checker.check_model(model)
     assert model.ir_version == IR_VERSION
     assert {one.domain: one.version for one in model.opset_import} == {"": OPSET, "com.microsoft": 1}
