@@ -58,12 +58,17 @@ class Shard:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenizer and the shards made with it; digests of both say what a resumed run must find again."""
+    """A tokenizer and the shards made with it, one per source; digests say what a resumed run must find again."""
 
     tokenizer: PreTrainedTokenizerBase
     shards: list[Shard]
+    sources: dict[Path, str]  # file -> sha256 of its bytes
     tokenizer_digest: str
-    digest: str
+
+    @property
+    def digest(self) -> str:
+        """What the text is, whatever its files are called."""
+        return _address(*self.sources.values())
 
     def total(self, name: str) -> int:
         """Sum of one count of the shards' statistics: documents, sentences, tokens, unknown."""
@@ -80,7 +85,7 @@ def prepare(config: PretrainConfig, quiet: bool = False) -> Corpus:
         _shard(config.cache / "shards" / _address(digest, tokenizer_digest), file, digest, tokenizer, quiet)
         for file, digest in zip(files, digests, strict=True)
     ]
-    corpus = Corpus(tokenizer, shards, tokenizer_digest, _address(*digests))
+    corpus = Corpus(tokenizer, shards, dict(zip(files, digests, strict=True)), tokenizer_digest)
     if (found := corpus.total("documents")) < 2:
         raise ValueError(
             f"text: {' '.join(config.text)} holds {found} document(s), at least 2 are needed (one is held out); "

@@ -1,10 +1,13 @@
 """What a finished run leaves to look at: the plot of its losses and the card of its model."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
+from elastic_model.card import write_card
 from elastic_model.folders import new_file
-from pretrain.config import PretrainConfig
+from elastic_model.provenance import Data, Metric, append_stage
+from pretrain.config import FREE_ON_RESUME, PretrainConfig
 from pretrain.evaluate import Evaluation
 from pretrain.prepare import Corpus
 
@@ -33,44 +36,27 @@ def plot_losses(metrics: Path, image: Path) -> None:
     pyplot.close(figure)
 
 
-CARD = """---
-library_name: transformers
-pipeline_tag: fill-mask
-tags: [elasticbert, multi-exit, masked-language-modelling]
----
-# {name}
-
-A BERT encoder with an exit after layers {exits} ({layers} x {width}, vocabulary {vocabulary}), pre-trained with masked
-language modelling and sentence-order prediction at every exit.
-
-Trained for {steps} updates of {batch} examples of at most {length} tokens on {documents} documents ({tokens} tokens)
-from {files}. The text's licence is not recorded here: it is that of those files.
-
-Losses on held-out documents (nats per masked token):
-
-```
-{table}
-```
-
-`config.yaml` in this folder repeats the run: `python -m pretrain --config config.yaml --output ANOTHER_FOLDER`.
-"""
-
-
-def write_card(file: Path, config: PretrainConfig, corpus: Corpus, result: Evaluation) -> None:
-    """README.md of the finished model: what it is, what it was trained on, how well it predicts; nothing guessed."""
-    text = CARD.format(
-        name=config.output.resolve().name,
-        exits=", ".join(map(str, result.mlm_loss)),
-        layers=config.num_hidden_layers,
-        width=config.hidden_size,
-        vocabulary=len(corpus.tokenizer),
-        steps=config.steps,
-        batch=config.batch_size,
-        length=config.max_length,
-        documents=corpus.total("documents"),
-        tokens=corpus.total("tokens"),
-        files=", ".join(f"`{Path(name).name}`" for name in config.text),
-        table=result.table(),
+def describe(folder: Path, config: PretrainConfig, corpus: Corpus, result: Evaluation) -> None:
+    """The record of provenance and the model card of a finished model; nothing in them is guessed."""
+    settings = {name: value for name, value in asdict(config).items() if name not in FREE_ON_RESUME}
+    sources = [Data(path.name, split="train", sha256=digest) for path, digest in corpus.sources.items()]
+    append_stage(
+        folder,
+        "pretrain",
+        parent=config.init_from,
+        data=sources,
+        metrics=_metrics(result),
+        settings=settings,
+        seed=config.seed,
     )
-    with new_file(file) as temporary:
-        temporary.write_text(text)
+    notes = f"Held-out documents, nats per masked token:\n\n```\n{result.table()}\n```\n"
+    write_card(folder, name=config.output.resolve().name, notes=notes)
+
+
+def _metrics(result: Evaluation) -> list[Metric]:
+    measured = {"mlm_loss": result.mlm_loss, "sop_accuracy": result.sop_accuracy}
+    return [
+        Metric(name, value, data="held-out documents", split="validation", exit_layer=layer)
+        for name, values in measured.items()
+        for layer, value in values.items()
+    ]

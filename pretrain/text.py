@@ -1,6 +1,7 @@
 """Text files to documents of sentences, as a stream."""
 
 import gzip
+import io
 import lzma
 import re
 import zlib
@@ -87,7 +88,7 @@ def _open_zst(file: Path) -> IO[bytes]:
         import zstandard
     except ImportError:
         raise ValueError(f"{file}: reading .zst needs the package zstandard: pip install zstandard") from None
-    return zstandard.open(file, "rb")
+    return io.BufferedReader(zstandard.open(file, "rb"))  # its reader knows no lines
 
 
 def _numbered_errors(file: Path, lines: IO[bytes]) -> Iterator[bytes]:

@@ -35,7 +35,7 @@ from pretrain.data import Batch, Examples, GlobalBatches, Share, check_batch_siz
 from pretrain.evaluate import Evaluation, evaluate, unigram_losses
 from pretrain.masking import IGNORED
 from pretrain.prepare import Corpus, prepare
-from pretrain.report import plot_losses, write_card
+from pretrain.report import describe, plot_losses
 
 METRICS = "metrics.jsonl"
 EVALUATION = "evaluation.json"
@@ -184,7 +184,8 @@ class Run:
         self.model, self.optimizer = accelerator.prepare(model, build_optimizer(model, config))
         self.progress = Progress()
         self.window = Window()
-        self.stop_requested = False
+        self.stop_requested = False  # of this process, set by a signal
+        self.stopping = False  # of all processes, agreed on at the start of an update
 
     @property
     def plain_model(self) -> ElasticBertForPreTraining:
@@ -222,7 +223,7 @@ class Run:
         self.norm = norm
         progress.step += 1
         progress.tokens += int(tokens)
-        self.stop_requested = bool(stop)
+        self.stopping = stop > 0
 
     def _global_counts(self, micro_batches: list[Batch]) -> list[float]:
         """Masked tokens, ordered pairs and real tokens of the global batch; whether any process was asked to stop."""
@@ -446,7 +447,7 @@ def _loop(run: Run) -> int:
         if step % config.log_every == 0 or step == config.steps:
             line = run.log()
             bar.set_postfix({f"exit {layer}": f"{loss:.2f}" for layer, loss in line["mlm_loss"].items()})
-        if run.stop_requested and step < config.steps:
+        if run.stopping and step < config.steps:
             run.save()
             run.accelerator.print(f"stopped after update {step}; --resume continues it")
             return STOPPED
@@ -467,19 +468,19 @@ def _finish(run: Run) -> None:
     result = run.evaluate()
     run.accelerator.print(result.table())
     if run.accelerator.is_main_process:
-        _publish_model(run, output)
+        _publish_model(run, output, result)
         plot_losses(output / METRICS, output / "losses.png")
-        write_card(output / "README.md", run.config, run.corpus, result)
         with new_file(output / EVALUATION) as file:
             file.write_text(json.dumps({"step": run.progress.step, **asdict(result)}, indent=2) + "\n")
     run.accelerator.wait_for_everyone()
 
 
-def _publish_model(run: Run, output: Path) -> None:
+def _publish_model(run: Run, output: Path, result: Evaluation) -> None:
     """The files of the finished model, each renamed into the output folder, the configuration last."""
     staging = output / "model"
     with new_folder(staging) as temporary:
         save_model(temporary, run.plain_model, run.corpus.tokenizer)
+        describe(temporary, run.config, run.corpus, result)
     for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, output / path.name)
     staging.rmdir()

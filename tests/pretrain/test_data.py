@@ -1,0 +1,166 @@
+import numpy as np
+import pytest
+import torch
+
+from pretrain.data import Examples, GlobalBatches, Share, check_batch_size, passages, split_documents
+from pretrain.masking import IGNORED
+from pretrain.prepare import prepare
+
+
+@pytest.fixture
+def examples(options):
+    config = options()
+    return Examples(prepare(config), config, held_out=False)
+
+
+def originals(example):
+    """An example's tokens before masking."""
+    ids = np.array(example["input_ids"])
+    return np.where(example["labels"] != IGNORED, example["labels"], ids)
+
+
+def segments(example, sep):
+    ids = originals(example).tolist()
+    ends = [place for place, token in enumerate(ids) if token == sep]
+    starts = [1, *(end + 1 for end in ends[:-1])]
+    return [ids[start:end] for start, end in zip(starts, ends, strict=True)]
+
+
+def test_passages_keep_every_token_once_and_break_at_sentences():
+    generator = np.random.default_rng(0)
+    boundaries = [0, *np.cumsum(np.random.default_rng(1).integers(1, 30, 200)).tolist()]
+    found = list(passages(boundaries, 64, 0.1, generator))
+    assert [start for start, _ in found] == [0, *(stop for _, stop in found[:-1])] and found[-1][1] == boundaries[-1]
+    assert all(2 <= stop - start <= 64 for start, stop in found[:-1])
+    assert np.mean([stop in boundaries for _, stop in found]) > 0.9
+
+
+def test_a_sentence_longer_than_a_passage_is_cut_and_kept():
+    assert list(passages([0, 250, 260], 100, 0.0, np.random.default_rng(0))) == [(0, 100), (100, 200), (200, 260)]
+
+
+def test_a_document_is_on_one_side_and_its_copies_too():
+    hashes = np.array([5, 3, 9, 3, 7, 1, 8, 5], dtype=np.uint64)
+    held_out = split_documents(hashes, 0.25)
+    assert held_out.tolist() == [False, True, False, True, False, True, False, False]
+    assert split_documents(np.array([4, 2], dtype=np.uint64), 0.001).tolist() == [False, True]
+    with pytest.raises(ValueError, match="all 3 documents are the same"):
+        split_documents(np.array([4, 4, 4], dtype=np.uint64), 0.1)
+
+
+def test_training_and_held_out_documents_are_disjoint(options):
+    config = options(validation_fraction=0.2)
+    corpus = prepare(config)
+    covered = {}
+    for held_out in (False, True):
+        covered[held_out] = {
+            token for _, start, stop in Examples(corpus, config, held_out).table for token in range(start, stop)
+        }
+    assert not covered[False] & covered[True]
+    assert len(covered[False] | covered[True]) > 0.99 * corpus.total("tokens")
+    starts = corpus.shards[0].sentences[corpus.shards[0].documents]
+    of_document = [set(range(a, b)) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    assert sum(bool(tokens & covered[True]) for tokens in of_document) == 8
+
+
+def test_pairs_are_neighbours_in_order_or_swapped(examples):
+    sep = examples.sep
+    shard = examples.corpus.shards[0]
+    pairs = 0
+    for index in range(len(examples)):
+        example = examples.example(0, index)
+        _, start, stop = examples.table[index]
+        parts = segments(example, sep)
+        order = example["sentence_order_label"]
+        if order == IGNORED:
+            assert len(parts) == 1 and not set(shard.sentences) & set(range(start + 1, stop))
+        else:
+            pairs += 1
+            assert start + len(parts[order]) in shard.sentences  # the cut between them is the end of a sentence
+            parts = parts[::-1] if order else parts
+        assert [token for part in parts for token in part] == shard.tokens[start:stop].tolist()
+    assert 100 < pairs < len(examples)
+
+
+def test_half_of_the_pairs_are_swapped(examples):
+    labels = [
+        examples.example(epoch, index)["sentence_order_label"] for epoch in range(8) for index in range(len(examples))
+    ]
+    labels = [label for label in labels if label != IGNORED]
+    assert np.mean(labels) == pytest.approx(0.5, abs=4 * 0.5 / len(labels) ** 0.5)
+
+
+def test_special_tokens_frame_the_segments_and_are_never_predicted(examples):
+    for index in range(50):
+        example = examples.example(1, index)
+        ids, types = example["input_ids"], example["token_type_ids"]
+        special = np.isin(ids, [examples.cls, examples.sep])
+        assert ids[0] == examples.cls and ids[-1] == examples.sep and len(ids) <= 24
+        assert (example["labels"][special] == IGNORED).all()
+        first = int(np.flatnonzero(ids == examples.sep)[0])
+        assert not types[: first + 1].any() and types[first + 1 :].all()
+
+
+def test_an_example_is_a_function_of_seed_epoch_and_index(options, examples):
+    def same(one, other):
+        return all(np.array_equal(one[name], other[name]) for name in one)
+
+    again = Examples(examples.corpus, examples.config, held_out=False)
+    assert same(examples.example(3, 7), again.example(3, 7))
+    assert not same(examples.example(3, 7), examples.example(4, 7))
+    other = Examples(examples.corpus, options(seed=2), held_out=False)
+    assert not np.array_equal(other.table, examples.table)
+
+
+def rows_of(batches):
+    """The real tokens of each row, with their labels, as a sorted list."""
+    rows = []
+    for batch in batches:
+        for row in range(len(batch["input_ids"])):
+            real = batch["attention_mask"][row].bool()
+            fields = [batch[name][row][real].tolist() for name in ("input_ids", "labels", "token_type_ids")]
+            rows.append((*fields, int(batch["sentence_order_label"][row])))
+    return sorted(rows)
+
+
+@pytest.mark.parametrize("step", [0, 1, 30])
+def test_a_global_batch_is_the_same_for_any_number_of_processes_and_micro_batches(examples, step):
+    whole = GlobalBatches(examples, 8, Share(0, 1, 8))[step]
+    assert len(whole) == 1 and len(whole[0]["input_ids"]) == 8
+    for processes, micro in ((1, 2), (2, 4), (2, 1), (4, 2)):
+        shares = [GlobalBatches(examples, 8, Share(number, processes, micro))[step] for number in range(processes)]
+        assert rows_of([batch for share in shares for batch in share]) == rows_of(whole)
+
+
+def test_an_epoch_shows_every_example_once_and_the_next_one_in_another_order(examples):
+    batches = GlobalBatches(examples, 8, Share(0, 1, 8))
+    per_epoch = len(examples) // 8
+    first, second = ([batches.rows(step) for step in range(start, start + per_epoch)] for start in (0, per_epoch))
+    assert {epoch for epoch, _ in first} == {0} and {epoch for epoch, _ in second} == {1}
+    shown = np.concatenate([rows for _, rows in first])
+    assert len(set(shown)) == len(shown) == 8 * per_epoch
+    assert not np.array_equal(shown, np.concatenate([rows for _, rows in second]))
+
+
+def test_padding_is_on_the_right_and_not_predicted(examples):
+    batch = examples.collate(0, np.arange(20))
+    mask = batch["attention_mask"].bool()
+    assert (mask.int().diff(dim=1) <= 0).all() and mask.any(0).all()
+    assert (batch["input_ids"][~mask] == examples.pad).all() and (batch["labels"][~mask] == IGNORED).all()
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_token_counts_are_those_of_the_passages(examples):
+    _, starts, stops = examples.table.T
+    tokens = np.concatenate([examples.corpus.shards[0].tokens[a:b] for a, b in zip(starts, stops, strict=True)])
+    assert (examples.token_counts() == np.bincount(tokens, minlength=len(examples.corpus.tokenizer))).all()
+
+
+def test_batches_that_do_not_fit_are_named(examples):
+    with pytest.raises(ValueError, match="gives .* training examples, fewer than one batch: .* got 100000"):
+        GlobalBatches(examples, 100_000, Share(0, 1, 1))
+    with pytest.raises(ValueError, match=r"multiple of the number of processes \(3\), got 8"):
+        check_batch_size(8, None, 3)
+    with pytest.raises(ValueError, match=r"must divide the share of a process \(4 of batch_size 8\), got 3"):
+        check_batch_size(8, 3, 2)
+    assert check_batch_size(8, None, 2) == 4

@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from pretrain.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_wordpiece, word_starts
+
+
+def test_training_gives_the_same_vocabulary_every_time(corpus_text):
+    trained = [train_wordpiece(iter(corpus_text.splitlines()), 150, True).get_vocab() for _ in range(5)]
+    assert all(vocabulary == trained[0] for vocabulary in trained)
+
+
+def test_the_vocabulary_has_the_size_asked_and_knows_all_of_its_text(corpus_text):
+    tokenizer = train_wordpiece(iter(corpus_text.splitlines()), 110, True)
+    ids = tokenizer(corpus_text.replace("\n", " ")).input_ids
+    assert len(tokenizer) == 110 and tokenizer.unk_token_id not in ids
+    assert tokenizer.convert_ids_to_tokens(range(5)) == SPECIAL_TOKENS
+    assert tokenizer.decode(ids, skip_special_tokens=True).split()[:3] == corpus_text.lower().split()[:3]
+
+
+def test_whole_words_of_the_text_become_tokens(corpus_text):
+    tokenizer = train_wordpiece(iter(corpus_text.splitlines()), 400, True)
+    assert tokenizer.tokenize("The treasury needs treatyharbor") == [
+        "the",
+        "treasury",
+        "needs",
+        "treaty",
+        *_tail(tokenizer),
+    ]
+
+
+def _tail(tokenizer):
+    pieces = tokenizer.tokenize("treatyharbor")[1:]
+    assert all(piece.startswith("##") for piece in pieces)
+    return pieces
+
+
+def test_case_is_kept_on_request(corpus_text):
+    assert train_wordpiece(iter(corpus_text.splitlines()), 150, False).tokenize("The") == ["The"]
+
+
+def test_a_vocabulary_smaller_than_the_alphabet_is_an_error():
+    with pytest.raises(ValueError, match="vocab_size must be above 57 for a text of 26 different characters, got 40"):
+        train_wordpiece(iter(["abcdefghijklmnopqrstuvwxyz"]), 40, True)
+
+
+def test_a_saved_tokenizer_is_read_by_auto_tokenizer(corpus_text, tmp_path):
+    tokenizer = train_wordpiece(iter(corpus_text.splitlines()), 150, True)
+    tokenizer.save_pretrained(tmp_path)
+    for loaded in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)):
+        assert loaded.tokenize(corpus_text[:500]) == tokenizer.tokenize(corpus_text[:500])
+
+
+def test_a_missing_tokenizer_folder_is_named(tmp_path):
+    with pytest.raises(ValueError, match="tokenizer folder .*nowhere does not exist"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+def test_word_starts_are_the_pieces_without_the_continuation_mark(corpus_text):
+    tokenizer = train_wordpiece(iter(corpus_text.splitlines()), 150, True)
+    starts = np.array(word_starts(tokenizer))
+    ids = tokenizer("the senatetreaty", add_special_tokens=False).input_ids
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    assert starts[ids].tolist() == [not piece.startswith("##") for piece in pieces] and not starts[ids].all()

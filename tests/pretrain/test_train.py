@@ -1,0 +1,216 @@
+import json
+import math
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from elastic_model import ElasticBertForPreTraining, ElasticBertForSequenceClassification
+from elastic_model.folders import is_ours
+from pretrain.checkpoint import find_checkpoints
+from pretrain.prepare import prepare
+from pretrain.train import Run, learning_rate, start_accelerator, train
+
+
+def weights(output):
+    return load_file(output / "model.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def metrics(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def in_a_child(config, until=None):
+    """Train in a forked process; `until(pid)` may stop it. -> its exit code, or minus the signal that killed it."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os._exit(train(config))
+        finally:
+            os._exit(99)
+    if until:
+        until(pid)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_run_leaves_a_checkpoint_that_transformers_reads(options):
+    config = options(dropout=0.1)
+    assert train(config) == 0
+    output = config.output
+    model = ElasticBertForPreTraining.from_pretrained(output)
+    assert model.config.exit_layers == [1, 2] and model.config.exit_groups == 2
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert tokenizer.model_max_length == 32 and len(tokenizer) == model.config.vocab_size
+    _, report = ElasticBertForSequenceClassification.from_pretrained(output, num_labels=3, output_loading_info=True)
+    assert all(name.startswith("classifiers.") for name in report["missing_keys"])
+    assert is_ours(output) and (output / "losses.png").stat().st_size > 10_000
+    assert [path.name for path in find_checkpoints(output)] == ["checkpoint-8", "checkpoint-12"]
+    assert same(weights(output), weights(output / "checkpoint-12"))
+    assert "mlm_loss" in (output / "README.md").read_text()
+
+
+def test_the_log_tells_both_losses_of_every_exit(options):
+    config = options()
+    train(config)
+    lines = metrics(config.output)
+    training = [line for line in lines if "mlm_loss" in line]
+    held_out = [line["held_out"] for line in lines if "held_out" in line]
+    assert [line["step"] for line in training] == [3, 6, 9, 12] and len(held_out) == 2
+    assert all(line["mlm_loss"].keys() == line["sop_loss"].keys() == {"1", "2"} for line in training)
+    assert training[-1]["mlm_loss"]["2"] < training[0]["mlm_loss"]["2"]
+    evaluation = json.loads((config.output / "evaluation.json").read_text())
+    assert evaluation.pop("step") == 12 and evaluation == held_out[-1]
+    assert all(0 <= accuracy <= 1 for accuracy in evaluation["sop_accuracy"].values())
+
+
+def test_training_learns_more_than_frequencies(options):
+    config = options(
+        steps=150, warmup_steps=10, hidden_size=32, exit_groups=1, learning_rate=1e-2, save_every=1000
+    )
+    train(config)
+    evaluation = json.loads((config.output / "evaluation.json").read_text())
+    losses = list(evaluation["mlm_loss"].values())
+    assert losses[-1] < evaluation["unigram_loss"] - 0.3
+
+
+def test_a_new_model_starts_at_the_unigram_distribution(options):
+    config = options()
+    run = Run(config, start_accelerator(config), prepare(config))
+    counts = run.train_examples.token_counts() + 1
+    assert run.plain_model.predictions.decoder.bias.detach().exp().numpy() == pytest.approx(
+        counts / counts.sum(), rel=1e-4
+    )
+
+
+def test_the_loss_of_an_update_does_not_depend_on_micro_batches(options):
+    """Sums are divided by the counts of the global batch: gradients agree however the batch is dealt out."""
+    gradients = []
+    for micro in (8, 4, 1):
+        config = options(micro_batch_size=micro, dropout=0.0, exit_groups=2)
+        run = Run(config, start_accelerator(config), prepare(config))
+        batches = run.batches[0]
+        masked, pairs, *_ = run._global_counts(batches)
+        run._backward(batches, [1, 2], masked, pairs)
+        gradients.append({name: parameter.grad.clone() for name, parameter in run.plain_model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        for other in gradients[1:]:
+            assert torch.allclose(gradient, other[name], atol=2e-6), name
+
+
+def test_grouped_training_computes_the_groups_in_turn(options):
+    config = options(num_hidden_layers=4, exit_groups=3, log_every=1, steps=4)
+    train(config)
+    computed = [list(line["mlm_loss"]) for line in metrics(config.output) if "mlm_loss" in line]
+    assert computed == [["1", "4"], ["2", "4"], ["3", "4"], ["1", "4"]]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sigterm_saves_and_resume_is_bit_for_bit(options, tmp_path, workers):
+    flags = {"dropout": 0.1, "workers": workers, "steps": 40, "save_every": 7}
+    whole = options(**flags, output=tmp_path / "whole")
+    train(whole)
+    stopped = options(**flags, output=tmp_path / "stopped", resume=True)
+
+    def stop_at_some_update(pid):
+        _wait_for(lambda: (stopped.output / "metrics.jsonl").exists() and len(metrics(stopped.output)) >= 2)
+        os.kill(pid, signal.SIGTERM)
+
+    assert in_a_child(stopped, stop_at_some_update) == 143
+    at = int(find_checkpoints(stopped.output)[-1].name.split("-")[1])
+    assert 3 < at < 40 and not (stopped.output / "model.safetensors").exists()
+    assert train(stopped) == 0
+    assert same(weights(whole.output), weights(stopped.output))
+    optimizers = (
+        load_file(path / "checkpoint-40" / "optimizer.safetensors") for path in (whole.output, stopped.output)
+    )
+    assert same(*optimizers)
+    assert [line["step"] for line in metrics(whole.output)] == [line["step"] for line in metrics(stopped.output)]
+
+
+def _wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_ends_as_if_never_killed(options, tmp_path, kills):
+    flags = {"dropout": 0.1, "steps": 30, "save_every": 1}
+    whole = options(**flags, output=tmp_path / "whole")
+    started = time.monotonic()
+    train(whole)
+    seconds = time.monotonic() - started
+    killed = options(**flags, output=tmp_path / "killed", resume=True)
+    generator = random.Random(kills)
+    for _ in range(kills):
+
+        def kill(pid):
+            time.sleep(generator.uniform(0.1, 0.6) * seconds)
+            os.kill(pid, signal.SIGKILL)
+
+        assert in_a_child(killed, kill) in (-signal.SIGKILL, 0)
+    assert train(killed) == 0
+    assert same(weights(whole.output), weights(killed.output))
+    assert not list(killed.output.glob(".*.new"))
+
+
+def test_a_finished_run_ends_at_once(options):
+    config = options()
+    train(config)
+    stamps = {path: path.stat().st_mtime_ns for path in config.output.rglob("*.safetensors")}
+    assert train(options(resume=True)) == 0
+    assert stamps == {path: path.stat().st_mtime_ns for path in config.output.rglob("*.safetensors")}
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_counted(options):
+    config = options(max_skipped=3)
+    run = Run(config, start_accelerator(config), prepare(config))
+    run.update(run.batches[0])
+    before = {name: parameter.clone() for name, parameter in run.plain_model.named_parameters()}
+    broken = run.plain_model.elasticbert.embeddings.LayerNorm.bias
+    value = broken.detach().clone()
+    broken.data.fill_(math.inf)
+    run.update(run.batches[1])
+    broken.data.copy_(value)
+    assert (run.progress.skipped, run.progress.step) == (1, 2)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in run.plain_model.named_parameters())
+    run.update(run.batches[2])
+    assert run.progress.skipped_in_a_row == 0 and run.progress.skipped == 1
+    broken.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="not finite in 3 updates in a row, up to update 6"):
+        for step in range(3, 6):
+            run.update(run.batches[step])
+
+
+def test_learning_rate_warms_up_and_decays(options):
+    rates = {
+        schedule: [
+            learning_rate(step, options(steps=10, warmup_steps=4, learning_rate=1.0, schedule=schedule))
+            for step in range(10)
+        ]
+        for schedule in ("linear", "cosine", "constant")
+    }
+    assert all(values[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] for values in rates.values())
+    assert rates["linear"][5:] == pytest.approx([5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert rates["cosine"][7] == pytest.approx(0.5) and rates["constant"][9] == 1.0
+
+
+def test_a_warm_start_takes_shape_weights_and_tokenizer(options, tmp_path):
+    first = options(output=tmp_path / "first")
+    train(first)
+    second = options(output=tmp_path / "second", init_from=first.output, steps=3, learning_rate=1e-9, hidden_size=64)
+    train(second)
+    assert weights(second.output).keys() == weights(first.output).keys()
+    assert all(
+        torch.allclose(value, weights(second.output)[name], atol=1e-6) for name, value in weights(first.output).items()
+    )
