@@ -8,9 +8,9 @@ NOTES = """\
 {files}
 
 They take the tokenizer's arrays and answer `logits` (rows, labels), `exit_layer` (rows) and `exit_logits` (exits,
-rows, labels), NaN where a row had left. Two further inputs have defaults, which onnxruntime in Python can override (in Node
-and in the browser a file runs at its defaults): `exit_threshold`, one number per exit for the policy `{policy}`, and
-`max_layer`, above which no row goes. Needed: onnxruntime {onnxruntime} or later.
+rows, labels), NaN where a row had left. Two further inputs have defaults, which onnxruntime in Python can override (in
+Node and in the browser a file runs at its defaults): `exit_threshold`, one number per exit for the policy `{policy}`,
+and `max_layer`, above which no row goes. Needed: onnxruntime {onnxruntime} or later.
 """
 
 

@@ -51,8 +51,12 @@ def test_a_plain_session_needs_the_tokenizer_only(lively_checkpoint, tmp_path, f
 
 def test_rows_to_compare_on(lively_checkpoint, tmp_path):
     (tmp_path / "rows.tsv").write_text("text\tother\n" + "".join(f"{text}\tx\n" for text in TEXTS * 9))
-    report = export_to(tmp_path / "out", lively_checkpoint, rows=tmp_path / "rows.tsv", max_rows=20)
-    assert report["files"][INT8]["rows"] == 20 and report["files"][INT8]["real_rows"]
+    options = {"rows": tmp_path / "rows.tsv", "max_rows": 20}
+    report = export_to(tmp_path / "out", lively_checkpoint, min_agreement=0.3, **options)
+    result = report["files"][INT8]
+    assert result["rows"] == 20 and result["real_rows"] and min(result["agreement"].values()) < 1  # random weights
+    with pytest.raises(ValueError, match="agreement .* is below 1; the exit after layer"):
+        export_to(tmp_path / "strict", lively_checkpoint, min_agreement=1.0, **options)
 
 
 def test_operating_points_travel_with_the_weights_they_belong_to(lively_checkpoint, tmp_path):
