@@ -18,6 +18,7 @@ from elastic_model.operating_points import checkpoint_hash
 FILE = "provenance.json"
 FORMAT = 1
 CARD = "README.md"
+DATA_CARD = "PROVENANCE.md"  # beside data files: its front matter states their licence and language
 # what a parent's card states that holds for its children too, or that a card of theirs must name
 CARD_FIELDS = ("license", "license_name", "license_link", "base_model", "datasets", "language")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -141,6 +142,13 @@ def write_provenance(folder: Path | str, stages: list[Stage]) -> None:
     """The record of `folder`, in the place of the one before."""
     content = {"format": FORMAT, "stages": [dataclasses.asdict(stage) for stage in stages]}
     (Path(folder) / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def describe_data(file: Path | str, name: str, split: str | None = None, sha256: str | None = None) -> Data:
+    """A data file, with what the PROVENANCE.md beside it states in its front matter: `license`, `language`."""
+    stated = _card_fields(Path(file).parent / DATA_CARD)
+    terms = {field: str(stated[field]) for field in ("license", "language") if field in stated}
+    return Data(name=name, split=split, sha256=sha256 or file_hash(file), **terms)
 
 
 def describe_parent(name: Path | str, revision: str | None = None) -> Parent:

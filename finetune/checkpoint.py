@@ -12,7 +12,7 @@ from elastic_model.arguments import to_yaml
 from elastic_model.card import write_card
 from elastic_model.folders import new_folder
 from elastic_model.operating_points import OperatingPoint, OperatingPoints, checkpoint_hash
-from elastic_model.provenance import Data, Metric, append_stage
+from elastic_model.provenance import Metric, append_stage, describe_data
 from finetune.calibrate import candidates, choose, never, policy_name, thresholds
 from finetune.evaluate import (
     Outcome,
@@ -104,7 +104,10 @@ def report(run: Run, full: Outcome, chosen: Outcome, logits: dict[str, np.ndarra
 
 def _record(run: Run, folder: Path, scored: Scored) -> None:
     """The provenance of the checkpoint, and its model card."""
-    data = [Data(run.task.name, split, rows_hash(rows)) for split, rows in run.splits.items()]
+    files = {split: run.task.folder() / run.task.splits[split].file for split in run.splits}
+    data = [
+        describe_data(files[split], run.task.name, split, sha256=rows_hash(rows)) for split, rows in run.splits.items()
+    ]
     metrics = [
         Metric(score.metric, score.value, run.task.name, split, layer, score.low, score.high)
         for split, per_exit in scored.items()
@@ -120,6 +123,7 @@ def _record(run: Run, folder: Path, scored: Scored) -> None:
         metrics=metrics,
         settings=settings,
         seed=run.options.seed,
+        license=run.options.license,
     )
     write_card(folder, name=Path(run.options.output).name)
 

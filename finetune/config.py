@@ -63,6 +63,9 @@ class TrainOptions(TaskOptions):
     resume: bool = option(False, help="continue an interrupted run of this output; a finished one ends at once")
     mixed_precision: Literal["no", "bf16"] = option("no", help="precision of the forward and backward pass")
     log_steps: int = option(20, help="updates between lines of metrics.jsonl")
+    license: str | None = option(
+        None, help="licence you give the checkpoint, as the hub names it (default: the one its parent's card states)"
+    )
 
 
 @dataclass(kw_only=True)
