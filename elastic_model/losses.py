@@ -134,5 +134,5 @@ def inplace_distillation(
 
 
 def uncertainty_loss(uncertainty: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:
-    """(u - u*)^2: BERxiT's loss of the learned exit head, predicted and actual uncertainty, (rows,) each (Xin 2021)."""
+    """(u - u*)^2: BERxiT's loss of the learned exit head, predicted and actual uncertainty, (rows,) (Xin 2021)."""
     return nn.functional.mse_loss(uncertainty.float(), wrong.detach().float())
