@@ -35,7 +35,7 @@ from .outputs import (
     ElasticBertQuestionAnsweringOutput,
     RecordingArguments,
 )
-from .pretrained import commit_of, load_foreign, save_code
+from .pretrained import commit_of, damage_named, load_foreign, save_code
 
 
 class ElasticBertPreTrainedModel(PreTrainedModel):
@@ -59,12 +59,13 @@ class ElasticBertPreTrainedModel(PreTrainedModel):
         """As in transformers; a stock BERT, RoBERTa or DistilBERT checkpoint becomes an elastic model whose full
         depth is it."""
         name = pretrained_model_name_or_path
-        foreign, commit = load_foreign(cls, name, kwargs), commit_of(name, kwargs)
-        if foreign is None:
-            loaded = super().from_pretrained(name, *model_args, **kwargs)
-        else:
-            config, state_dict, kwargs = foreign
-            loaded = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
+        with damage_named(name):
+            foreign, commit = load_foreign(cls, name, kwargs), commit_of(name, kwargs)
+            if foreign is None:
+                loaded = super().from_pretrained(name, *model_args, **kwargs)
+            else:
+                config, state_dict, kwargs = foreign
+                loaded = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
         if name is not None:
             config = (loaded[0] if isinstance(loaded, tuple) else loaded).config
             config._name_or_path, config._commit_hash = str(name), commit

@@ -4,10 +4,13 @@ hub."""
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.modeling_utils import load_state_dict
@@ -128,6 +131,8 @@ def load_foreign(model_class, name, kwargs: dict) -> tuple[PreTrainedConfig, dic
         if kwargs.get("config") is None:
             raise
         return None  # weights alone, with the config as an argument: ours
+    if not stock and kwargs.get("config") is None:
+        raise OSError(f"{name} has no config.json: it is not a checkpoint.")
     model_type = stock.get("model_type", "elasticbert")
     if model_type not in _KEYS:
         allowed = ", ".join(_KEYS)
@@ -145,6 +150,15 @@ def load_foreign(model_class, name, kwargs: dict) -> tuple[PreTrainedConfig, dic
             fields["pooler_act"] = "relu"
         config, kwargs = model_class.config_class.from_dict(fields, return_unused_kwargs=True, **kwargs)
     return config, _convert(tensors, model_type, model_class, config), kwargs
+
+
+@contextmanager
+def damage_named(name) -> Iterator[None]:
+    """An error of the safetensors reader, which names no file, as an OSError that does."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"the weights of {name} are damaged or cut short ({error}): get them again.") from error
 
 
 def commit_of(name, kwargs: dict) -> str | None:
