@@ -31,6 +31,10 @@ class ElasticBertConfig(PreTrainedConfig):
         "exit_end_logits",
         "exit_prediction_logits",
         "exit_sop_logits",
+        "exit_losses",
+        "exit_uncertainty",
+        "mlm_losses",
+        "sop_losses",
         "hidden_states",
         "attentions",
     ]

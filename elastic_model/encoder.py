@@ -277,19 +277,24 @@ class Exit:
         self.onward.select_rows(~leaves)
 
 
-class PerExit(nn.ModuleDict):
-    """One module per exit, keyed by layer - 1 as in the public checkpoints."""
+class PerExit(nn.Module):
+    """One module per exit, named layer - 1 as in the public checkpoints.
+
+    Not a ModuleDict: PEFT trains and saves no such container as a whole (`modules_to_save=["classifiers"]`).
+    """
 
     def __init__(self, exit_layers: list[int], make: Callable[[], nn.Module]):
-        super().__init__({str(layer - 1): make() for layer in exit_layers})
+        super().__init__()
+        for layer in exit_layers:
+            self.add_module(str(layer - 1), make())
 
     def at(self, layer: int) -> nn.Module:
         """The module of the exit after `layer`, from 1."""
-        return self[str(layer - 1)]
+        return getattr(self, str(layer - 1))
 
     def zero_for_others(self, layers: list[int]) -> torch.Tensor:
         """0, with a zero gradient for every parameter of the exits that are not in `layers`."""
-        others = [module for key, module in self.items() if int(key) + 1 not in layers]
+        others = [module for name, module in self.named_children() if int(name) + 1 not in layers]
         return 0.0 * torch.stack([parameter.sum() for module in others for parameter in module.parameters()]).sum()
 
 
@@ -301,7 +306,7 @@ def zero_for_others(model: nn.Module, layers: list[int]) -> torch.Tensor | float
     take part.
     """
     per_exit = [module for module in model.modules() if isinstance(module, PerExit)]
-    return sum(module.zero_for_others(layers) for module in per_exit if len(module) > len(layers))
+    return sum(module.zero_for_others(layers) for module in per_exit if len(list(module.children())) > len(layers))
 
 
 class ElasticBertEncoder(nn.Module):
