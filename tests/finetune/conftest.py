@@ -18,9 +18,9 @@ def _lines(rows, seed):
 
 @pytest.fixture(scope="session")
 def small_task(tmp_path_factory):
-    """A folder with train, dev and test: three labels, each with words of its own among words of all."""
+    """A folder with train, dev, test and more of train: three labels, with words of their own among words of all."""
     folder = tmp_path_factory.mktemp("task")
-    for seed, (split, rows) in enumerate({"train": 60, "dev": 30, "test": 30}.items()):
+    for seed, (split, rows) in enumerate({"train": 60, "dev": 30, "test": 30, "more": 240}.items()):
         (folder / f"{split}.tsv").write_text("\n".join(["text\tlabel", *_lines(rows, seed)]) + "\n")
     return folder
 
@@ -55,6 +55,7 @@ def trained(small_task, tiny_tokenizer, tmp_path_factory):
     config = ElasticBertConfig(vocab_size=200, max_position_embeddings=64, hidden_dropout_prob=0.0, **sizes)
     ElasticBertForPreTraining(config).save_pretrained(folder / "start")
     tiny_tokenizer.save_pretrained(folder / "start")
-    run = options_for(small_task, folder / "start", folder / "checkpoint", epochs=12, seed=1)
+    more = str(small_task / "more.tsv")
+    run = options_for(small_task, folder / "start", folder / "checkpoint", train=more, epochs=6, learning_rate=1e-3)
     assert train(run) == 0
     return run

@@ -1,0 +1,237 @@
+"""The commands as a user runs them: one line for each mistake, exit code 2, nothing written."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from elastic_model import ElasticBertForPreTraining
+from elastic_model.arguments import run
+from finetune.__main__ import _command
+from finetune.config import EvaluateOptions
+from finetune.evaluate import evaluate
+
+
+def flags_of(options):
+    pairs = [(name.replace("_", "-"), value) for name, value in vars(options).items() if value not in (None, [])]
+    return [word for name, value in pairs for word in (f"--{name}", str(value))]
+
+
+def error_of(capsys, *argv):
+    """The line that a command ends with; its exit code must be 2."""
+    capsys.readouterr()
+    assert run(lambda: _command(list(argv))) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def changed(options, **changes):
+    return ["train", *flags_of(options(**changes))]
+
+
+def table(tmp_path, *rows, name="bad.tsv"):
+    (tmp_path / name).write_text("\n".join(rows) + "\n")
+    return str(tmp_path / name)
+
+
+ROWS = [f"the {word}\t{label}" for label in ("early", "middle", "late") for word in "abcdefgh"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text": "sentence"}, r"there is no column 'sentence'; columns: text, label"),
+        ({"label": "class"}, r"there is no column 'class'; columns: text, label"),
+        ({"recipe": "jiont"}, r"recipe 'jiont' is unknown; allowed: joint, two_stage"),
+        ({"task": "era"}, r"--task era has its own files and columns; --train is for your own files"),
+        ({"dev": None}, r"task 'own files' has no dev split; it has: train"),
+        ({"max_length": 65}, r"max_length must be 3 to 64 \(the positions of the model\), got 65"),
+        ({"batch_size": 61}, r"the train split has 60 rows, fewer than a batch \(61\)"),
+        ({"batch_size": 0}, r"batch_size must be at least 1, got 0"),
+        ({"warmup": 1.5}, r"warmup is a share of the updates, from 0 to 1, got 1.5"),
+        ({"learning_rate": 0.0}, r"learning_rate must be above 0, got 0.0"),
+        ({"exit_policy": "voting"}, r"exit policy 'voting' cannot be calibrated"),
+        ({"exit_loss": "max"}, r"exit_loss must be one of sum, last, .* got 'max'"),
+        ({"problem_type": "regression"}, r"a classifier of other labels: early, middle, late; the task has score"),
+        ({"model": "/nowhere"}, r"model /nowhere is not a folder"),
+        ({"train": "/nowhere.tsv"}, r"/nowhere.tsv: No such file"),
+    ],
+)
+def test_a_wrong_option_is_one_line(options, capsys, changes, message):
+    assert re.search(message, error_of(capsys, *changed(options, **changes)))
+    assert not list(Path(options().output).parent.glob("out*"))
+
+
+def test_metrics_must_fit(options, capsys):
+    line = error_of(capsys, *changed(options), "--metrics", "pearson")
+    assert "metric 'pearson' does not fit a task of the type single_label_classification" in line
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "has no rows"),
+        (["text\tlabel"], "has no rows"),
+        (["text\tlabel", *ROWS, "\tearly"], r"row 26: column 'text' has no text"),
+        (["text\tlabel", *ROWS[:8], *ROWS[:8]], "classifier of other labels: early, middle, late; the task has early"),
+    ],
+)
+def test_a_bad_train_file_is_one_line(options, capsys, tmp_path, rows, message):
+    assert re.search(message, error_of(capsys, *changed(options, train=table(tmp_path, *rows))))
+
+
+@pytest.mark.parametrize("value", ["nan", "high", ""])
+def test_a_bad_regression_label_is_one_line(trained, tmp_path, capsys, value):
+    file = table(tmp_path, "text\tlabel", *(f"the {number}\t{number}.5" for number in range(12)), f"the x\t{value}")
+    run = dataclasses.replace(trained, train=file, dev=file, problem_type="regression", output=str(tmp_path / "out"))
+    line = error_of(capsys, "train", *flags_of(run))
+    assert (
+        f"row 14: a regression label must be a finite number, got '{value}'" in line
+        and not (tmp_path / "out").exists()
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["text\tlabel", *ROWS[:8]], r"the dev split has one class only \(8 rows\)"),
+        (["text\tlabel", *ROWS, "the i\tancient"], r"row 26: label 'ancient' is not among the labels"),
+    ],
+)
+def test_a_bad_dev_file_is_one_line(options, capsys, tmp_path, rows, message):
+    assert re.search(message, error_of(capsys, *changed(options, dev=table(tmp_path, *rows))))
+
+
+def test_a_checkpoint_of_other_labels_is_named(options, capsys, tmp_path):
+    rows = [row.replace("early", "old") for row in ROWS]
+    line = error_of(capsys, *changed(options, train=table(tmp_path, "text\tlabel", *rows)))
+    assert "is a classifier of other labels: early, middle, late; the task has late, middle, old" in line
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("config.json", "has no config.json: it is not a checkpoint"),
+        ("model.safetensors", "has no weights"),
+        ("tokenizer", "has no tokenizer that loads"),
+    ],
+)
+def test_an_incomplete_checkpoint_is_one_line(options, capsys, tiny_checkpoint, missing, message):
+    for file in tiny_checkpoint.glob(f"{missing}*"):
+        file.unlink()
+    assert message in error_of(capsys, *changed(options))
+
+
+def test_damaged_weights_are_one_line(options, capsys, tiny_checkpoint):
+    file = tiny_checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert f"the weights of {tiny_checkpoint} are damaged" in error_of(capsys, *changed(options))
+
+
+def test_an_output_that_is_not_ours_is_left_alone(options, capsys):
+    theirs = Path(options().output)
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("years of work")
+    assert "exists and was not made by elastic-model" in error_of(capsys, *changed(options))
+    assert [file.name for file in theirs.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("batchsize: 4", r"unknown key 'batchsize' \(value 4\); did you mean batch_size\?"),
+        ("batch_size: four", r"batch_size: expected a whole number, got 'four'"),
+        ("- joint", r"a recipe is a mapping of flags"),
+        ("best_exit: first", r"best_exit: expected one of last, mean, got 'first'"),
+    ],
+)
+def test_a_bad_recipe_is_one_line(options, capsys, tmp_path, recipe, message):
+    (tmp_path / "bad.yaml").write_text(recipe)
+    assert re.search(message, error_of(capsys, *changed(options), "--config", str(tmp_path / "bad.yaml")))
+
+
+def test_an_unknown_command_lists_those_there(capsys):
+    assert "command 'fit' is unknown; allowed: train, evaluate" in error_of(capsys, "fit")
+
+
+def test_help_answers_at_once():
+    began = time.perf_counter()
+    shown = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "finetune", "train", "--help"], capture_output=True
+    )
+    elapsed = time.perf_counter() - began
+    assert b"--exit-loss" in shown.stdout and b"| torch" not in shown.stderr and b"transformers" not in shown.stderr
+    assert elapsed < 10  # two seconds on an idle machine; what makes it so is that neither is imported
+
+
+def evaluation_of(trained, small_task, **changes):
+    own = {"test": str(small_task / "test.tsv"), "text": "text", "label": "label", "split": "test", "max_length": 32}
+    return EvaluateOptions(**{"model": trained.output, **own, **changes})
+
+
+def test_evaluate_writes_what_it_prints(trained, small_task, tmp_path, capsys):
+    evaluate(evaluation_of(trained, small_task, output=str(tmp_path / "evaluation")))
+    printed, curve = capsys.readouterr().out, json.loads((tmp_path / "evaluation/curve.json").read_text())
+    for layer in "1234":
+        assert f"{curve['exits'][layer][0]['value']:.4f}" in printed
+    policies = [one["mean_exit_layer"] for one in curve["policies"].values()][:-1]
+    assert policies == sorted(policies, reverse=True) and policies[-1] < policies[0]
+    rows = [line.split("\t") for line in (tmp_path / "evaluation/predictions.tsv").read_text().splitlines()]
+    own = curve["policies"]["the checkpoint's own"]
+    right = sum(row[1] == row[2] for row in rows[1:]) / 30
+    assert len(rows) == 31 and right == pytest.approx(own["quality"]["accuracy"])
+    assert sum(int(row[3]) for row in rows[1:]) / 30 == pytest.approx(own["mean_exit_layer"])
+
+
+def test_evaluate_takes_a_policy_and_thresholds(trained, small_task, capsys):
+    evaluate(evaluation_of(trained, small_task, policy="confidence", thresholds=[0.2, 0.9]))
+    printed = capsys.readouterr().out
+    assert "confidence, threshold 0.2  1.00" in printed and "confidence, threshold 0.9" in printed
+
+
+def test_evaluate_names_a_checkpoint_that_is_no_classifier(trained, small_task, tiny_config, tiny_tokenizer, tmp_path):
+    ElasticBertForPreTraining(tiny_config).save_pretrained(tmp_path / "start")
+    tiny_tokenizer.save_pretrained(tmp_path / "start")
+    with pytest.raises(ValueError, match="holds ElasticBertForPreTraining, not a classifier"):
+        evaluate(evaluation_of(trained, small_task, model=str(tmp_path / "start")))
+
+
+def test_evaluate_names_a_label_that_the_checkpoint_has_not(trained, small_task, tmp_path):
+    file = table(tmp_path, "text\tlabel", *ROWS, "the i\tancient")
+    with pytest.raises(ValueError, match="label 'ancient' is not among the labels of the model: early, late, middle"):
+        evaluate(evaluation_of(trained, small_task, test=file))
+
+
+@pytest.mark.slow
+def test_kill_nine_and_resume(options, tmp_path):
+    """A real process, killed twice at whatever it is doing, ends with the weights of one that was left alone."""
+    changes = {"epochs": 30, "save_steps": 10, "dropout": 0.1}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(output, *more):
+        argv = [sys.executable, "-m", "finetune", *changed(options, **changes, output=str(output)), *more]
+        return subprocess.Popen(argv, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole").wait() == 0
+    for _ in range(2):
+        process = start(tmp_path / "killed", "--resume", "true")
+        state = tmp_path / "killed.run/state/progress.json"
+        deadline = time.monotonic() + 300
+        seen = state.stat().st_mtime if state.exists() else 0.0
+        while process.poll() is None and time.monotonic() < deadline:
+            if state.exists() and state.stat().st_mtime > seen:
+                break
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+    assert start(tmp_path / "killed", "--resume", "true").wait() == 0
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert all((first[name] == second[name]).all() for name in first)
