@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format types checkpoints data clean
+.PHONY: help install demo test test-slow lint format types hf-common checkpoints data clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ format: $(INSTALLED)  ## ruff: repair what it can and format
 
 types: $(INSTALLED)  ## mypy
 	$(RUN) -m mypy
+
+hf-common: $(INSTALLED)  ## transformers' own common model tests on our classes (fetches its source distribution)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow -s tests/hf_common
 
 checkpoints: $(INSTALLED)  ## make the checkpoints that benchmarks need, e.g. TASKS="era sst2", in checkpoints/
 	$(RUN) -m benchmarks.checkpoints $(TASKS)

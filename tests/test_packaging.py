@@ -1,11 +1,14 @@
 """The wheel: what is in it, and that it works away from the checkout."""
 
+import ast
 import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,28 @@ def test_what_is_pinned_satisfies_what_is_required():
     lines = [line for key in extras for line in requirements("options.extras_require", key)]
     for requirement in map(Requirement, [*lines, *requirements("options", "install_requires")]):
         assert requirement.specifier.contains(pins[requirement.name.lower()]), requirement
+
+
+def imported(folder: str) -> set[str]:
+    """Top-level modules that the Python files of a folder import, wherever in the file."""
+    trees = [ast.parse(path.read_text()) for path in (ROOT / folder).rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("folder", [*PACKAGES, "benchmarks", "tests"])
+def test_what_is_imported_is_declared(folder):
+    """In setup.cfg, or required by what is declared there: a fresh environment has all of it."""
+    extras = SETUP["options.extras_require"]
+    lines = [*requirements("options", "install_requires"), *(line for key in extras for line in extras[key].split())]
+    available = {re.split(r"[<>=~!]", line)[0].lower() for line in lines}
+    for name in sorted(available - {"deepspeed"}):
+        available |= {re.split(r"[^\w.-]", line)[0].lower() for line in metadata.requires(name) or ()}
+    distributions = metadata.packages_distributions()
+    for name in imported(folder) & distributions.keys() - {*PACKAGES, "pip"}:
+        assert {one.lower() for one in distributions[name]} & available, f"{folder} imports {name}"
 
 
 def test_console_scripts_name_functions_that_exist():
