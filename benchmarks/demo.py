@@ -32,7 +32,6 @@ from elastic_model.processor import available_cores
 ROOT = Path(__file__).resolve().parent.parent
 PRETRAINED, CACHE, RESULTS, PLOT = "pretrained", "cache", "results.json", "results.png"
 PASSAGES_A_TURN = 50  # every system answers these before any answers the next ones: noise of the machine is shared
-ROUNDS = 3  # times each passage is timed, alone; its time is the median
 BATCH = 32  # rows of the batches that the throughput is measured with
 
 
@@ -123,20 +122,19 @@ def ask_in_turns(systems: list[Served], total: int, batch_size: int, passages: i
 def measure_systems(folder: Path, labels: list[str], threads: int) -> list[dict[str, Any]]:
     """A row a system: quality, exit layer, milliseconds a passage alone and in batches, memory."""
     systems = [Served(name, folder, threads) for name in SYSTEMS]
-    rounds = [ask_in_turns(systems, len(labels), 1, PASSAGES_A_TURN) for _ in range(ROUNDS)]
+    answers = ask_in_turns(systems, len(labels), 1, PASSAGES_A_TURN)
     batched = ask_in_turns(systems, len(labels), BATCH, 2 * BATCH)
     rows = []
     for system in systems:
-        alone = rounds[0][system.name]
-        times = np.median([one[system.name]["ms"] for one in rounds], axis=0)
+        alone = answers[system.name]
         layers = [layer for layer in alone["layers"] if layer is not None]
         rows.append(
             {
                 "name": system.name,
                 **scored(alone["labels"], labels),
                 "mean_exit_layer": float(np.mean(layers)) if layers else None,
-                "p50_ms": float(np.percentile(times, 50)),
-                "p95_ms": float(np.percentile(times, 95)),
+                "p50_ms": float(np.percentile(alone["ms"], 50)),
+                "p95_ms": float(np.percentile(alone["ms"], 95)),
                 "batch_ms": float(np.mean(batched[system.name]["ms"])),
                 "batch_changes": sum(
                     a != b for a, b in zip(alone["labels"], batched[system.name]["labels"], strict=True)
@@ -295,7 +293,7 @@ def demo(folder: Path) -> None:
     file = folder / RESULTS
     results = json.loads(file.read_text()) if file.exists() else {"key": None}
     if results["key"] != key:
-        print(f"== measure: {len(SYSTEMS)} systems on the test split, {ROUNDS} rounds", flush=True)
+        print(f"== measure: {len(SYSTEMS)} systems on the test split", flush=True)
         results = measure(folder, key)
         plot(results, folder / PLOT)
         file.write_text(json.dumps(results, indent=2) + "\n")

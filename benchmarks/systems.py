@@ -46,9 +46,11 @@ def pytorch(folder: Path, threads: int, padding: str) -> Answer:
     import torch
     import yaml
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
     from elastic_model import ElasticBertForSequenceClassification
 
+    logging.disable_progress_bar()
     torch.set_num_threads(threads)
     model = ElasticBertForSequenceClassification.from_pretrained(folder / CHECKPOINT).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / CHECKPOINT)
