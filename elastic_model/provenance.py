@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 
 from elastic_model.operating_points import checkpoint_hash
 
@@ -27,8 +28,8 @@ PACKAGES = ("elastic-model", "torch", "transformers", "accelerate", "onnxruntime
 logger = logging.getLogger(__name__)
 
 
-@strict
-@dataclass(frozen=True)
+@strict  # checks every assignment; a frozen dataclass makes none that it could see
+@dataclass
 class Data:
     """A source of data. `hub_id`: only where it is a data set of the hub; what is not known stays None."""
 
@@ -41,7 +42,7 @@ class Data:
 
 
 @strict
-@dataclass(frozen=True)
+@dataclass
 class Metric:
     """A figure measured on a split of `data`; `metric` as the hub calls it, `exit_layer` None where rows leave at
     exits of their own; `low` and `high` bound its confidence interval."""
@@ -56,7 +57,7 @@ class Metric:
 
 
 @strict
-@dataclass(frozen=True)
+@dataclass
 class Parent:
     """The checkpoint that a stage began with. `hub_id` and `revision` (commit): only where it came from the hub;
     `card`: the fields of CARD_FIELDS that its card states."""
@@ -69,7 +70,7 @@ class Parent:
 
 
 @strict
-@dataclass(frozen=True)
+@dataclass
 class Stage:
     """One stage: what it began with (`parent` None: random weights), read, was set to and measured; `checkpoint` is
     the sha256 of the weights it left (None: it left none), `license` the one its author stated for them."""
@@ -95,7 +96,7 @@ def read_provenance(folder: Path | str) -> list[Stage]:
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}, this version reads format {FORMAT}")
         return [_stage(stage) for stage in content["stages"]]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{file}: not a record of provenance ({reason}); restore it or delete it") from error
 
