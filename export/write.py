@@ -13,6 +13,7 @@ from elastic_model.card import write_card
 from elastic_model.folders import check_output, new_folder
 from elastic_model.operating_points import FILE, OperatingPoints, checkpoint_hash
 from elastic_model.processor import ONNX_FILES, cpu_flags, fitting_files
+from elastic_model.provenance import append_stage
 from elastic_model.session import ElasticSession, Text
 from export.arithmetic import ARITHMETICS
 from export.card import card_notes
@@ -38,6 +39,7 @@ def export_checkpoint(options: ExportOptions) -> dict[str, Any]:
         points = carry_points(checkpoint, folder)
         report = write_files(checkpoint, files, folder, points, texts, options.min_agreement)
         (folder / "export_report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        append_stage(folder, "export", parent=checkpoint.folder, settings={"files": files})
         write_card(folder, name=options.output.resolve().name, notes=card_notes(report))
     return report
 
