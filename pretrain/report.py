@@ -6,7 +6,7 @@ from pathlib import Path
 
 from elastic_model.card import write_card
 from elastic_model.folders import new_file
-from elastic_model.provenance import Data, Metric, append_stage
+from elastic_model.provenance import Metric, append_stage, describe_data
 from pretrain.config import FREE_ON_RESUME, PretrainConfig
 from pretrain.evaluate import Evaluation
 from pretrain.prepare import Corpus
@@ -39,7 +39,7 @@ def plot_losses(metrics: Path, image: Path) -> None:
 def describe(folder: Path, config: PretrainConfig, corpus: Corpus, result: Evaluation) -> None:
     """The record of provenance and the model card of a finished model; nothing in them is guessed."""
     settings = {name: value for name, value in asdict(config).items() if name not in FREE_ON_RESUME}
-    sources = [Data(path.name, split="train", sha256=digest) for path, digest in corpus.sources.items()]
+    sources = [describe_data(path, path.name, "train", digest) for path, digest in corpus.sources.items()]
     append_stage(
         folder,
         "pretrain",
