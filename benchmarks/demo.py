@@ -253,7 +253,8 @@ def plot(results: dict[str, Any], file: Path) -> None:
     left.axhline(100 * results["majority"]["accuracy"], color="grey", linestyle="--", label="majority guess")
     left.set(xscale="log", xlabel="milliseconds a passage, one at a time: p50 (dot) to p95 (line)")
     left.set(ylabel="accuracy on test, % (bar: 95 % interval)", ylim=(20, 100), title="What an answer costs")
-    left.legend(fontsize="small", loc="lower right", bbox_to_anchor=(1, 0.08))
+    left.xaxis.set_major_formatter("{x:g}")
+    left.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     layers = [row["layer"] for row in results["exits"]]
     departures = [results["systems"][-1]["left_at"].get(str(layer), 0) for layer in layers]
     right.bar(layers, [100 * count / results["passages"] for count in departures], color="C5", alpha=0.35)
