@@ -1,5 +1,6 @@
 """python -m pretrain --config RECIPE.yaml [--resume] [--flag value ...]"""
 
+import os
 import sys
 
 from elastic_model.arguments import parse, run
@@ -10,7 +11,11 @@ def command() -> int:
     config = parse(PretrainConfig, prog="python -m pretrain")
     from pretrain.train import train  # after parsing: torch and transformers take seconds to load
 
-    return train(config)
+    code = train(config)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        os._exit(code)  # torch's gloo threads now and then abort an interpreter that ends in the usual way
+    return code
 
 
 def main() -> int:

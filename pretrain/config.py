@@ -49,7 +49,7 @@ class PretrainConfig:
     # data
     max_length: int = option(128, help="tokens per example, at most, special tokens included")
     short_probability: float = option(0.1, help="share of examples cut to a random shorter length")
-    mask_probability: float = option(0.15, help="share of the tokens that are predicted")
+    mask_probability: float = option(0.15, help="share of the tokens predicted in training; held-out text: 0.15")
     whole_words: bool = option(False, help="mask all pieces of a word or none")
     validation_fraction: float = option(0.05, help="share of the documents held out, at least one")
     workers: int = option(1, help="processes that make batches ahead of the training; 0: in the training process")

@@ -15,6 +15,7 @@ from pretrain.prepare import Corpus
 from pretrain.tokenizer import word_starts
 
 SPECIAL_TOKENS_OF_A_PAIR = 3  # [CLS] first [SEP] second [SEP]
+HELD_OUT_MASKING = 0.15  # whatever the training masks, so that held-out losses of different runs can be compared
 
 Batch = dict[str, torch.Tensor]
 
@@ -55,6 +56,7 @@ class Examples:
         self.corpus = corpus
         self.config = config
         self.held_out = held_out
+        self.mask_probability = HELD_OUT_MASKING if held_out else config.mask_probability
         self.table = self._table()  # (examples, 3): shard, start, stop
         tokenizer = corpus.tokenizer
         self.cls, self.sep, self.mask = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id
@@ -104,9 +106,7 @@ class Examples:
         shard = self.corpus.shards[number]
         tokens = shard.tokens[start:stop].astype(np.int64)
         units = self.starts[tokens] if self.config.whole_words else np.ones(len(tokens), dtype=bool)
-        inputs, labels = mask_tokens(
-            tokens, units, self.config.mask_probability, self.mask, self.replacements, generator
-        )
+        inputs, labels = mask_tokens(tokens, units, self.mask_probability, self.mask, self.replacements, generator)
         low, high = np.searchsorted(shard.sentences, [start + 1, stop])
         if low == high:
             segments, order = [slice(None)], IGNORED

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from elastic_model import ElasticBertConfig, ElasticBertForPreTraining
 from elastic_model.arguments import to_yaml
@@ -111,12 +113,15 @@ def build_model(
     if config.exit_layers:
         training["exit_layers"] = config.exit_layers
     torch.manual_seed(config.seed)
-    if config.init_from:
-        model = ElasticBertForPreTraining.from_pretrained(config.init_from, **training)
-    else:
-        model = ElasticBertForPreTraining(_shape(config, tokenizer, training))
-        with torch.no_grad():
-            model.predictions.decoder.bias.copy_(-unigram)
+    try:
+        if config.init_from:
+            model = ElasticBertForPreTraining.from_pretrained(config.init_from, **training)
+        else:
+            model = ElasticBertForPreTraining(_shape(config, tokenizer, training))
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error)) from error
+    if not config.init_from:
+        model.predictions.decoder.bias.data.copy_(-unigram)
     longest = model.config.max_position_embeddings - model.config.position_offset
     if config.max_length > longest:
         raise ValueError(
@@ -334,9 +339,6 @@ class Run:
             check_same_run(folder, state["run"], run_state(self.config, self.corpus))
             load_checkpoint(folder, self.plain_model, self.optimizer.optimizer)
             self.progress = Progress(**state["progress"])
-        if self.accelerator.is_main_process:
-            _cut_metrics(self.config.output / METRICS, self.progress.step)
-        self.accelerator.wait_for_everyone()
 
 
 def _seed_of(*numbers: int) -> int:
@@ -400,17 +402,19 @@ def _check_run_folder(config: PretrainConfig) -> None:
 def train(config: PretrainConfig) -> int:
     """Pre-train as `config` says, into `config.output`; -> 0, or 143 where SIGTERM stopped and saved it."""
     _check_run_folder(config)
+    disable_progress_bar()  # transformers' bars for saving one file would tear ours
     accelerator = start_accelerator(config)
     with accelerator.local_main_process_first():
         corpus = prepare(config, quiet=not accelerator.is_local_main_process)
     run = Run(config, accelerator, corpus)
-    if accelerator.is_main_process:
+    run.resume()
+    if accelerator.is_main_process:  # from here on the output folder changes
         claim_folder(config.output)
         (config.output / "config.yaml").write_text(to_yaml(config))
+        _cut_metrics(config.output / METRICS, run.progress.step)
     accelerator.wait_for_everyone()
     if config.tracker:
         accelerator.init_trackers("pretrain", config={name: str(value) for name, value in asdict(config).items()})
-    run.resume()
     accelerator.print(_summary(run))
     with _stop_on_sigterm(run):
         code = _loop(run)

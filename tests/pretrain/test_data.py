@@ -164,3 +164,16 @@ def test_batches_that_do_not_fit_are_named(examples):
     with pytest.raises(ValueError, match=r"must divide the share of a process \(4 of batch_size 8\), got 3"):
         check_batch_size(8, 3, 2)
     assert check_batch_size(8, None, 2) == 4
+
+
+def test_held_out_text_is_masked_the_same_whatever_the_training_masks(options):
+    config = options(mask_probability=0.4)
+    corpus = prepare(config)
+    shares = {}
+    for held_out in (False, True):
+        examples = Examples(corpus, config, held_out)
+        labels = [examples.example(0, index)["labels"] for index in range(len(examples))]
+        shares[held_out] = (
+            sum((row != IGNORED).sum() for row in labels) / (examples.table[:, 2] - examples.table[:, 1]).sum()
+        )
+    assert shares[False] == pytest.approx(0.4, abs=0.03) and shares[True] == pytest.approx(0.15, abs=0.03)

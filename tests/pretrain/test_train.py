@@ -73,9 +73,7 @@ def test_the_log_tells_both_losses_of_every_exit(options):
 
 
 def test_training_learns_more_than_frequencies(options):
-    config = options(
-        steps=150, warmup_steps=10, hidden_size=32, exit_groups=1, learning_rate=1e-2, save_every=1000
-    )
+    config = options(steps=150, warmup_steps=10, hidden_size=32, exit_groups=1, learning_rate=1e-2, save_every=1000)
     train(config)
     evaluation = json.loads((config.output / "evaluation.json").read_text())
     losses = list(evaluation["mlm_loss"].values())
