@@ -302,9 +302,9 @@ def _check_labels(labels: torch.Tensor, classes: int) -> None:
 
 
 class ElasticBertExitModel(ElasticBertTaskModel):
-    """A linear head per exit, `classifiers.{layer - 1}` (`classifier` in static use)."""
+    """A linear head per exit, `classifiers.{layer - 1}`; in static use the only one, under the stock model's name."""
 
-    head_name = "classifiers"
+    head_name, static_head_name = "classifiers", "classifier"
 
     def __init__(self, config):
         super().__init__(config)
@@ -313,7 +313,7 @@ class ElasticBertExitModel(ElasticBertTaskModel):
         outputs = self.head_outputs()
         self.is_static = config.num_output_layers == 1
         if self.is_static:
-            setattr(self, self.head_name.removesuffix("s"), nn.Linear(config.hidden_size, outputs))
+            setattr(self, self.static_head_name, nn.Linear(config.hidden_size, outputs))
         else:
             setattr(self, self.head_name, PerExit(config.exit_layers, lambda: nn.Linear(config.hidden_size, outputs)))
         if config.learned_exit_head:
@@ -328,8 +328,10 @@ class ElasticBertExitModel(ElasticBertTaskModel):
         """logits (rows, labels) or (rows, tokens, labels), and the learned uncertainty (rows,) where the model has
         that head."""
         states = self.elasticbert.pool(exit) if self.pools else exit.flow.all_tokens()
-        name = self.head_name
-        classify = getattr(self, name.removesuffix("s")) if self.is_static else getattr(self, name).at(exit.layer)
+        if self.is_static:
+            classify = getattr(self, self.static_head_name)
+        else:
+            classify = getattr(self, self.head_name).at(exit.layer)
         logits = classify(self.dropout(states))
         if not self.config.learned_exit_head:
             return logits, None
@@ -520,10 +522,10 @@ class ElasticBertForMultipleChoice(ElasticBertExitModel):
 
 
 class ElasticBertForQuestionAnswering(ElasticBertExitModel):
-    """The span that answers a question, at every exit: heads `qa_outputs.{layer - 1}` (`qa_output` in static use)."""
+    """The span that answers a question, at every exit: heads `qa_outputs.{layer - 1}` (`qa_outputs` in static use)."""
 
     pools = False
-    head_name = "qa_outputs"
+    head_name = static_head_name = "qa_outputs"
 
     def head_outputs(self) -> int:
         return 2

@@ -213,8 +213,8 @@ def _targets(key: str, rules, model, config) -> list[str]:
         if found:
             break
     exits = [layer - 1 for layer in config.exit_layers]
-    head = getattr(model, "head_name", "")
-    last_head = head.removesuffix("s") if config.num_output_layers == 1 else f"{head}.{exits[-1]}"
+    head = f"{getattr(model, 'head_name', '')}.{exits[-1]}"
+    last_head = getattr(model, "static_head_name", "") if config.num_output_layers == 1 else head
     where = {
         "POOLER": [f"elasticbert.encoder.pooler.{index}" for index in exits],
         "TRANSFORM": [f"predictions.transforms.{index}" for index in exits],

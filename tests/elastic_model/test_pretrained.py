@@ -188,6 +188,16 @@ def test_static_use_of_a_multi_exit_checkpoint(tmp_path, golden):
     assert not info["missing_keys"] and "classifier.weight" in model.state_dict()
 
 
+@pytest.mark.parametrize("task", ["ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"])
+def test_static_use_of_a_stock_model_has_its_names(task, tmp_path):
+    stock = stock_model("Bert", task)
+    stock.save_pretrained(tmp_path)
+    static = getattr(elastic_model, TASKS[task]).from_pretrained(tmp_path, num_output_layers=1)
+    assert_equal_answers(stock, static.eval(), inputs_for("Bert", task))
+    heads = [key for key in static.state_dict() if not key.startswith("elasticbert.")]
+    assert heads == [key for key in stock.state_dict() if not key.startswith("bert.")]
+
+
 def test_fewer_layers_cut_lists_and_exits():
     config = ElasticBertConfig(
         num_hidden_layers=6,
