@@ -30,4 +30,6 @@ def summary(result: dict[str, Any]) -> str:
     if "largest_difference" in result:
         return f"float32, logits differ from PyTorch by at most {max(result['largest_difference'].values()):.1g}"
     rows = f"{result['rows']} {'real' if result['real_rows'] else 'random'} rows"
-    return f"int8, answers like float32 on at least {min(result['agreement'].values()):.1%} of {rows} at every exit"
+    full = [*result["agreement"].values()][-1]
+    default = result["default_agreement"]
+    return f"int8, answers {full:.1%} of {rows} like float32 at full depth, {default:.1%} at its default"
