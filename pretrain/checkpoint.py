@@ -19,6 +19,8 @@ from pretrain.prepare import Corpus
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.safetensors"
 WEIGHTS = "model.safetensors"
+NAME = re.compile(r"checkpoint-\d+")
+REMEDY = "pass --resume-previous to continue from the checkpoint before it"
 
 
 def save_checkpoint(
@@ -37,9 +39,19 @@ def save_checkpoint(
         save_file(optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
         digests = {name: _digest(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
         (temporary / STATE).write_text(json.dumps({"step": step, **state, "sha256": digests}, indent=2) + "\n")
-    for old in find_checkpoints(output)[:-keep]:
-        shutil.rmtree(old)
+    _remove_before(output, _step(find_checkpoints(output)[-keep:][0]))
     return folder
+
+
+def _remove_before(output: Path, step: int) -> None:
+    """Remove older checkpoints, also one whose removal was cut off before."""
+    for path in output.glob("checkpoint-*"):
+        if NAME.fullmatch(path.name) and _step(path) < step:
+            shutil.rmtree(path)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
 
 
 def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -76,8 +88,8 @@ def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim
 
 def find_checkpoints(output: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
-    found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted((path for path in found if (path / STATE).is_file()), key=lambda path: int(path.name.split("-")[1]))
+    found = [path for path in output.glob("checkpoint-*") if NAME.fullmatch(path.name)]
+    return sorted((path for path in found if (path / STATE).is_file()), key=_step)
 
 
 def checkpoint_to_resume(output: Path, previous: bool) -> tuple[Path, dict[str, Any]] | None:
@@ -101,9 +113,6 @@ def _read_state(folder: Path) -> dict[str, Any]:
     if damaged:
         raise ValueError(f"{folder} is damaged ({', '.join(damaged)}: wrong sha256); {REMEDY}")
     return state
-
-
-REMEDY = "pass --resume-previous to continue from the checkpoint before it"
 
 
 def run_state(config: PretrainConfig, corpus: Corpus) -> dict[str, Any]:

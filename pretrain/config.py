@@ -39,6 +39,9 @@ class PretrainConfig:
     intermediate_size: int | None = option(None, help="width of the feed-forward (default: 4 x hidden_size)")
     max_position_embeddings: int = option(512, help="longest input the model can ever read")
     dropout: float = option(0.1, help="dropout of hidden states and attention")
+    initializer_range: float = option(
+        0.02, help="deviation of new weights; 0.02 suits width 768, 1/sqrt(width) a narrow one"
+    )
     exit_layers: list[int] | None = option(None, help="layers with an exit, from 1 (default: every layer)")
     exit_loss: str = option("sum", help="weighting of the exits in the loss")
     gradient_equilibrium: bool = option(
@@ -107,6 +110,7 @@ AT_LEAST_ONE = (
 )
 RANGES = {
     "dropout": (0, 0.9),
+    "initializer_range": (1e-5, 1),
     "short_probability": (0, 1),
     "mask_probability": (0.01, 0.9),
     "validation_fraction": (0.0001, 0.5),
@@ -133,6 +137,6 @@ FREE_ON_RESUME = frozenset(
             "micro_batch_size",
         ),
         *("log_every", "evaluate_every", "evaluation_examples", "save_every", "keep_checkpoints", "tracker"),
-        *("max_skipped", "vocab_size", "lowercase", "validation_fraction"),
+        *("max_skipped", "vocab_size", "lowercase"),
     }
 )

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -140,6 +141,7 @@ def _shape(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, training:
         num_attention_heads=config.num_attention_heads,
         intermediate_size=config.intermediate_size or 4 * config.hidden_size,
         max_position_embeddings=config.max_position_embeddings,
+        initializer_range=config.initializer_range,
         **training,
     )
 
@@ -482,6 +484,7 @@ def _finish(run: Run) -> None:
 def _publish_model(run: Run, output: Path, result: Evaluation) -> None:
     """The files of the finished model, each renamed into the output folder, the configuration last."""
     staging = output / "model"
+    shutil.rmtree(staging, ignore_errors=True)  # what a killed run left half moved
     with new_folder(staging) as temporary:
         save_model(temporary, run.plain_model, run.corpus.tokenizer)
         describe(temporary, run.config, run.corpus, result)

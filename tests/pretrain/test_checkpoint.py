@@ -64,8 +64,12 @@ def test_the_newest_checkpoints_are_kept_in_the_order_of_their_steps(trained, tm
     for step in (2, 9, 10, 11):
         save(tmp_path, trained, step, keep=2)
     assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-11"]
-    assert checkpoint_to_resume(tmp_path, previous=False)[1]["step"] == 11
-    assert checkpoint_to_resume(tmp_path, previous=True)[1]["step"] == 10
+    (tmp_path / "checkpoint-3").mkdir()  # a removal that was cut off
+    save(tmp_path, trained, 12, keep=3)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10", "checkpoint-11", "checkpoint-12"}
+    save(tmp_path, trained, 11)
+    assert checkpoint_to_resume(tmp_path, previous=False)[1]["step"] == 12
+    assert checkpoint_to_resume(tmp_path, previous=True)[1]["step"] == 11
 
 
 def test_an_unfinished_checkpoint_is_not_one(trained, tmp_path):

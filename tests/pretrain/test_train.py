@@ -190,6 +190,12 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted(options):
             run.update(run.batches[step])
 
 
+def test_mixed_precision_keeps_float32_weights(options):
+    config = options(precision="bf16", steps=3)
+    assert train(config) == 0
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights(config.output).values())
+
+
 def test_learning_rate_warms_up_and_decays(options):
     rates = {
         schedule: [
