@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import random
 import shutil
 import signal
 import threading
@@ -22,7 +23,7 @@ from finetune.checkpoint import REPORT, is_finished, write_checkpoint
 from finetune.config import TrainOptions
 from finetune.data import collate
 from finetune.evaluate import answers_of, exit_logits, quality
-from finetune.recipe import Phase
+from finetune.recipe import Phase, Update
 from finetune.run import METRICS, Plan, Run, prepare
 from finetune.state import Progress, copy_weights, load_optimizer, load_progress, load_weights, save_state
 
@@ -68,7 +69,8 @@ def backward(run: Run, phase: Phase, model: torch.nn.Module, update: int) -> flo
     parts = _parts(run.plan.rows(update), run)
     for part, (rows, weight) in enumerate(parts, start=1):
         batch = collate(run.splits["train"], rows, run.tokenizer, accelerator.device)
-        losses = phase.objective(model, run.model.config, batch, update)
+        draw = random.Random(f"{run.options.seed} {update}")  # of sub-networks: the same in every process and part
+        losses = phase.objective(model, run.model.config, batch, Update(update, draw))
         for number in range(1, phase.passes + 1):
             is_last = part == len(parts) and number == phase.passes
             with nullcontext() if is_last else accelerator.no_sync(model):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import re
 import signal
 from pathlib import Path
@@ -18,7 +19,8 @@ from elastic_model import ElasticBertForSequenceClassification
 from elastic_model.arguments import parse
 from elastic_model.operating_points import OperatingPoints, checkpoint_hash
 from finetune.config import TrainOptions
-from finetune.recipe import RECIPES
+from finetune.data import collate
+from finetune.recipe import RECIPES, Update
 from finetune.run import prepare
 from finetune.train import INTERRUPTED, backward, learning_rate, train
 
@@ -80,7 +82,7 @@ class Crash(Exception):
 
 @pytest.mark.parametrize(  # a phase has 12 updates: at 12 the second one is just beginning
     ("recipe", "update"),
-    [("joint", 1), ("alternating", 8), ("two_stage", 12), ("self_distillation", 19)],
+    [("joint", 1), ("alternating", 8), ("two_stage", 12), ("self_distillation", 19), ("sandwich", 14)],
 )
 def test_a_run_killed_at_any_update_resumes_to_the_same_weights(options, monkeypatch, tmp_path, recipe, update):
     settings = {"recipe": recipe, "dropout": 0.1, "save_steps": 3, "learning_rate": 1e-3}
@@ -166,6 +168,22 @@ def test_micro_batches_sum_to_the_gradient_of_the_batch(options):
     assert gradients[None].keys() == gradients[3].keys()
     for name, gradient in gradients[None].items():
         torch.testing.assert_close(gradients[3][name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_the_sandwich_is_the_mean_of_its_four_losses(options):
+    """The gradient summed over four backward passes is that of one summed loss; students pull towards the teacher."""
+    run = prepare(options(recipe="sandwich"), Accelerator())
+    phase, batch = run.phases[1], collate(run.splits["train"], list(range(8)), run.tokenizer, torch.device("cpu"))
+    run.model.eval()  # no dropout, so that both ways see the same
+    losses = list(phase.objective(run.model, run.model.config, batch, Update(3, random.Random(0))))
+    sum(losses).backward()
+    summed = {name: one.grad.clone() for name, one in run.model.named_parameters()}
+    run.model.zero_grad()
+    for loss in phase.objective(run.model, run.model.config, batch, Update(3, random.Random(0))):
+        loss.backward()
+    assert len(losses) == phase.passes == 4 and losses[0].item() == pytest.approx(run.model(**batch).loss.item() / 4)
+    for name, one in run.model.named_parameters():
+        torch.testing.assert_close(one.grad, summed[name], atol=1e-6, rtol=1e-4)
 
 
 def test_grouped_exits_take_turns(options):

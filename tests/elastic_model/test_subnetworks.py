@@ -1,0 +1,39 @@
+"""Sampled sub-networks: lengths never rise and stay within LengthDrop's bounds, layers are left out as often as said."""
+
+import random
+
+import pytest
+
+from elastic_model.checks import check_layer_config, check_length_config
+from elastic_model.subnetworks import sample_layers, sample_lengths, sandwich, smallest_lengths
+
+
+def test_sampled_lengths_stay_between_the_smallest_and_full():
+    draw = random.Random(0)
+    for _ in range(200):
+        lengths = sample_lengths(12, draw)
+        assert check_length_config(lengths, 12) == lengths
+        steps = zip([1.0, *lengths], lengths, strict=False)
+        assert all(0.8 * before <= after <= before for before, after in steps)
+        assert all(low <= length for low, length in zip(smallest_lengths(12), lengths, strict=True))
+
+
+def test_the_smallest_lengths_fall_by_a_constant_share():
+    assert smallest_lengths(3) == pytest.approx([0.8, 0.64, 0.512])
+
+
+def test_layers_are_left_out_as_often_as_said():
+    draw = random.Random(0)
+    kept = [sample_layers(12, draw) for _ in range(2000)]
+    assert sum(map(len, kept)) / (12 * 2000) == pytest.approx(0.8, abs=0.01)
+    assert all(check_layer_config(layers, 12) == layers for layers in kept)
+
+
+def test_one_layer_is_always_left():
+    assert all(len(sample_layers(3, random.Random(seed), drop=1.0)) == 1 for seed in range(20))
+
+
+def test_the_sandwich_is_a_function_of_the_draw():
+    first, second = (sandwich(6, 2, random.Random("0 7")) for _ in range(2))
+    assert first == second and len(first) == 3 and first[0].length_config == smallest_lengths(6)
+    assert sandwich(6, 2, random.Random("0 8")) != first
