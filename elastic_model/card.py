@@ -34,6 +34,12 @@ NOT_STATED = "not stated"
 TOKENS = 128  # the length that FLOPs are stated for, where the model takes as many
 TEXTS = '["A first text.", "And a second one, which is longer."]'
 
+TRUST = (
+    "`trust_remote_code=True` runs the `.py` files that come with the weights: read them, and fix `revision=` to"
+    " the commit that you have read. Where `elastic-model` is installed, `import elastic_model.auto` takes its own"
+    " code instead."
+)
+
 
 @dataclass(frozen=True)
 class Task:
@@ -53,7 +59,7 @@ TASKS = {
         "feature-extraction",
         "AutoModel",
         "none",
-        f"tokenizer({TEXTS}, padding=True, return_tensors='pt')",
+        f'tokenizer({TEXTS}, padding=True, return_tensors="pt")',
         "output.last_hidden_state.shape",
         takes_policy=False,
     ),
@@ -61,7 +67,7 @@ TASKS = {
         "fill-mask",
         "AutoModelForPreTraining",
         "pretraining",
-        "tokenizer([f'A {tokenizer.mask_token} text.'], return_tensors='pt')",
+        'tokenizer([f"A {tokenizer.mask_token} text."], return_tensors="pt")',
         "output.prediction_logits.argmax(-1)",
         takes_policy=False,
     ),
@@ -69,7 +75,7 @@ TASKS = {
         "fill-mask",
         "AutoModelForMaskedLM",
         "masked_lm",
-        "tokenizer([f'A {tokenizer.mask_token} text.'], return_tensors='pt')",
+        'tokenizer([f"A {tokenizer.mask_token} text."], return_tensors="pt")',
         "output.logits.argmax(-1)",
         takes_policy=False,
     ),
@@ -77,28 +83,28 @@ TASKS = {
         "text-classification",
         "AutoModelForSequenceClassification",
         "sequence",
-        f"tokenizer({TEXTS}, padding=True, return_tensors='pt')",
+        f'tokenizer({TEXTS}, padding=True, return_tensors="pt")',
         "output.logits, output.exit_layers",
     ),
     "ElasticBertForTokenClassification": Task(
         "token-classification",
         "AutoModelForTokenClassification",
         "token",
-        f"tokenizer({TEXTS}, padding=True, return_tensors='pt')",
+        f'tokenizer({TEXTS}, padding=True, return_tensors="pt")',
         "output.logits.argmax(-1), output.exit_layers",
     ),
     "ElasticBertForQuestionAnswering": Task(
         "question-answering",
         "AutoModelForQuestionAnswering",
         "question_answering",
-        "tokenizer(['Who spoke?'], ['The speaker spoke.'], return_tensors='pt')",
+        'tokenizer(["Who spoke?"], ["The speaker spoke."], return_tensors="pt")',
         "output.start_logits.argmax(-1), output.end_logits.argmax(-1), output.exit_layers",
     ),
     "ElasticBertForMultipleChoice": Task(
         "multiple-choice",
         "AutoModelForMultipleChoice",
         "sequence",
-        "tokenizer(['Who spoke?'] * 2, ['The speaker.', 'Nobody.'], padding=True, return_tensors='pt')",
+        'tokenizer(["Who spoke?"] * 2, ["The speaker.", "Nobody."], padding=True, return_tensors="pt")',
         "output.logits.argmax(-1), output.exit_layers",
         ids="[[[2, 3, 4], [2, 3, 5]]]",
     ),
@@ -268,7 +274,7 @@ def _example(facts: Facts) -> str:
     task, source = facts.task, json.dumps(facts.repo_id or ".")
     policy = ""
     if task.takes_policy and facts.config.exit_policy is None:
-        policy = f", exit_policy={_policy(facts.config)}"
+        policy = f", exit_policy={json.dumps(_policy(facts.config))}"
     lines = [
         "import torch",
         f"from transformers import {task.auto_class}{', AutoTokenizer' * facts.has_tokenizer}",
@@ -281,12 +287,12 @@ def _example(facts: Facts) -> str:
         if task.auto_class == "AutoModelForMultipleChoice":
             lines.append("batch = {name: tensor[None] for name, tensor in batch.items()}  # (rows, choices, tokens)")
     else:
-        lines.append(f"batch = {{'input_ids': torch.tensor({task.ids})}}  # no tokenizer is saved here")
+        lines.append(f'batch = {{"input_ids": torch.tensor({task.ids})}}  # no tokenizer is saved here')
     lines += ["with torch.no_grad():", f"    output = model(**batch{policy})", f"print({task.result})"]
     where = "" if facts.repo_id else " (in this folder)"
     default = f"\n\nIts default exit policy is `{facts.config.exit_policy}`." if facts.config.exit_policy else ""
     code = "\n".join(lines)
-    return f"## Use{where}\n\n```python\n{code}\n```{default}{_session_example(facts)}"
+    return f"## Use{where}\n\n```python\n{code}\n```\n\n{TRUST}{default}{_session_example(facts)}"
 
 
 def _policy(config: ElasticBertConfig) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Run as a script where `elastic_model` cannot be imported: loads checkpoints as any user of the hub does.
 
-`fresh_process.py IN OUT`: every folder IN/CLASS is loaded by the Auto class of its name with `trust_remote_code=True`;
-its answers go to OUT/CLASS.safetensors, and it is saved again as OUT/CLASS.
+`fresh_process.py IN OUT AGAIN`: every folder IN/CLASS is loaded by the Auto class of its name with
+`trust_remote_code=True`; its answers go to OUT/CLASS.safetensors, and it is saved again as OUT/CLASS. Then the same
+from OUT to AGAIN.
 """
 
-import importlib.util
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -52,11 +53,10 @@ def run(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=needed | environment, timeout=300)
 
 
-def run_here(folder: Path, out: Path, cwd: Path) -> subprocess.CompletedProcess:
+def run_here(folders: list[Path], cwd: Path) -> subprocess.CompletedProcess:
     """This file as a script in such a process, offline."""
-    code = (
-        f"sys.argv = [{__file__!r}, {str(folder)!r}, {str(out)!r}]\nrunpy.run_path({__file__!r}, run_name='__main__')"
-    )
+    arguments = [__file__, *map(str, folders)]
+    code = f"sys.argv = {arguments}\nrunpy.run_path({__file__!r}, run_name='__main__')"
     return run(code, cwd, HF_HUB_OFFLINE="1")
 
 
@@ -85,15 +85,18 @@ def answers(model: torch.nn.Module, auto_class: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def main(folder: Path, out: Path) -> None:
-    """See the module's docstring."""
-    assert not any(importlib.util.find_spec(name) for name in sys.modules.keys() & set(PACKAGES))
+def check_alone() -> None:
+    """Exits if anything of the project can be imported."""
     for package in PACKAGES:
         try:
             importlib.import_module(package)
         except ModuleNotFoundError:
             continue
         raise SystemExit(f"{package} can be imported: this process proves nothing")
+
+
+def reload(folder: Path, out: Path) -> None:
+    """Every checkpoint of `folder`: loaded, its answers written, saved again."""
     for auto_class in AUTO_CLASSES:
         config = transformers.AutoConfig.from_pretrained(folder / auto_class, trust_remote_code=True)
         loader = getattr(transformers, auto_class)
@@ -106,4 +109,7 @@ def main(folder: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    check_alone()
+    first, second, third = map(Path, sys.argv[1:])
+    reload(first, second)
+    reload(second, third)

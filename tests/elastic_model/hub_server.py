@@ -22,6 +22,7 @@ ROUTES = [  # method, path, name of the handler's method
     ("GET", rf"/api/models/{NAME}", "info"),
     ("GET", rf"/api/models/{NAME}/revision/(?P<revision>[^/]+)", "info"),
     ("GET", rf"/api/models/{NAME}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.*))?", "tree"),
+    ("POST", r"/test/no-more-cuts", "heal"),
     ("POST", r"/api/repos/create", "create"),
     ("POST", r"/api/validate-yaml", "validate"),
     ("POST", rf"/api/models/{NAME}/branch/(?P<branch>.+)", "branch"),
@@ -83,12 +84,8 @@ class HubServer:
         return repository.commits[repository.find(revision)]
 
     def downloads(self) -> list[str]:
-        """The files whose content was asked for since the last call."""
-        got = [
-            path.split("?")[0] for method, path in self.requests if method == "GET" and not path.startswith("/api/")
-        ]
-        self.requests.clear()
-        return got
+        """The files whose content was sent, with repetitions."""
+        return [path for method, path in self.requests if method == "GET" and not path.startswith("/api/")]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -179,6 +176,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(rest[:cut])
         self.wfile.flush()
         self.close_connection = True
+
+    def heal(self) -> None:
+        """From now on connections hold (asked for by a test's process)."""
+        self.hub.cuts.clear()
+        self.answer(200, {})
 
     def info(self, repo: str, revision: str = "main") -> None:
         """What the hub says of a repository."""
