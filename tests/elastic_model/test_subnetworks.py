@@ -1,4 +1,4 @@
-"""Sampled sub-networks: lengths never rise and stay within LengthDrop's bounds, layers are left out as often as said."""
+"""Sampled sub-networks: lengths never rise and stay within LengthDrop's bounds, layers are left out as often as due"""
 
 import random
 
