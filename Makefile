@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format types hf-common checkpoints data clean
+.PHONY: help install demo test test-slow lint format types hf-common test-oldest checkpoints data clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,7 +45,16 @@ types: $(INSTALLED)  ## mypy
 	$(RUN) -m mypy
 
 hf-common: $(INSTALLED)  ## transformers' own common model tests on our classes (fetches its source distribution)
+	$(RUN) tests/hf_common/upstream.py
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow -s tests/hf_common
+
+test-oldest: .venv-oldest/.installed  ## the library's tests with the oldest versions it supports, in .venv-oldest
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(WORKERS) -m "slow or not slow" tests/elastic_model tests/hf_common
+
+.venv-oldest/.installed: setup.cfg constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[train,export,serve,dev]'
+	@touch $@
 
 checkpoints: $(INSTALLED)  ## make the checkpoints that benchmarks need, e.g. TASKS="era sst2", in checkpoints/
 	$(RUN) -m benchmarks.checkpoints $(TASKS)
