@@ -3,8 +3,7 @@
 python -m benchmarks.graph [--size tiny|small|base] [--threads N] [--output FILE]
 
 1. Full depth: our files against the plain graphs that torch.onnx.export and onnxruntime's quantize_dynamic (per
-channel,
-   reduced range, one scale per tensor) make of the same weights in transformers' BertForSequenceClassification.
+   channel, reduced range, one scale per tensor) make of the same weights in BertForSequenceClassification.
 2. Rows that leave evenly over the layers: time / full time over mean exit layer / layers; 1 is a cost in proportion.
 3. Ragged rows: time over that of as many tokens in rows of one length; 1 is padding that costs nothing.
 """

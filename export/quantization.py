@@ -5,6 +5,7 @@ import numpy as np
 LARGEST = 127
 # 255 * 128 < 2**15: the largest sum of two neighbours of one sign whose products with uint8 stay within int16
 LARGEST_PAIR = 128
+BLOCK = 64  # channels at a time: they stay in the cache
 SHARES = (
     1.0,
     0.9,
@@ -29,18 +30,25 @@ def quantize_channels(weight: np.ndarray, *, pairs: bool = False) -> tuple[np.nd
     neighbouring inputs in a saturating int16. Pairs are then cut so that no activation can overflow, at the scale that
     loses least.
     """
-    full = _scale(weight, axis=0)
     if not pairs:
-        return _rounded(weight, full), full
-    best, scale = np.zeros(weight.shape, np.int8), full
-    error = np.full(weight.shape[1], np.inf)
+        scale = _scale(weight, axis=0)
+        return _rounded(weight, scale), scale
+    blocks = range(0, weight.shape[1], BLOCK)
+    parts = [_without_overflow(np.ascontiguousarray(weight[:, start : start + BLOCK])) for start in blocks]
+    return np.concatenate([part for part, _ in parts], axis=1), np.concatenate([scale for _, scale in parts])
+
+
+def _without_overflow(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int8 and scales of some channels, whose pairs cannot overflow."""
+    full = _scale(weight, axis=0)
+    best, scale, error = np.zeros(weight.shape, np.int8), full, np.full(weight.shape[1], np.inf)
     for share in SHARES:
-        tried = _cut_pairs(_rounded(weight, full / share))
-        loss = np.square(tried * (full / share) - weight).sum(axis=0)
+        tried = _cut_pairs(_rounded(weight, full / np.float32(share)))
+        loss = np.square(tried * (full / np.float32(share)) - weight).sum(axis=0)
         better = loss < error
-        best = np.where(better, tried, best)
-        scale, error = np.where(better, full / share, scale), np.minimum(loss, error)
-    return best, scale.astype(np.float32)
+        best[:, better] = tried[:, better]
+        scale, error = np.where(better, full / np.float32(share), scale), np.minimum(loss, error)
+    return best, scale
 
 
 def _scale(weight: np.ndarray, axis: int) -> np.ndarray:
