@@ -1,0 +1,65 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain.data import Examples
+from pretrain.evaluate import evaluate, unigram_losses
+from pretrain.masking import IGNORED
+from pretrain.prepare import prepare
+from pretrain.report import plot_losses
+from pretrain.train import build_model, start_accelerator
+
+
+@pytest.fixture
+def parts(options):
+    config = options(validation_fraction=0.3)
+    corpus = prepare(config)
+    held_out = Examples(corpus, config, held_out=True)
+    unigram = unigram_losses(Examples(corpus, config, held_out=False).token_counts())
+    return start_accelerator(config), build_model(config, corpus.tokenizer, unigram), held_out, unigram
+
+
+def test_unigram_losses_are_minus_log_of_a_distribution():
+    losses = unigram_losses(np.array([0, 3, 6]))
+    assert losses.tolist() == pytest.approx([-np.log(1 / 12), -np.log(4 / 12), -np.log(7 / 12)])
+
+
+def test_the_sums_are_those_of_one_batch_of_everything(parts):
+    accelerator, model, held_out, unigram = parts
+    result = evaluate(accelerator, model, held_out, unigram, len(held_out), rows=5)
+    batch = held_out.collate(0, np.arange(len(held_out)))
+    model.eval()
+    with torch.no_grad():
+        whole = model(**batch)
+    assert list(result.mlm_loss.values()) == pytest.approx([float(loss) for loss in whole.mlm_losses], rel=1e-5)
+    assert list(result.sop_loss.values()) == pytest.approx([float(loss) for loss in whole.sop_losses], rel=1e-5)
+    labels = batch["labels"][batch["labels"] != IGNORED]
+    assert result.masked_tokens == len(labels) and result.examples == len(held_out)
+    assert result.unigram_loss == pytest.approx(float(unigram[labels].mean()))
+    predicted = whole.prediction_logits[batch["labels"] != IGNORED].argmax(-1)
+    assert result.mlm_accuracy == pytest.approx(float((predicted == labels).float().mean()))
+
+
+def test_an_evaluation_can_be_repeated_and_limited(parts):
+    accelerator, model, held_out, unigram = parts
+    first, again = (evaluate(accelerator, model, held_out, unigram, 7, rows=3) for _ in range(2))
+    assert first == again and first.examples == 7
+    assert model.training
+
+
+def test_the_table_names_every_exit_and_what_to_compare_with(parts):
+    accelerator, model, held_out, unigram = parts
+    lines = evaluate(accelerator, model, held_out, unigram, 7, rows=3).table().splitlines()
+    assert [line.split()[0] for line in lines] == ["exit", "1", "2", "unigram", "MLM"]
+
+
+def test_the_plot_is_drawn_from_the_log(tmp_path):
+    held_out = {"mlm_loss": {"1": 4.0, "2": 3.5}, "unigram_loss": 5.0}
+    lines = [{"step": 1, "mlm_loss": {"2": 4.5}}, {"step": 2, "mlm_loss": {"1": 4.2, "2": 4.0}}]
+    text = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 2, "held_out": held_out}])
+    (tmp_path / "metrics.jsonl").write_text(text)
+    plot_losses(tmp_path / "metrics.jsonl", tmp_path / "losses.png")
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["losses.png", "metrics.jsonl"]
