@@ -39,10 +39,18 @@ POINTS = 12  # operating points spread over the sweep, beside full depth and the
 
 
 def sweep(run: Run, logits: np.ndarray) -> list[Outcome]:
-    """What every setting of the exit policy gives on dev, from strict to loose; nothing where there is one exit."""
+    """What the settings of the exit policy give on dev, from strict to loose; nothing where there is one exit only.
+
+    Of settings that dev cannot tell apart the strictest stands for all: a looser one would go beyond what was seen.
+    """
     name = policy_name(run.options.exit_policy, run.labels.problem_type)
     policies = candidates(name, logits, run.labels.problem_type) if len(run.exit_layers) > 1 else []
-    return [outcome(policy, logits, run.exit_layers, run.splits["dev"], run.labels) for policy in policies]
+    outcomes: list[Outcome] = []
+    for policy in policies:
+        one = outcome(policy, logits, run.exit_layers, run.splits["dev"], run.labels)
+        if not outcomes or one.mean_exit_layer != outcomes[-1].mean_exit_layer:
+            outcomes.append(one)
+    return outcomes
 
 
 def calibrate(run: Run, full: Outcome, outcomes: list[Outcome]) -> Outcome:

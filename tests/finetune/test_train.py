@@ -158,6 +158,28 @@ def _crash(*_):
     raise Crash
 
 
+LABELS = {  # of a row, from its number and its class
+    "regression": lambda number, label: str(0.5 + 2 * len(label) + number / 100),
+    "multi_label_classification": lambda number, label: f"{label}|even" if number % 2 == 0 else label,
+}
+POLICY = {"regression": "patience", "multi_label_classification": "entropy"}
+
+
+@pytest.mark.parametrize("problem_type", LABELS)
+def test_the_other_kinds_of_labels(trained, small_task, tmp_path, problem_type):
+    rows = [line.split("\t") for line in (small_task / "train.tsv").read_text().splitlines()[1:]]
+    lines = [f"{text}\t{LABELS[problem_type](number, label)}" for number, (text, label) in enumerate(rows)]
+    (tmp_path / "rows.tsv").write_text("\n".join(["text\tlabel", *lines]) + "\n")
+    own = dict.fromkeys(("train", "dev", "test"), str(tmp_path / "rows.tsv"))
+    run = dataclasses.replace(trained, **own, problem_type=problem_type, output=str(tmp_path / "out"), epochs=2)
+    assert train(run) == 0
+    model = ElasticBertForSequenceClassification.from_pretrained(tmp_path / "out")
+    points = OperatingPoints.load(tmp_path / "out")
+    assert model.config.problem_type == problem_type and points.policy["name"] == POLICY[problem_type]
+    assert model.config.num_labels == (1 if problem_type == "regression" else 4)
+    assert points.at("full").mean_exit_layer == 4 and min(point.mean_exit_layer for point in points.points) < 4
+
+
 def test_micro_batches_sum_to_the_gradient_of_the_batch(options):
     gradients = {}
     for size in (None, 3):
