@@ -63,6 +63,7 @@ class HubServer:
         self.large: dict[str, bytes] = {}
         self.cuts: dict[str, int] = {}
         self.requests: list[tuple[str, str]] = []
+        self.resumed: list[int] = []  # where the client went on, for each request of the rest of a file
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -165,6 +166,7 @@ class Handler(BaseHTTPRequestHandler):
         rest = content[int(start[1]) :] if start else content
         cut = next((size for file, size in self.hub.cuts.items() if file in self.path and self.command == "GET"), None)
         if start:
+            self.hub.resumed.append(int(start[1]))
             headers["Content-Range"] = f"bytes {start[1]}-{len(content) - 1}/{len(content)}"
         if cut is None:
             self.answer(206 if start else 200, rest, {**headers, "Accept-Ranges": "bytes"})

@@ -86,20 +86,29 @@ def test_revisions_cache_and_offline_mode_without_the_package(hub, tiny_model, t
 def test_an_interrupted_download_never_passes_for_a_whole_one(hub, tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path / "model")
     hub.upload(NAME, tmp_path / "model")
+    expected = logits_of(tiny_model)
+    shifted(tiny_model, 1.0).save_pretrained(tmp_path / "other")
+    hub.upload("org/other", tmp_path / "other")
     size = (tmp_path / "model" / "model.safetensors").stat().st_size
     hub.cuts["model.safetensors"] = size // 3
     code = f"""
 import json, urllib.request
 from pathlib import Path
+from huggingface_hub import constants
 def sizes():
     return [file.stat().st_size for file in Path("hf_home").rglob("snapshots/*/model.safetensors")]
 first, found = attempt({NAME!r}), sizes()
+usual, constants.DOWNLOAD_CHUNK_SIZE = constants.DOWNLOAD_CHUNK_SIZE, 1000  # else nothing of so small a file is kept
+resumed = attempt("org/other")
+constants.DOWNLOAD_CHUNK_SIZE = usual
 urllib.request.urlopen("{hub.url}/test/no-more-cuts", data=b"").close()
-print(json.dumps([first, found, load({NAME!r}), sizes()]))
+print(json.dumps([first, found, resumed, attempt({NAME!r}), sizes()]))
 """
-    first, found, second, whole = reported(run(LOAD + code, tmp_path, HF_ENDPOINT=hub.url))
+    first, found, resumed, second, whole = reported(run(LOAD + code, tmp_path, HF_ENDPOINT=hub.url))
     assert isinstance(first, str) and found == [], first  # the client gave up, and left nothing under the file's name
-    assert second == logits_of(tiny_model) and whole == [size]
+    assert resumed == logits_of(tiny_model)
+    assert len(hub.resumed) >= 2 and all(0 < start < size for start in hub.resumed)
+    assert second == expected and whole == [size, size]
 
 
 def test_a_stock_checkpoint_of_the_hub_becomes_an_elastic_classifier(hub, tmp_path):
