@@ -81,6 +81,9 @@ class PretrainConfig:
     evaluation_examples: int = option(2000, help="held-out examples per evaluation, at most")
     save_every: int = option(1000, help="updates between checkpoints; there is one at the end and on SIGTERM")
     keep_checkpoints: int = option(2, help="newest checkpoints that are kept")
+    license: str | None = option(
+        None, help="licence you give the checkpoint, as the hub names it (default: the one its parent's card states)"
+    )
     tracker: str | None = option(None, help="a tracker of accelerate (tensorboard, wandb, ...) beside metrics.jsonl")
 
     def __post_init__(self) -> None:
@@ -137,6 +140,6 @@ FREE_ON_RESUME = frozenset(
             "micro_batch_size",
         ),
         *("log_every", "evaluate_every", "evaluation_examples", "save_every", "keep_checkpoints", "tracker"),
-        *("max_skipped", "vocab_size", "lowercase"),
+        *("license", "max_skipped", "vocab_size", "lowercase"),
     }
 )

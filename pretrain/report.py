@@ -48,6 +48,7 @@ def describe(folder: Path, config: PretrainConfig, corpus: Corpus, result: Evalu
         metrics=_metrics(result),
         settings=settings,
         seed=config.seed,
+        license=config.license,
     )
     notes = f"Held-out documents, nats per masked token:\n\n```\n{result.table()}\n```\n"
     write_card(folder, name=config.output.resolve().name, notes=notes)
