@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -188,11 +189,22 @@ def start(run: Run) -> Progress:
     return progress
 
 
+def start_accelerator(options: TrainOptions) -> Accelerator:
+    """The accelerator; ValueError where a launcher started several processes that would each train alone."""
+    accelerator, launched = Accelerator(mixed_precision=options.mixed_precision), int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:
+        raise ValueError(
+            f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}; "
+            "on CPUs set ACCELERATE_USE_CPU=true"
+        )
+    return accelerator
+
+
 def train(options: TrainOptions) -> int:
     """Fine-tune, choose an exit policy, write the checkpoint; exit code 0, or 143 after SIGTERM (state saved)."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    accelerator = start_accelerator(options)
     run = prepare(options, accelerator)
     run.model.to(accelerator.device)
     if options.resume and is_finished(run):
