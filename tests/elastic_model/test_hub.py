@@ -1,6 +1,7 @@
 """From and to a model hub, here a small server on loopback: revisions, cache, offline, interruptions, pushing."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from tests.elastic_model.fresh_process import run
 from tests.elastic_model.hub_server import TOKEN, HubServer
 
 NAME = "org/elastic-tiny"
-HERE = "import sys; sys.meta_path.pop(0)\n"  # a process of its own, but one that has the package
+ROOT = str(Path(__file__).parents[2])
+HERE = f"sys.meta_path.pop(0)\nsys.path.insert(0, {ROOT!r})\n"  # a process of its own, but one that has the package
 LOAD = """
 import torch
 from transformers import AutoModelForSequenceClassification
