@@ -69,11 +69,9 @@ def pytorch(folder: Path, threads: int, padding: str) -> Answer:
 def onnx(folder: Path, threads: int, file: str | None, exits: bool) -> Answer:
     """The exported folder: a file of it (None: the int8 one for this CPU), with exits or at full depth."""
     from elastic_model import ElasticSession
-    from elastic_model.session import NEVER
 
     session = ElasticSession.from_pretrained(folder / EXPORTED, file=file, threads=threads)
-    never = [NEVER[session.policy["name"]]] * len(session.exit_layers)
-    thresholds = session.thresholds if exits else never
+    thresholds = session.thresholds if exits else session.never
 
     def answer(texts: list[str]) -> tuple[list[str], list[int | None]]:
         outputs = session.run(session.tokenizer.encode_batch(texts), thresholds)

@@ -15,9 +15,8 @@ from elastic_model.processor import ONNX_FILES, available_cores, cpu_flags, fitt
 Text = str | tuple[str, str]
 CHUNK = 4096  # texts tokenised at a time: bounds the memory for any number of them
 
-# thresholds at which no row leaves: nothing is below an entropy of 0 or above a probability of 1; the others are
-# counts
-NEVER = {"entropy": 0.0, "learned": 0.0, "confidence": 1.0, "margin": 1.0, "patience": 1e9, "voting": 1e9}
+# thresholds at which no row leaves: nothing is below an entropy of 0 or above a probability of 1; counts elsewhere
+_NEVER = {"entropy": 0.0, "learned": 0.0, "confidence": 1.0, "margin": 1.0, "patience": 1e9, "voting": 1e9}
 
 
 class ElasticSession:
@@ -35,6 +34,8 @@ class ElasticSession:
         self.policy: dict[str, Any] = metadata["policy"]
         self.thresholds: list[float] = metadata["thresholds"]
         self.max_tokens: int = metadata["max_tokens"]
+        nobody = 0.0 if self.problem_type == "regression" else _NEVER[self.policy["name"]]  # |y_i - y_(i-1)| < 0
+        self.never = [nobody] * len(self.exit_layers)  # thresholds at which no row leaves before the last exit
         self.points = points
         self.tokenizer = _load_tokenizer(tokenizer, self.max_tokens)
         defaulted = self.session.get_overridable_initializers()
@@ -87,11 +88,10 @@ class ElasticSession:
 
     def exit_logits(self, texts: Text | Sequence[Text], batch_size: int = 32) -> np.ndarray:
         """Every exit's logits, (exits, texts, labels) float32, in one pass: what calibration needs."""
-        never = [NEVER[self.policy["name"]]] * len(self.exit_layers)
         parts = []
         for rows in self._chunks(texts):
             part = np.empty((len(self.exit_layers), len(rows), len(self.labels)), np.float32)
-            for places, outputs in self._batches(rows, never, self.exit_layers[-1], batch_size):
+            for places, outputs in self._batches(rows, self.never, self.exit_layers[-1], batch_size):
                 part[:, places] = outputs["exit_logits"]
             parts.append(part)
         return (

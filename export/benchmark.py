@@ -9,7 +9,7 @@ import numpy as np
 
 from elastic_model.folders import new_file
 from elastic_model.processor import ONNX_FILES, cpu_flags, fitting_files
-from elastic_model.session import NEVER, ElasticSession
+from elastic_model.session import ElasticSession
 from export.config import BenchmarkOptions
 from export.rows import read_texts
 
@@ -53,8 +53,7 @@ def time_session(
     session: ElasticSession, texts: list, threads: int, batch_sizes: list[int], seconds: float
 ) -> list[Timing]:
     """One session at every operating point and batch size."""
-    never = [NEVER[session.policy["name"]]] * len(session.exit_layers)
-    points = {"full": never, "default": session.thresholds}
+    points = {"full": session.never, "default": session.thresholds}
     points |= {point.name: point.thresholds for point in (session.points.points if session.points else [])}
     encodings = session.tokenizer.encode_batch(texts)
     timings = []

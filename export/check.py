@@ -12,7 +12,7 @@ import onnx
 import torch
 
 from elastic_model.exit_policies import simulate
-from elastic_model.session import NEVER, ElasticSession, Text
+from elastic_model.session import ElasticSession, Text
 from export.checkpoint import Checkpoint
 from export.graph import Task
 
@@ -84,8 +84,7 @@ def check_float32(session: ElasticSession, checkpoint: Checkpoint, task: Task) -
 
 def all_exits(session: ElasticSession, rows: Sequence[Any]) -> np.ndarray:
     """The graph's logits of every exit, (exits, rows, labels)."""
-    never = [NEVER[session.policy["name"]]] * len(session.exit_layers)
-    return session.run(rows, never, session.exit_layers[-1])["exit_logits"]
+    return session.run(rows, session.never, session.exit_layers[-1])["exit_logits"]
 
 
 def _check_leaving(session: ElasticSession, task: Task, rows: list[Encoding], logits: np.ndarray) -> None:

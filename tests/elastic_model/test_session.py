@@ -103,6 +103,20 @@ def test_budgets_choose_the_operating_point(session):
     assert max(result["exit_layer"] for result in session(TEXTS, max_layer=2)) == 2
 
 
+def test_every_exit_of_a_regression_is_answered(tmp_path, tiny_tokenizer, tiny_config):
+    """With a patience of values a large threshold lets everyone leave, where one of votes would keep everyone."""
+    from export.config import ExportOptions
+    from export.write import export_checkpoint
+
+    tiny_config.num_labels = 1
+    tiny_config.exit_policy = {"name": "patience", "patience": 1, "threshold": 0.5}
+    lively(tiny_config).save_pretrained(tmp_path / "checkpoint")
+    tiny_tokenizer.save_pretrained(tmp_path / "checkpoint")
+    export_checkpoint(ExportOptions(tmp_path / "checkpoint", tmp_path / "out"))
+    logits = ElasticSession.from_pretrained(tmp_path / "out", threads=1).exit_logits(TEXTS)
+    assert logits.shape == (4, len(TEXTS), 1) and np.isfinite(logits).all()
+
+
 def test_pairs_and_long_texts(session):
     pair, joined = session([("The harvest has", "been plentiful.")]), session(["The harvest has been plentiful."])
     assert pair[0]["score"] != joined[0]["score"]  # separated, with token types of their own
