@@ -8,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 
 from elastic_model import ElasticSession, processor
+from elastic_model.exit_policies import normalised_entropy, predict
 from elastic_model.operating_points import OperatingPoint, OperatingPoints
 from tests.export.graphs import lively
 
@@ -19,6 +21,15 @@ TEXTS = [
     "A treaty.",
     "It remains for the wisdom of the legislature to provide for the public lands.",
 ] * 6
+
+
+def middle_entropy(model, tokenizer):
+    """A threshold at which some of the texts leave at the first exit and others go on."""
+    batch = tokenizer(TEXTS[:4], padding=True, truncation=True, max_length=40, return_tensors="pt")
+    with torch.no_grad():
+        first = model(**batch).exit_logits[0]
+    entropies = normalised_entropy(predict(first, "single_label_classification")).sort().values
+    return float(entropies[1:3].mean())
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +50,15 @@ def exported(tmp_path_factory, tiny_tokenizer):
         max_position_embeddings=40,
         id2label={0: "early", 1: "middle", 2: "late"},
         label2id={"early": 0, "middle": 1, "late": 2},
-        exit_policy={"name": "entropy", "threshold": 0.7},
     )
-    lively(config).save_pretrained(folder / "checkpoint")
+    model = lively(config)
+    usual = middle_entropy(model, tiny_tokenizer)
+    config.exit_policy = {"name": "entropy", "threshold": usual}
+    model.save_pretrained(folder / "checkpoint")
     tiny_tokenizer.save_pretrained(folder / "checkpoint")
     table = [
         OperatingPoint(name, [threshold] * 4, layer, flops=layer * 1e6)
-        for name, threshold, layer in [("full", 0.0, 4.0), ("usual", 0.7, 3.5), ("fast", 1.0, 1.0)]
+        for name, threshold, layer in [("full", 0.0, 4.0), ("usual", usual, 3.5), ("fast", 1.0, 1.0)]
     ]
     points = OperatingPoints(checkpoint_hash(folder / "checkpoint"), config.exit_policy, table)
     points.save(folder / "checkpoint")
