@@ -133,9 +133,14 @@ def test_pipeline_feature_extraction(tiny_config, tiny_tokenizer, tmp_path):
     torch.testing.assert_close(extract(TEXTS[2]), expected)
 
 
+OLD_COMPILER = pytest.mark.skipif(
+    tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 7),
+    reason="torch.compile of torch 2.6 runs loops over generators wrongly, and the models walk their exits in one",
+)
 QUICK = ElasticBertForSequenceClassification  # compiling takes seconds: the other classes are for the slow tests
 
 
+@OLD_COMPILER
 @pytest.mark.parametrize(
     "model_class", [QUICK, *(pytest.param(m, marks=pytest.mark.slow) for m in MODELS if m != QUICK)]
 )
@@ -150,6 +155,7 @@ def test_compile_finds_one_graph(model_class, tiny_config):
             torch.testing.assert_close(compiled(**batch)[0], model(**batch)[0])
 
 
+@OLD_COMPILER
 @pytest.mark.slow
 def test_compile_trains_with_the_default_backend(tiny_config):
     model = ElasticBertForSequenceClassification(tiny_config).train()
