@@ -98,8 +98,8 @@ def _check_inputs(config, input_ids, attention_mask, token_type_ids, position_id
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("exactly one of input_ids and inputs_embeds must be given.")
     shape = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:-1]
-    if len(shape) != 2 or shape[1] < 1:
-        raise ValueError(f"inputs must have the shape (rows, tokens) with at least one token, got {tuple(shape)}.")
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"inputs must have the shape (rows, tokens), at least one of each, got {tuple(shape)}.")
     longest = config.max_position_embeddings - config.position_offset
     if position_ids is None and shape[1] > longest:
         raise ValueError(
