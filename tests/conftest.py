@@ -84,11 +84,13 @@ def tiny_corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
-    """WordPiece trained on the tiny corpus, 200 entries."""
-    from transformers import BertTokenizer
+    """WordPiece trained on the tiny corpus, 200 entries, the same in every process."""
+    from pretrain.tokenizer import train_wordpiece
 
-    tokenizer = BertTokenizer(model_max_length=64)
-    return tokenizer.train_new_from_iterator([CORPUS.splitlines()], vocab_size=200)
+    twice = 2 * CORPUS.splitlines()  # a merge is made of what occurs twice
+    tokenizer = train_wordpiece(iter(twice), vocab_size=200, lowercase=True)
+    tokenizer.model_max_length = 64
+    return tokenizer
 
 
 @pytest.fixture
