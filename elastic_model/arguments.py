@@ -62,20 +62,27 @@ def to_yaml(options: Any) -> str:
 
 
 def run(command: Callable[[], int | None]) -> int:
-    """The exit code of `command()`; bad input (ValueError, OSError) becomes one line on stderr and code 2.
+    """The exit code of `command()`; bad input (ValueError, OSError, a configuration that fails its own checks) becomes
+    one line on stderr and code 2.
 
     ELASTIC_MODEL_TRACEBACK=1 shows the whole traceback instead.
     """
     try:
         return command() or 0
-    except (ValueError, OSError) as error:
-        if os.environ.get("ELASTIC_MODEL_TRACEBACK") == "1":
+    except Exception as error:
+        if os.environ.get("ELASTIC_MODEL_TRACEBACK") == "1" or not _is_bad_input(error):
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
+
+
+def _is_bad_input(error: Exception) -> bool:
+    from huggingface_hub.errors import StrictDataclassError  # here: --help must not wait for it
+
+    return isinstance(error, ValueError | OSError | StrictDataclassError)
 
 
 def _one_line(error: Exception) -> str:

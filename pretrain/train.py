@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -114,14 +113,10 @@ def build_model(
     if config.exit_layers:
         training["exit_layers"] = config.exit_layers
     torch.manual_seed(config.seed)
-    try:
-        if config.init_from:
-            model = ElasticBertForPreTraining.from_pretrained(config.init_from, **training)
-        else:
-            model = ElasticBertForPreTraining(_shape(config, tokenizer, training))
-    except StrictDataclassError as error:
-        raise ValueError(str(error.__cause__ or error)) from error
-    if not config.init_from:
+    if config.init_from:
+        model = ElasticBertForPreTraining.from_pretrained(config.init_from, **training)
+    else:
+        model = ElasticBertForPreTraining(_shape(config, tokenizer, training))
         model.predictions.decoder.bias.data.copy_(-unigram)
     longest = model.config.max_position_embeddings - model.config.position_offset
     if config.max_length > longest:

@@ -112,6 +112,15 @@ def test_run_turns_bad_input_into_one_line_and_code_2(capsys, tmp_path):
     assert run(lambda: None) == 0 and run(lambda: 143) == 143
 
 
+def test_run_reports_a_configuration_that_fails_its_checks_and_raises_what_is_a_defect(capsys):
+    from elastic_model import ElasticBertConfig
+
+    assert run(lambda: ElasticBertConfig(exit_loss="harmonic")) == 2
+    assert "exit_loss must be one of" in capsys.readouterr().err
+    with pytest.raises(KeyError):
+        run(lambda: {}["a defect"])
+
+
 def test_run_shows_the_traceback_on_request(monkeypatch):
     monkeypatch.setenv("ELASTIC_MODEL_TRACEBACK", "1")
     with pytest.raises(ValueError, match="detail"):
