@@ -243,6 +243,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8), width_ratios=(3, 2))
     for number, row in enumerate(results["systems"]):
@@ -253,6 +254,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
     left.axhline(100 * results["majority"]["accuracy"], color="grey", linestyle="--", label="majority guess")
     left.set(xscale="log", xlabel="milliseconds a passage, one at a time: p50 (dot) to p95 (line)")
     left.set(ylabel="accuracy on test, % (bar: 95 % interval)", ylim=(20, 100), title="What an answer costs")
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.xaxis.set_major_formatter("{x:g}")
     left.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     layers = [row["layer"] for row in results["exits"]]
