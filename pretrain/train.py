@@ -100,8 +100,8 @@ def build_model(
 ) -> ElasticBertForPreTraining:
     """The model to train: new, or the warm start with the exits and the training settings of `config`.
 
-    unigram (vocabulary,): -log of the tokens' shares of the text. A new model starts with them as the decoder's bias,
-    so that its first updates are not spent on learning frequencies.
+    unigram (vocabulary,): -log of the tokens' shares of the text. A new decoder (a new model's, or a warm start's that
+    had no MLM head) starts with them as its bias, so that its first updates are not spent on learning frequencies.
     """
     training = {
         "exit_loss": config.exit_loss,
@@ -114,10 +114,14 @@ def build_model(
         training["exit_layers"] = config.exit_layers
     torch.manual_seed(config.seed)
     if config.init_from:
-        model = ElasticBertForPreTraining.from_pretrained(config.init_from, **training)
+        model, loading = ElasticBertForPreTraining.from_pretrained(
+            config.init_from, output_loading_info=True, **training
+        )
+        new_decoder = "predictions.decoder.bias" in loading["missing_keys"]
     else:
-        model = ElasticBertForPreTraining(_shape(config, tokenizer, training))
-        model.predictions.decoder.bias.data.copy_(-unigram)
+        model, new_decoder = ElasticBertForPreTraining(_shape(config, tokenizer, training)), True
+    if new_decoder:
+        model.predictions.decoder.bias.data[: len(unigram)] = -unigram
     longest = model.config.max_position_embeddings - model.config.position_offset
     if config.max_length > longest:
         raise ValueError(
