@@ -50,13 +50,14 @@ def passages(
 
 
 class Examples:
-    """The passages of one side of the split, as masked, maybe swapped, segment pairs."""
+    """The passages of one side of the split (of every document if `held_out` is None), as masked, maybe swapped,
+    segment pairs."""
 
-    def __init__(self, corpus: Corpus, config: PretrainConfig, held_out: bool):
+    def __init__(self, corpus: Corpus, config: PretrainConfig, held_out: bool | None):
         self.corpus = corpus
         self.config = config
         self.held_out = held_out
-        self.mask_probability = HELD_OUT_MASKING if held_out else config.mask_probability
+        self.mask_probability = config.mask_probability if held_out is False else HELD_OUT_MASKING
         self.table = self._table()  # (examples, 3): shard, start, stop
         tokenizer = corpus.tokenizer
         self.cls, self.sep, self.mask = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id
@@ -64,16 +65,27 @@ class Examples:
         self.starts = np.array(word_starts(tokenizer))
         self.replacements = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
 
+    def _chosen(self, hashes: np.ndarray) -> np.ndarray:
+        """(documents,): true for those of this side"""
+        if self.held_out is None:
+            return np.ones(len(hashes), dtype=bool)
+        if len(hashes) < 2:
+            raise ValueError(
+                f"text: {' '.join(self.config.text)} holds {len(hashes)} document(s), at least 2 are needed (one is "
+                "held out); a blank line separates documents"
+            )
+        return split_documents(hashes, self.config.validation_fraction) == self.held_out
+
     def _table(self) -> np.ndarray:
         config, shards = self.config, self.corpus.shards
-        held_out = split_documents(np.concatenate([shard.hashes for shard in shards]), config.validation_fraction)
+        chosen = self._chosen(np.concatenate([shard.hashes for shard in shards]))
         generator = np.random.default_rng(config.seed)
         longest = config.max_length - SPECIAL_TOKENS_OF_A_PAIR
         rows: list[tuple[int, int, int]] = []
         document = 0
         for number, shard in enumerate(shards):
             for first, last in zip(shard.documents[:-1], shard.documents[1:], strict=True):
-                if held_out[document] == self.held_out:
+                if chosen[document]:
                     boundaries = shard.sentences[first : last + 1].tolist()
                     found = passages(boundaries, longest, config.short_probability, generator)
                     rows.extend((number, start, stop) for start, stop in found if stop - start >= 2)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from elastic_model.folders import is_ours
+from pretrain.data import Examples
 from pretrain.prepare import prepare
 from pretrain.text import documents, sentences
 
@@ -82,6 +83,7 @@ def test_an_interrupted_preparation_leaves_no_shard(options, corpus_file, tmp_pa
 def test_a_corpus_that_cannot_be_split_is_named(options, tmp_path, content, named):
     file = tmp_path / "text.txt"
     file.write_text(content)
+    config = options(text=file, vocab_size=40)
     with pytest.raises(ValueError) as raised:
-        prepare(options(text=file, vocab_size=40))
+        Examples(prepare(config), config, held_out=True)
     assert named in str(raised.value) and "text.txt" in str(raised.value)
