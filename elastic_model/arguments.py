@@ -44,7 +44,7 @@ def parse(options: type[Options], argv: list[str] | None = None, *, prog: str | 
     An unknown key, a missing one or a value of the wrong type is a ValueError of one line.
     """
     hints = typing.get_type_hints(options)
-    given = vars(_parser(options, hints, prog).parse_args(sys.argv[1:] if argv is None else argv))
+    given = vars(_parser(options, hints, prog).parse_intermixed_args(sys.argv[1:] if argv is None else argv))
     recipe = given.pop("config", None)
     raw = _read_recipe(Path(recipe), hints) if recipe else {}
     values = {name: _convert(hints[name], value, f"{recipe}: {name}") for name, value in raw.items()}
@@ -111,9 +111,8 @@ def _parser(options: type[Any], hints: dict[str, Any], prog: str | None) -> Pars
 def _add_flag(parser: Parser, field: dataclasses.Field[Any], hint: Any) -> None:
     kind = _without_none(hint)
     text = field.metadata.get("help", "").replace("%", "%%") + _default_text(field)
-    if field.metadata.get("positional"):
+    if field.metadata.get("positional"):  # or by its flag, as any other
         parser.add_argument(field.name, nargs="?", metavar=field.name.upper(), help=text)
-        return
     names = list(dict.fromkeys([_flag(field.name), "--" + field.name]))  # --batch-size and --batch_size
     arguments: dict[str, Any] = {"dest": field.name, "help": text, "metavar": _metavar(kind)}
     if typing.get_origin(kind) is list:

@@ -60,6 +60,8 @@ def test_mutable_defaults_are_not_shared():
 
 def test_positional_and_required_options():
     assert parse(Positional, ["a", "b", "--depth", "3"]) == Positional(Path("a"), Path("b"), 3)
+    assert parse(Positional, ["--depth", "3", "a", "b"]) == Positional(Path("a"), Path("b"), 3)
+    assert parse(Positional, ["--checkpoint", "a", "--output", "b", "--depth", "3"]).output == Path("b")
     with pytest.raises(ValueError, match="--output is required"):
         parse(Positional, ["a", "--depth", "3"])
     with pytest.raises(ValueError, match="unrecognized arguments: c"):
