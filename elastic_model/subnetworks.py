@@ -35,11 +35,21 @@ def sample_layers(layers: int, draw: random.Random, drop: float = LAYER_DROP) ->
     return kept or [draw.randint(1, layers)]
 
 
-def sandwich(layers: int, sampled: int, draw: random.Random) -> list[Subnetwork]:
+def sandwich(
+    layers: int,
+    sampled: int,
+    draw: random.Random,
+    *,
+    smallest: bool = True,
+    length_drop: float = LENGTH_DROP,
+    layer_drop: float = LAYER_DROP,
+) -> list[Subnetwork]:
     """The students of an update of the sandwich rule: the smallest sub-network and `sampled` others.
 
-    Yu and Huang 2019; Kim and Cho 2021, section 3.2. The full model, their teacher, is not among them.
+    Yu and Huang 2019; Kim and Cho 2021, section 3.2. The full model, their teacher, is not among them. Without
+    `smallest` one more is sampled in its place, so that an update costs as much.
     """
-    smallest = Subnetwork(smallest_lengths(layers), sample_layers(layers, draw))
-    others = [Subnetwork(sample_lengths(layers, draw), sample_layers(layers, draw)) for _ in range(sampled)]
-    return [smallest, *others]
+    lengths = [sample_lengths(layers, draw, length_drop) for _ in range(sampled + 1)]
+    if smallest:
+        lengths[0] = smallest_lengths(layers, length_drop)
+    return [Subnetwork(one, sample_layers(layers, draw, layer_drop)) for one in lengths]

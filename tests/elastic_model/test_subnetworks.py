@@ -37,3 +37,11 @@ def test_the_sandwich_is_a_function_of_the_draw():
     first, second = (sandwich(6, 2, random.Random("0 7")) for _ in range(2))
     assert first == second and len(first) == 3 and first[0].length_config == smallest_lengths(6)
     assert sandwich(6, 2, random.Random("0 8")) != first
+
+
+def test_without_the_sandwich_rule_all_are_sampled():
+    students = sandwich(6, 2, random.Random(1), smallest=False, layer_drop=0.0)
+    assert len(students) == 3 and smallest_lengths(6) not in [student.length_config for student in students]
+    assert all(student.layer_config == [1, 2, 3, 4, 5, 6] for student in students)
+    only_layers = sandwich(6, 2, random.Random(1), length_drop=0.0)
+    assert all(student.length_config == [1.0] * 6 for student in only_layers)
