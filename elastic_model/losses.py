@@ -41,6 +41,11 @@ def exit_weights(exit_loss: str, layers: list[int]) -> list[float]:
     return EXIT_LOSSES[exit_loss](layers)
 
 
+def trained_exits(exit_loss: str, layers: list[int]) -> list[int]:
+    """Those of `layers` that the weighting named `exit_loss` gives any weight."""
+    return [layer for layer, weight in zip(layers, exit_weights(exit_loss, layers), strict=True) if weight]
+
+
 def weighted_loss(losses: dict[int, torch.Tensor], exit_loss: str) -> torch.Tensor:
     """The training loss: {exit layer: scalar loss} under the weighting named `exit_loss`."""
     weights = exit_weights(exit_loss, list(losses))
@@ -109,18 +114,18 @@ def exit_task_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: str
 
 
 def inplace_distillation(
-    logits: torch.Tensor, teacher: torch.Tensor, problem_type: str, mask: torch.Tensor | None = None
+    logits: torch.Tensor, teacher: torch.Tensor, problem_type: str, mask: torch.Tensor | None = None, num_items=None
 ) -> torch.Tensor:
     """KL(teacher || student) to the full model's detached prediction (Yu and Huang 2019; Kim and Cho 2021).
 
     logits, teacher (rows, ..., classes), mask (rows, ...) true where a prediction counts (tokens); regression:
     squared error; multi-label: the binary divergences, averaged over labels; question answering: (rows, tokens, 2),
     mean over start and end. Kim and Cho name no direction and their code computes KL(student || teacher); this is the
-    usual one.
+    usual one. num_items as in `_mean`.
     """
     logits, teacher = logits.float(), teacher.detach().float()
     if problem_type == "regression":
-        return nn.functional.mse_loss(logits, teacher)
+        return _mean(((logits - teacher) ** 2).sum(), logits.numel(), num_items)
     if problem_type == "multi_label_classification":
         logits, teacher = (torch.stack([torch.zeros_like(x), x], dim=-1) for x in (logits, teacher))
     if problem_type == "question_answering":
@@ -130,7 +135,8 @@ def inplace_distillation(
     divergence = nn.functional.kl_div(
         logits.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True
     ).sum(-1)
-    return divergence.mean() if mask is None else divergence[mask].mean()
+    divergence = divergence if mask is None else divergence[mask]
+    return _mean(divergence.sum(), divergence.numel(), num_items)
 
 
 def uncertainty_loss(uncertainty: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:

@@ -3,13 +3,14 @@
 Legend of shapes: rows, tokens, width, labels, vocabulary. "Real" tokens are those that the attention mask marks.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -27,7 +28,15 @@ from .encoder import (
     zero_for_others,
 )
 from .exit_policies import Prediction, leaving, predict
-from .losses import cross_entropy, exit_task_loss, exit_weights, uncertainty_loss, weighted_loss
+from .losses import (
+    cross_entropy,
+    exit_task_loss,
+    exit_weights,
+    inplace_distillation,
+    trained_exits,
+    uncertainty_loss,
+    weighted_loss,
+)
 from .outputs import (
     ElasticBertExitOutput,
     ElasticBertForPreTrainingOutput,
@@ -368,7 +377,8 @@ class ElasticBertExitModel(ElasticBertTaskModel):
             loss = loss + sum(terms) / len(terms)
         elif answers.uncertainty:
             loss = loss + 0.0 * sum(doubt.sum() for doubt in answers.uncertainty.values())
-        return loss + zero_for_others(self, list(answers.logits)), tuple(losses.values())
+        trained = trained_exits(self.config.exit_loss, list(answers.logits))
+        return loss + zero_for_others(self, trained), tuple(losses.values())
 
 
 class ElasticBertForSequenceClassification(ElasticBertExitModel):
@@ -620,11 +630,29 @@ class ElasticBertMaskedModel(ElasticBertTaskModel):
     def set_output_embeddings(self, new_embeddings):
         self.predictions.decoder = new_embeddings
 
-    def masked_loss(self, exit: Exit, labels: torch.Tensor, count=None) -> torch.Tensor:
-        """Mean cross-entropy at one exit over the masked tokens; logits are computed at those positions only."""
+    def masked_loss(
+        self, exit: Exit, labels: torch.Tensor, count=None, teacher: torch.Tensor | None = None, recompute: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One exit's mean loss over the masked tokens, and how many of them it predicts right; logits are computed at
+        those positions only.
+
+        Cross-entropy, or the divergence from `teacher` (masked, vocabulary), the full model's detached logits there.
+        recompute: the backward pass computes the logits anew, so that memory holds those of one exit at a time.
+        """
         masked = labels != -100
-        logits = self.predictions(exit.flow.all_tokens()[masked], exit.layer)  # (masked, vocabulary)
-        return cross_entropy(logits, labels[masked], count)
+        targets = labels[masked]
+
+        def loss(states):
+            logits = self.predictions(states, exit.layer)  # (masked, vocabulary)
+            right = (logits.detach().argmax(-1) == targets).sum()
+            if teacher is None:
+                return cross_entropy(logits, targets, count), right
+            return inplace_distillation(logits, teacher, "masked_lm", num_items=count), right
+
+        states = exit.flow.all_tokens()[masked]
+        if recompute and torch.is_grad_enabled():
+            return checkpoint(loss, states, use_reentrant=False, preserve_rng_state=False)
+        return loss(states)
 
 
 class ElasticBertForMaskedLM(ElasticBertMaskedModel):
@@ -667,15 +695,27 @@ class ElasticBertForMaskedLM(ElasticBertMaskedModel):
         _check_labels(labels, self.config.vocab_size)
         losses, logits = {}, None
         for exit in walk:
-            losses[exit.layer] = self.masked_loss(exit, labels, num_items_in_batch)
+            losses[exit.layer], _ = self.masked_loss(exit, labels, num_items_in_batch, recompute=not exit.is_last)
             if exit.is_last and not self.training:
                 logits = self.head(exit)[0]
-        loss = weighted_loss(losses, self.config.exit_loss) + zero_for_others(self, list(losses))
+        trained = trained_exits(self.config.exit_loss, list(losses))
+        loss = weighted_loss(losses, self.config.exit_loss) + zero_for_others(self, trained)
         return ElasticBertExitOutput(loss=loss, logits=logits, exit_losses=tuple(losses.values()))
 
     def head(self, exit: Exit) -> tuple[torch.Tensor, None]:
         """logits (rows, tokens, vocabulary); no learned uncertainty."""
         return self.predictions(exit.flow.all_tokens(), exit.layer), None
+
+
+@dataclass
+class Teacher:
+    """The full model's last answers, detached, and where they count: labels (rows, tokens) and their predictions
+    (masked, vocabulary); order (rows, 2), and where it was asked for, ordered (rows,) or None."""
+
+    labels: torch.Tensor
+    predictions: torch.Tensor
+    order: torch.Tensor
+    ordered: torch.Tensor | None
 
 
 class ElasticBertForPreTraining(ElasticBertMaskedModel):
@@ -690,6 +730,32 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.post_init()
 
+    def sentence_order(self, exit: Exit) -> torch.Tensor:
+        """Logits of the segments' order at one exit: as they were, swapped; (rows, 2)."""
+        return self.sop_classifiers.at(exit.layer)(self.dropout(self.elasticbert.pool(exit)))
+
+    def weighted(self, *losses: dict[int, torch.Tensor]) -> torch.Tensor:
+        """The sum of the objectives, each {exit layer: scalar} under the config's weighting of the exits."""
+        return torch.stack([weighted_loss(one, self.config.exit_loss) for one in losses if one]).sum()
+
+    @torch.no_grad()
+    def teacher(self, last: Exit, labels: torch.Tensor, orders: torch.Tensor | None, order: torch.Tensor) -> Teacher:
+        """The last exit's answers; orders (rows,): the order labels, order (rows, 2): its logits of them."""
+        predictions = self.predictions(last.flow.all_tokens()[labels != -100], last.layer)
+        return Teacher(labels, predictions, order.detach(), None if orders is None else orders != -100)
+
+    def student_loss(self, walk: Iterator[Exit], teacher: Teacher, mlm_count=None, sop_count=None) -> torch.Tensor:
+        """The divergence of a sub-network's exits from the teacher, at masked tokens and in the order of segments
+        (Yu and Huang 2019; Kim and Cho 2021, section 3.2)."""
+        mlm, sop = {}, {}
+        for exit in walk:
+            mlm[exit.layer], _ = self.masked_loss(exit, teacher.labels, mlm_count, teacher.predictions)
+            if teacher.ordered is not None:
+                sop[exit.layer] = inplace_distillation(
+                    self.sentence_order(exit), teacher.order, "single_label_classification", teacher.ordered, sop_count
+                )
+        return self.weighted(mlm, sop)
+
     @capture_outputs
     def forward(
         self,
@@ -703,12 +769,15 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
         length_config: list | float | None = None,
         layer_config: list[int] | None = None,
         exits: list[int] | None = None,
-        mlm_count: torch.Tensor | int | None = None,
-        sop_count: torch.Tensor | int | None = None,
+        students: Sequence[Mapping[str, Any]] = (),
+        mlm_count: torch.Tensor | float | None = None,
+        sop_count: torch.Tensor | float | None = None,
         **kwargs: Unpack[RecordingArguments],
     ) -> ElasticBertForPreTrainingOutput:
         """labels (rows, tokens), -100 where nothing is to be predicted; sentence_order_label (rows,): 1 = swapped.
 
+        students: sub-networks, each a length_config and a layer_config, that learn this pass's last answers (sandwich
+        rule with inplace distillation); the loss is then the mean over the full model and them.
         mlm_count, sop_count: what the summed losses are divided by, this batch's own counts if None: with several
         processes or micro-batches, the counts of the global batch (divided by the number of processes whose gradients
         are averaged).
@@ -716,22 +785,33 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
         ids = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         if labels is not None:
             _check_labels(labels, self.config.vocab_size)
+        elif students:
+            raise ValueError("students learn at the masked tokens: labels must be given.")
         if sentence_order_label is not None:
             _check_labels(sentence_order_label, 2)
-        mlm, sop, predictions, orders = {}, {}, {}, {}
+        mlm, sop, right, predictions, orders = {}, {}, {}, {}, {}
         for exit in self.walk((*ids, length_config, layer_config), exits, kwargs):
-            orders[exit.layer] = self.sop_classifiers.at(exit.layer)(self.dropout(self.elasticbert.pool(exit)))
+            orders[exit.layer] = self.sentence_order(exit)
             if labels is not None:
-                mlm[exit.layer] = self.masked_loss(exit, labels, mlm_count)
+                recompute = bool(students) or not exit.is_last
+                mlm[exit.layer], right[exit.layer] = self.masked_loss(exit, labels, mlm_count, recompute=recompute)
             if sentence_order_label is not None:
                 sop[exit.layer] = cross_entropy(orders[exit.layer], sentence_order_label, sop_count)
             if labels is None or (exit.is_last and not self.training):
                 predictions[exit.layer] = self.predictions(exit.flow.all_tokens(), exit.layer)
         computed = list(orders)
-        loss = None
+        loss = distillation = None
         if mlm or sop:
-            terms = [weighted_loss(losses, self.config.exit_loss) for losses in (mlm, sop) if losses]
-            loss = torch.stack(terms).sum() + zero_for_others(self, computed)
+            loss = self.weighted(mlm, sop)
+            if students and labels is not None:
+                teacher = self.teacher(exit, labels, sentence_order_label, orders[exit.layer])
+                walks = [
+                    self.walk((*ids, one["length_config"], one["layer_config"]), exits, kwargs) for one in students
+                ]
+                losses = [self.student_loss(walk, teacher, mlm_count, sop_count) for walk in walks]
+                distillation = torch.stack(losses).mean()
+                loss = torch.stack([loss, *losses]).mean()
+            loss = loss + zero_for_others(self, trained_exits(self.config.exit_loss, computed))
         return ElasticBertForPreTrainingOutput(
             loss=loss,
             prediction_logits=predictions.get(computed[-1]),
@@ -741,4 +821,6 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
             exit_layers=torch.full((orders[computed[-1]].shape[0],), computed[-1], device=orders[computed[-1]].device),
             mlm_losses=tuple(mlm.values()) or None,
             sop_losses=tuple(sop.values()) or None,
+            mlm_right=tuple(right.values()) or None,
+            distillation_loss=distillation,
         )

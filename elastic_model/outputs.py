@@ -65,8 +65,8 @@ class ElasticBertQuestionAnsweringOutput(ModelOutput):
 @dataclass
 class ElasticBertForPreTrainingOutput(ModelOutput):
     """prediction_logits (rows, tokens, vocabulary) and sop_logits (rows, 2) of the last exit; while training with
-    labels no prediction_logits, since logits are computed at masked positions only. mlm_losses, sop_losses: a scalar
-    per computed exit."""
+    labels no prediction_logits, since logits are computed at masked positions only. mlm_losses, sop_losses, mlm_right
+    (masked tokens predicted right): a scalar per computed exit. distillation_loss: the mean of the students'."""
 
     loss: torch.Tensor | None = None
     prediction_logits: torch.Tensor | None = None
@@ -76,5 +76,7 @@ class ElasticBertForPreTrainingOutput(ModelOutput):
     exit_layers: torch.Tensor | None = None
     mlm_losses: tuple[torch.Tensor, ...] | None = None
     sop_losses: tuple[torch.Tensor, ...] | None = None
+    mlm_right: tuple[torch.Tensor, ...] | None = None
+    distillation_loss: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
