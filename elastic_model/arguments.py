@@ -55,6 +55,18 @@ def parse(options: type[Options], argv: list[str] | None = None, *, prog: str | 
     return options(**values)
 
 
+def from_mapping(options: type[Options], given: dict[str, Any], where: str) -> Options:
+    """An instance of the dataclass `options` from a mapping of its fields, as YAML or JSON has it; errors call it
+    `where`."""
+    hints = typing.get_type_hints(options)
+    _check_names(given, hints, where)
+    values = {name: _convert(hints[name], value, f"{where}: {name}") for name, value in given.items()}
+    try:
+        return options(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
 def to_yaml(options: Any) -> str:
     """The dataclass instance as a recipe that `parse` reads back."""
     plain = json.loads(json.dumps(dataclasses.asdict(options), default=str))
@@ -148,14 +160,18 @@ def _read_recipe(file: Path, hints: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(content, dict | None):
         raise ValueError(f"{file}: a recipe is a mapping of flags (batch_size: 64), got a {type(content).__name__}")
     recipe = {str(name).replace("-", "_"): value for name, value in (content or {}).items()}
-    for name in recipe:
+    _check_names(recipe, hints, str(file))
+    return recipe
+
+
+def _check_names(given: dict[str, Any], hints: dict[str, Any], where: str) -> None:
+    for name in given:
         if name not in hints:
             close = difflib.get_close_matches(name, hints, n=1)
             guess = f"did you mean {close[0]}? " if close else ""
             raise ValueError(
-                f"{file}: unknown key {name!r} (value {recipe[name]!r}); {guess}allowed: {', '.join(hints)}"
+                f"{where}: unknown key {name!r} (value {given[name]!r}); {guess}allowed: {', '.join(hints)}"
             )
-    return recipe
 
 
 def _without_none(hint: Any) -> Any:

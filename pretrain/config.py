@@ -1,26 +1,72 @@
 """Options of pre-training; a recipe is a YAML file that lists some of them."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from elastic_model.arguments import option
+from elastic_model.arguments import from_mapping, option
 
 CACHE = Path.home() / ".cache" / "elastic-model"
 
 
-@dataclass
-class PretrainConfig:
+@dataclass(kw_only=True)
+class Source:
+    """Where documents come from: text files, or a dataset."""
+
+    text: list[str] = option(
+        [], help="text files or globs (.txt, .gz, .xz, .zst): a paragraph a line, a blank line between documents"
+    )
+    dataset: str | None = option(
+        None,
+        help="in place of text, what `datasets` reads: a hub id, a file or folder of parquet, json, csv, arrow, or of "
+        "save_to_disk; a document a row, a paragraph a line",
+    )
+    dataset_config: str | None = option(None, help="configuration of the dataset, where it has several")
+    dataset_split: str = option("train", help="split of the dataset, or a slice of one: train[:10%]")
+    text_column: str = option("text", help="column of the dataset that holds the text")
+    streaming: bool = option(False, help="read the dataset as it arrives, without a copy of it on the disk")
+
+    def __post_init__(self) -> None:
+        if bool(self.text) == (self.dataset is not None):
+            raise ValueError(
+                f"text or dataset: one of the two is needed, got text {self.text or 'none'} and dataset "
+                f"{self.dataset or 'none'}; several sources are named in mixture"
+            )
+        of_a_dataset = [field for field in dataclasses.fields(Source) if field.name not in ("text", "dataset")]
+        for field in of_a_dataset:
+            if self.dataset is None and (value := getattr(self, field.name)) != field.default:
+                raise ValueError(f"{field.name} belongs to a dataset, but there is none, got {value}; give dataset")
+
+
+@dataclass(kw_only=True)
+class WeightedSource(Source):
+    """An entry of `mixture`."""
+
+    weight: float | None = option(None, help="share of the examples of an epoch, relative to the other sources'")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weight is not None and not 0 < self.weight < float("inf"):
+            raise ValueError(f"weight must be positive, got {self.weight}; leave a source without weight out")
+
+
+@dataclass(kw_only=True)
+class PretrainConfig(Source):
     """Text to a multi-exit checkpoint: masked language modelling and sentence order at every exit."""
 
     # what goes in and what comes out
-    text: list[str] = option(
-        help="text files or globs (.txt, .gz, .xz, .zst): a paragraph a line, a blank line between documents"
+    mixture: dict = option(
+        {},
+        help="several sources, in place of text and dataset, each a name with these options of its own and maybe "
+        'a weight: {"novels": {"text": ["novels/*.xz"], "weight": 1}, "reviews": {"dataset": "imdb", "weight": 2}}; '
+        "without weights every example is seen once an epoch",
     )
     output: Path = option(help="folder for the checkpoint, metrics.jsonl and the plot")
     resume: bool = option(False, help="continue the run in --output at the exact batch (start one if there is none)")
     resume_previous: bool = option(False, help="as --resume, from the checkpoint before the newest one")
     cache: Path = option(CACHE, help="folder for tokenizers and token shards, addressed by content")
+    prepare_workers: int | None = option(None, help="processes that prepare the text (default: the cores)")
 
     # tokenizer
     tokenizer: Path | None = option(
@@ -51,7 +97,9 @@ class PretrainConfig:
 
     # data
     max_length: int = option(128, help="tokens per example, at most, special tokens included")
-    short_probability: float = option(0.1, help="share of examples cut to a random shorter length")
+    short_probability: float = option(
+        0.1, help="share of examples packed to a random shorter length, so that short inputs are known too"
+    )
     mask_probability: float = option(0.15, help="share of the tokens predicted in training; held-out text: 0.15")
     whole_words: bool = option(False, help="mask all pieces of a word or none")
     validation_fraction: float = option(0.05, help="share of the documents held out, at least one")
@@ -87,8 +135,7 @@ class PretrainConfig:
     tracker: str | None = option(None, help="a tracker of accelerate (tensorboard, wandb, ...) beside metrics.jsonl")
 
     def __post_init__(self) -> None:
-        if not self.text:
-            raise ValueError("text: at least one file or glob is needed, got none")
+        self.sources()
         for name in AT_LEAST_ONE:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -105,11 +152,30 @@ class PretrainConfig:
         if self.init_from and self.tokenizer:
             raise ValueError("init_from brings its own tokenizer: leave tokenizer out")
 
+    def sources(self) -> dict[str, WeightedSource]:
+        """Name -> source, by name; ValueError for one that cannot be, or weights that only some have."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(Source)}
+        if not self.mixture:
+            return {"text": WeightedSource(**own)}
+        if self.text or self.dataset:
+            raise ValueError("mixture names all sources: leave text and dataset out, or make them an entry of it")
+        sources = {name: _source(name, self.mixture[name]) for name in sorted(self.mixture)}
+        unweighted = [name for name, source in sources.items() if source.weight is None]
+        if 0 < len(unweighted) < len(sources):
+            raise ValueError(f"mixture: {', '.join(unweighted)} without weight; give every source a weight, or none")
+        return sources
+
+
+def _source(name: str, given: Any) -> WeightedSource:
+    if not isinstance(given, dict):
+        raise ValueError(f"mixture: {name} must be a mapping such as {{text: [FILE], weight: 2}}, got {given!r}")
+    return from_mapping(WeightedSource, given, f"mixture: {name}")
+
 
 AT_LEAST_ONE = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "exit_groups"),
     *("batch_size", "micro_batch_size", "steps", "max_skipped", "log_every", "evaluate_every", "evaluation_examples"),
-    *("save_every", "keep_checkpoints"),
+    *("save_every", "keep_checkpoints", "prepare_workers"),
 )
 RANGES = {
     "dropout": (0, 0.9),
@@ -129,7 +195,8 @@ RANGES = {
 FREE_ON_RESUME = frozenset(
     {
         *(
-            "text",
+            *(field.name for field in dataclasses.fields(Source)),
+            *("mixture", "prepare_workers"),
             "output",
             "resume",
             "resume_previous",
