@@ -114,14 +114,19 @@ def exit_task_loss(logits: torch.Tensor, labels: torch.Tensor, problem_type: str
 
 
 def inplace_distillation(
-    logits: torch.Tensor, teacher: torch.Tensor, problem_type: str, mask: torch.Tensor | None = None, num_items=None
+    logits: torch.Tensor,
+    teacher: torch.Tensor,
+    problem_type: str,
+    mask: torch.Tensor | None = None,
+    num_items=None,
+    reverse: bool = False,
 ) -> torch.Tensor:
     """KL(teacher || student) to the full model's detached prediction (Yu and Huang 2019; Kim and Cho 2021).
 
     logits, teacher (rows, ..., classes), mask (rows, ...) true where a prediction counts (tokens); regression:
     squared error; multi-label: the binary divergences, averaged over labels; question answering: (rows, tokens, 2),
-    mean over start and end. Kim and Cho name no direction and their code computes KL(student || teacher); this is the
-    usual one. num_items as in `_mean`.
+    mean over start and end. Kim and Cho name no direction and their code computes KL(student || teacher), here `reverse`;
+    the default is the usual one. num_items as in `_mean`.
     """
     logits, teacher = logits.float(), teacher.detach().float()
     if problem_type == "regression":
@@ -132,9 +137,10 @@ def inplace_distillation(
         if mask is not None:
             logits, teacher = (x.masked_fill(~mask[..., None], torch.finfo(x.dtype).min) for x in (logits, teacher))
         logits, teacher, mask = logits.transpose(1, 2), teacher.transpose(1, 2), None
-    divergence = nn.functional.kl_div(
-        logits.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True
-    ).sum(-1)
+    student, target = logits.log_softmax(-1), teacher.log_softmax(-1)
+    if reverse:
+        student, target = target, student
+    divergence = nn.functional.kl_div(student, target, reduction="none", log_target=True).sum(-1)
     divergence = divergence if mask is None else divergence[mask]
     return _mean(divergence.sum(), divergence.numel(), num_items)
 
@@ -142,3 +148,18 @@ def inplace_distillation(
 def uncertainty_loss(uncertainty: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:
     """(u - u*)^2: BERxiT's loss of the learned exit head, predicted and actual uncertainty, (rows,) (Xin 2021)."""
     return nn.functional.mse_loss(uncertainty.float(), wrong.detach().float())
+
+
+def wrong_answers(logits: torch.Tensor, labels: torch.Tensor, problem_type: str) -> torch.Tensor:
+    """What BERxiT's learned exit head should predict; (rows,): 1 where a row's answer is wrong, |tanh(y' - y)| in
+    regression.
+
+    logits as `inplace_distillation` reads them; labels (rows,), tokens (rows, tokens), multi-label (rows, labels),
+    question answering (rows, start and end); -100 is ignored.
+    """
+    if problem_type == "regression":
+        return (logits.flatten(1) - labels.reshape(logits.shape[0], -1)).tanh().abs().mean(-1)
+    if problem_type == "multi_label_classification":
+        return ((logits > 0) != (labels > 0.5)).any(-1)
+    classes = 1 if problem_type == "question_answering" else -1
+    return ((logits.argmax(classes) != labels) & (labels != -100)).reshape(labels.shape[0], -1).any(-1)

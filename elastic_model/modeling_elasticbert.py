@@ -36,6 +36,7 @@ from .losses import (
     trained_exits,
     uncertainty_loss,
     weighted_loss,
+    wrong_answers,
 )
 from .outputs import (
     ElasticBertExitOutput,
@@ -427,19 +428,9 @@ class ElasticBertForSequenceClassification(ElasticBertExitModel):
             loss, losses = self.exits_loss(
                 answers,
                 lambda logits: exit_task_loss(logits, labels, problem_type, num_items_in_batch),
-                lambda logits: _wrong(logits, labels, problem_type),
+                lambda logits: wrong_answers(logits, labels, problem_type),
             )
         return self.output(answers, loss, losses)
-
-
-def _wrong(logits: torch.Tensor, labels: torch.Tensor, problem_type: str) -> torch.Tensor:
-    """What BERxiT's learned exit head should predict; (rows,): 1 where a row's answer is wrong, |tanh(y' - y)| in
-    regression."""
-    if problem_type == "regression":
-        return (logits.flatten(1) - labels.reshape(logits.shape[0], -1)).tanh().abs().mean(-1)
-    if problem_type == "multi_label_classification":
-        return ((logits > 0) != (labels > 0.5)).any(-1)
-    return ((logits.argmax(-1) != labels) & (labels != -100)).reshape(labels.shape[0], -1).any(-1)
 
 
 class ElasticBertForTokenClassification(ElasticBertExitModel):
@@ -475,7 +466,7 @@ class ElasticBertForTokenClassification(ElasticBertExitModel):
             loss, losses = self.exits_loss(
                 answers,
                 lambda logits: cross_entropy(logits, labels, num_items_in_batch),
-                lambda logits: _wrong(logits, labels, "token_classification"),
+                lambda logits: wrong_answers(logits, labels, "token_classification"),
             )
         return self.output(answers, loss, losses)
 
@@ -526,7 +517,7 @@ class ElasticBertForMultipleChoice(ElasticBertExitModel):
             loss, losses = self.exits_loss(
                 answers,
                 lambda logits: cross_entropy(logits, labels, num_items_in_batch),
-                lambda logits: _wrong(logits, labels, "single_label_classification"),
+                lambda logits: wrong_answers(logits, labels, "single_label_classification"),
             )
         return self.output(answers, loss, losses)
 
@@ -573,7 +564,7 @@ class ElasticBertForQuestionAnswering(ElasticBertExitModel):
             loss, losses = self.exits_loss(
                 answers,
                 lambda logits: sum(cross_entropy(logits[..., side], spans[:, side]) for side in (0, 1)) / 2,
-                lambda logits: _wrong(logits.transpose(1, 2), spans, "question_answering"),
+                lambda logits: wrong_answers(logits, spans, "question_answering"),
             )
         both = self.output(answers)
         return ElasticBertQuestionAnsweringOutput(

@@ -199,3 +199,12 @@ def test_the_learned_exit_head_learns_who_is_wrong():
     wrong = torch.stack(output.exit_logits)[:-1].argmax(-1) != labels
     error = ((output.exit_uncertainty[:-1] - wrong.float()) ** 2).mean()
     torch.testing.assert_close(output.loss, sum(output.exit_losses) + error)
+
+
+def test_the_direction_of_the_divergence_can_be_reversed():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(5, 3), torch.randn(5, 3)
+    expected = (student.softmax(-1) * (student.log_softmax(-1) - teacher.log_softmax(-1))).sum(-1).mean()
+    problem = "single_label_classification"
+    torch.testing.assert_close(inplace_distillation(student, teacher, problem, reverse=True), expected)
+    assert not torch.isclose(inplace_distillation(student, teacher, problem), expected)
