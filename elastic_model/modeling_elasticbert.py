@@ -771,7 +771,7 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
         rule with inplace distillation); the loss is then the mean over the full model and them.
         mlm_count, sop_count: what the summed losses are divided by, this batch's own counts if None: with several
         processes or micro-batches, the counts of the global batch (divided by the number of processes whose gradients
-        are averaged).
+        are averaged). Who gives them wants losses: no prediction_logits.
         """
         ids = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         if labels is not None:
@@ -788,7 +788,7 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
                 mlm[exit.layer], right[exit.layer] = self.masked_loss(exit, labels, mlm_count, recompute=recompute)
             if sentence_order_label is not None:
                 sop[exit.layer] = cross_entropy(orders[exit.layer], sentence_order_label, sop_count)
-            if labels is None or (exit.is_last and not self.training):
+            if labels is None or (exit.is_last and not self.training and mlm_count is None):
                 predictions[exit.layer] = self.predictions(exit.flow.all_tokens(), exit.layer)
         computed = list(orders)
         loss = distillation = None

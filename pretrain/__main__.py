@@ -1,25 +1,31 @@
-"""python -m pretrain --config RECIPE.yaml [--resume] [--flag value ...]"""
+"""python -m pretrain --config RECIPE.yaml [--resume] [--flag value ...], or evaluate --model DIR --text FILES ..."""
 
 import os
 import sys
 
 from elastic_model.arguments import parse, run
-from pretrain.config import PretrainConfig
+from pretrain.config import EvaluateConfig, PretrainConfig
 
 
-def command() -> int:
-    config = parse(PretrainConfig, prog="python -m pretrain")
-    from pretrain.train import train  # after parsing: torch and transformers take seconds to load
+def command(argv: list[str]) -> int:
+    """Train, or evaluate a checkpoint; frameworks take seconds to load, so options are parsed before."""
+    if argv[:1] == ["evaluate"]:
+        to_evaluate = parse(EvaluateConfig, argv[1:], prog="python -m pretrain evaluate")
+        from pretrain.evaluate import evaluate_checkpoint
 
-    code = train(config)
+        return evaluate_checkpoint(to_evaluate)
+    config = parse(PretrainConfig, argv, prog="python -m pretrain")
+    from pretrain.train import train
+
+    return train(config)
+
+
+def main() -> int:
+    code = run(lambda: command(sys.argv[1:]))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         os._exit(code)  # torch's gloo threads now and then abort an interpreter that ends in the usual way
     return code
-
-
-def main() -> int:
-    return run(command)
 
 
 if __name__ == "__main__":

@@ -172,6 +172,35 @@ def _source(name: str, given: Any) -> WeightedSource:
     return from_mapping(WeightedSource, given, f"mixture: {name}")
 
 
+@dataclass
+class EvaluateConfig:
+    """Masked-token and sentence-order losses of a checkpoint at every exit on any text, always masked the same way."""
+
+    model: Path = option(help="checkpoint folder: weights and tokenizer")
+    text: list[str] = option(help="text files or globs, as for pre-training")
+    output: Path | None = option(None, help="JSON file for the result")
+    held_out: float | None = option(
+        None,
+        help="only the documents that a run on this text with this validation_fraction holds out (default: all)",
+    )
+    length_config: list[float] | None = option(
+        None, help="shares of a row's tokens that remain, one per layer (default: the checkpoint's, all of them)"
+    )
+    examples: int | None = option(None, help="examples, at most, drawn over the whole text (default: all)")
+    max_length: int = option(128, help="tokens per example, at most, special tokens included")
+    batch_size: int = option(32, help="examples per forward pass of a process")
+    precision: Literal["no", "bf16"] = option("no", help="mixed precision")
+    seed: int = option(1, help="of the masking, the swaps and of weights that the checkpoint does not hold")
+    cache: Path = option(CACHE, help="folder for token shards, addressed by content")
+
+    def __post_init__(self) -> None:
+        for name in ("examples", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not (self.model / "config.json").is_file():
+            raise ValueError(f"model: {self.model} is no checkpoint folder (it holds no config.json)")
+
+
 AT_LEAST_ONE = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "exit_groups"),
     *("batch_size", "micro_batch_size", "steps", "max_skipped", "log_every", "evaluate_every", "evaluation_examples"),

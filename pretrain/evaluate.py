@@ -1,38 +1,47 @@
 """Held-out losses at every exit, beside the loss of guessing by frequency alone."""
 
-from dataclasses import dataclass
+import json
+import re
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+from elastic_model import ElasticBertForPreTraining
+from elastic_model.folders import new_file
+from elastic_model.operating_points import checkpoint_hash
+from pretrain.config import EvaluateConfig, PretrainConfig
 from pretrain.data import Batch, Examples
 from pretrain.masking import IGNORED
+from pretrain.prepare import prepare
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Per exit layer: MLM loss (nats per masked token), SOP loss and accuracy; and what they compare with."""
+    """Per exit layer: MLM loss (nats per masked token) and SOP loss, and how often each is right; what they compare
+    with."""
 
     mlm_loss: dict[int, float]
+    mlm_accuracy: dict[int, float]
     sop_loss: dict[int, float]
     sop_accuracy: dict[int, float]
-    mlm_accuracy: float  # of the last exit
     unigram_loss: float  # on the same masked tokens, by their frequency in the training documents
     masked_tokens: int
+    pairs: int  # segment pairs, that have an order
     examples: int
 
     def table(self) -> str:
         """The evaluation as lines of text."""
-        lines = ["exit   MLM loss   SOP loss   SOP accuracy"]
+        lines = ["exit   MLM loss   MLM accuracy   SOP loss   SOP accuracy"]
         for layer, loss in self.mlm_loss.items():
             lines.append(
-                f"{layer:4d}   {loss:8.4f}   {self.sop_loss[layer]:8.4f}   {100 * self.sop_accuracy[layer]:10.1f} %"
+                f"{layer:4d}   {loss:8.4f}   {100 * self.mlm_accuracy[layer]:10.1f} %   "
+                f"{self.sop_loss[layer]:8.4f}   {100 * self.sop_accuracy[layer]:10.1f} %"
             )
         lines.append(f"unigram {self.unigram_loss:7.4f}   (the same {self.masked_tokens} tokens, by frequency alone)")
-        lines.append(
-            f"MLM accuracy of the last exit {100 * self.mlm_accuracy:.1f} %, {self.examples} held-out examples"
-        )
+        lines.append(f"{self.examples} examples, {self.pairs} of them segment pairs")
         return "\n".join(lines)
 
 
@@ -43,52 +52,120 @@ def unigram_losses(counts: np.ndarray) -> torch.Tensor:
 
 
 def _sums(output, batch: Batch, unigram: torch.Tensor) -> torch.Tensor:
-    """(3 exits + 4,): per exit MLM losses, SOP losses, right orders; then right tokens, unigram loss, tokens, pairs"""
-    masked = batch["labels"] != IGNORED
-    targets = batch["labels"][masked]
-    right = [(logits.argmax(-1) == batch["sentence_order_label"]).sum() for logits in output.exit_sop_logits]
-    others = [
-        (output.prediction_logits[masked].argmax(-1) == targets).sum(),
-        unigram[targets].sum(),
-        masked.sum(),
-        (batch["sentence_order_label"] != IGNORED).sum(),
-    ]
-    return torch.stack([value.double() for value in (*output.mlm_losses, *output.sop_losses, *right, *others)])
+    """(4 exits + 3,): per exit MLM losses, right tokens, SOP losses, right orders; then unigram loss, tokens, pairs"""
+    orders = batch["sentence_order_label"]
+    targets = batch["labels"][batch["labels"] != IGNORED]
+    right = [(logits.argmax(-1) == orders).sum() for logits in output.exit_sop_logits]
+    per_exit = (*output.mlm_losses, *output.mlm_right, *output.sop_losses, *right)
+    others = (unigram[targets].sum(), torch.tensor(len(targets)), (orders != IGNORED).sum())
+    return torch.stack([value.double().cpu() for value in (*per_exit, *others)])
 
 
 @torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, model: torch.nn.Module, examples: Examples, unigram: torch.Tensor, limit: int, rows: int
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    examples: Examples,
+    unigram: torch.Tensor,
+    limit: int | None,
+    rows: int,
+    length_config: list[float] | None = None,
 ) -> Evaluation:
-    """Losses on the first `limit` of the held-out examples in an order of their own, masked the same way every time.
+    """Losses on the first `limit` (None: all) of the examples in an order of their own, always masked the same way.
 
     Each process takes its share, `rows` at a time; the sums are added up over the processes.
     """
     exit_layers = accelerator.unwrap_model(model).config.exit_layers
     chosen = np.random.default_rng(0).permutation(len(examples))[:limit]
-    mine = np.sort(chosen)[accelerator.process_index :: accelerator.num_processes]
+    by_length = chosen[np.argsort(examples.lengths[chosen], kind="stable")]
+    mine = by_length[accelerator.process_index :: accelerator.num_processes]
     unigram = unigram.to(accelerator.device)
-    total = torch.zeros(3 * len(exit_layers) + 4, dtype=torch.float64, device=accelerator.device)
+    total = torch.zeros(4 * len(exit_layers) + 3, dtype=torch.float64)
     model.eval()
     for start in range(0, len(mine), rows):
         batch = examples.collate(0, mine[start : start + rows])
         batch = {name: values.to(accelerator.device) for name, values in batch.items()}
-        total += _sums(model(**batch, mlm_count=1, sop_count=1), batch, unigram)
+        output = model(**batch, length_config=length_config, mlm_count=1, sop_count=1)
+        total += _sums(output, batch, unigram)
     model.train()
-    total = accelerator.reduce(total, "sum")
+    total = accelerator.reduce(total.to(accelerator.device), "sum")
     return _evaluation(total, exit_layers, len(chosen))
 
 
 def _evaluation(total: torch.Tensor, exit_layers: list[int], examples: int) -> Evaluation:
-    right_tokens, unigram_loss, tokens, pairs = total[-4:].tolist()
-    pairs = max(pairs, 1.0)
-    mlm, sop, right = (values.tolist() for values in total[:-4].reshape(3, -1))
+    unigram_loss, tokens, pairs = total[-3:].tolist()
+    mlm, right, sop, ordered = total[:-3].reshape(4, -1).tolist()
+
+    def per_exit(sums: list[float], count: float) -> dict[int, float]:
+        return {layer: value / max(count, 1) for layer, value in zip(exit_layers, sums, strict=True)}
+
     return Evaluation(
-        mlm_loss={layer: value / tokens for layer, value in zip(exit_layers, mlm, strict=True)},
-        sop_loss={layer: value / pairs for layer, value in zip(exit_layers, sop, strict=True)},
-        sop_accuracy={layer: value / pairs for layer, value in zip(exit_layers, right, strict=True)},
-        mlm_accuracy=right_tokens / tokens,
-        unigram_loss=unigram_loss / tokens,
+        mlm_loss=per_exit(mlm, tokens),
+        mlm_accuracy=per_exit(right, tokens),
+        sop_loss=per_exit(sop, pairs),
+        sop_accuracy=per_exit(ordered, pairs),
+        unigram_loss=unigram_loss / max(tokens, 1),
         masked_tokens=int(tokens),
+        pairs=int(pairs),
         examples=examples,
     )
+
+
+def load_for_evaluation(config: EvaluateConfig) -> tuple[ElasticBertForPreTraining, list[str]]:
+    """The model, and names of the weights that its checkpoint does not hold: drawn at random, by the seed."""
+    set_verbosity_error()
+    disable_progress_bar()
+    torch.manual_seed(config.seed)
+    model, report = ElasticBertForPreTraining.from_pretrained(config.model, output_loading_info=True)
+    return model, sorted({re.sub(r"\.\d+\..*", ".*", name) for name in report["missing_keys"]})
+
+
+def evaluate_checkpoint(config: EvaluateConfig) -> int:
+    """Print, and write to `config.output`, the losses of `config.model` at every exit on `config.text`."""
+    accelerator = Accelerator(mixed_precision=config.precision)
+    model, missing = load_for_evaluation(config)
+    longest = model.config.max_position_embeddings - model.config.position_offset
+    if config.max_length > longest:
+        raise ValueError(
+            f"max_length must be at most {longest}, the longest input of the model, got {config.max_length}"
+        )
+    data = PretrainConfig(
+        text=config.text,
+        output=config.model,
+        tokenizer=config.model,
+        cache=config.cache,
+        max_length=config.max_length,
+        max_position_embeddings=longest,
+        validation_fraction=config.held_out or 0.05,
+        seed=config.seed,
+    )
+    with accelerator.local_main_process_first():
+        corpus = prepare(data, quiet=not accelerator.is_local_main_process)
+    examples = Examples(corpus, data, held_out=True if config.held_out else None)
+    if not len(examples):
+        raise ValueError(f"text: {' '.join(config.text)} is too short to give one example")
+    unigram = unigram_losses(examples.token_counts())
+    result = evaluate(
+        accelerator,
+        accelerator.prepare(model),
+        examples,
+        unigram,
+        config.examples,
+        config.batch_size,
+        config.length_config,
+    )
+    if missing:
+        accelerator.print(f"not in the checkpoint, so random: {', '.join(missing)}")
+    accelerator.print(result.table())
+    if config.output and accelerator.is_main_process:
+        written = {
+            "model": str(config.model),
+            "sha256": checkpoint_hash(config.model),
+            "not_in_the_checkpoint": missing,
+            "text": {path.name: digest for path, digest in corpus.sources.items()},
+            **{name: getattr(config, name) for name in ("held_out", "length_config", "max_length", "seed")},
+            **asdict(result),
+        }
+        with new_file(config.output) as file:
+            file.write_text(json.dumps(written, indent=2) + "\n")
+    return 0

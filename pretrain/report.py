@@ -55,9 +55,8 @@ def describe(folder: Path, config: PretrainConfig, corpus: Corpus, result: Evalu
 
 
 def _metrics(result: Evaluation) -> list[Metric]:
-    measured = {"mlm_loss": result.mlm_loss, "sop_accuracy": result.sop_accuracy}
     return [
         Metric(name, value, data="held-out documents", split="validation", exit_layer=layer)
-        for name, values in measured.items()
-        for layer, value in values.items()
+        for name in ("mlm_loss", "mlm_accuracy", "sop_accuracy")
+        for layer, value in getattr(result, name).items()
     ]

@@ -1,9 +1,13 @@
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from elastic_model.operating_points import checkpoint_hash
+from pretrain.__main__ import main
+from pretrain.checkpoint import save_model
 from pretrain.data import Examples
 from pretrain.evaluate import evaluate, unigram_losses
 from pretrain.masking import IGNORED
@@ -39,7 +43,8 @@ def test_the_sums_are_those_of_one_batch_of_everything(parts):
     assert result.masked_tokens == len(labels) and result.examples == len(held_out)
     assert result.unigram_loss == pytest.approx(float(unigram[labels].mean()))
     predicted = whole.prediction_logits[batch["labels"] != IGNORED].argmax(-1)
-    assert result.mlm_accuracy == pytest.approx(float((predicted == labels).float().mean()))
+    assert result.mlm_accuracy[2] == pytest.approx(float((predicted == labels).float().mean()))
+    assert result.pairs == int((batch["sentence_order_label"] != IGNORED).sum())
 
 
 def test_an_evaluation_can_be_repeated_and_limited(parts):
@@ -52,7 +57,59 @@ def test_an_evaluation_can_be_repeated_and_limited(parts):
 def test_the_table_names_every_exit_and_what_to_compare_with(parts):
     accelerator, model, held_out, unigram = parts
     lines = evaluate(accelerator, model, held_out, unigram, 7, rows=3).table().splitlines()
-    assert [line.split()[0] for line in lines] == ["exit", "1", "2", "unigram", "MLM"]
+    assert [line.split()[0] for line in lines] == ["exit", "1", "2", "unigram", "7"]
+
+
+@pytest.fixture
+def checkpoint(parts, options, tmp_path):
+    """An untrained model and its tokenizer."""
+    save_model(tmp_path / "checkpoint", parts[1], prepare(options()).tokenizer)
+    return tmp_path / "checkpoint"
+
+
+def command(monkeypatch, capsys, *argv):
+    monkeypatch.setattr(sys, "argv", ["pretrain", "evaluate", *map(str, argv)])
+    return main(), capsys.readouterr()
+
+
+def test_a_checkpoint_is_evaluated_on_any_text(checkpoint, corpus_file, tmp_path, monkeypatch, capsys, cache, parts):
+    flags = ("--model", checkpoint, "--text", corpus_file, "--cache", cache, "--max_length", "24")
+    output = tmp_path / "result.json"
+    code, shown = command(monkeypatch, capsys, *flags, "--output", output, "--held_out", "0.3")
+    result = json.loads(output.read_text())
+    assert code == 0 and result["sha256"] == checkpoint_hash(checkpoint) and result["not_in_the_checkpoint"] == []
+    accelerator, model, held_out, unigram = parts
+    same = evaluate(accelerator, model, held_out, unigram, None, rows=8)
+    assert result["examples"] == same.examples
+    assert list(result["mlm_loss"].values()) == pytest.approx(list(same.mlm_loss.values()))
+    assert f"{result['mlm_loss']['2']:.4f}" in shown.out and "random" not in shown.out
+    code, _ = command(monkeypatch, capsys, *flags, "--output", output, "--length_config", "0.5", "0.2")
+    everything = json.loads(output.read_text())
+    assert everything["examples"] > result["examples"] and everything["length_config"] == [0.5, 0.2]
+
+
+def test_one_document_is_text_enough_to_evaluate_on(checkpoint, tmp_path, monkeypatch, capsys, cache):
+    (tmp_path / "one.txt").write_text("The senate funds the navy of court 3. The army needs the budget of union 4.\n")
+    flags = ("--model", checkpoint, "--cache", cache, "--max_length", "24", "--text", tmp_path / "one.txt")
+    code, shown = command(monkeypatch, capsys, *flags)
+    assert code == 0 and "examples" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--text", "nowhere.txt"), "no file 'nowhere.txt'"),
+        (("--max_length", "33"), "max_length must be at most 32, the longest input of the model, got 33"),
+        (("--length_config", "0.5"), "one entry per layer, 2 in all, got 1"),
+        (("--held_out", "0.9"), "validation_fraction must lie within"),
+        (("--batch_size", "0"), "batch_size must be at least 1, got 0"),
+        (("--model", "nowhere"), "nowhere is no checkpoint folder"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_named(checkpoint, corpus_file, monkeypatch, capsys, cache, flags, named):
+    defaults = ("--model", checkpoint, "--text", corpus_file, "--cache", cache, "--max_length", "24")
+    code, shown = command(monkeypatch, capsys, *defaults, *flags)
+    assert code == 2 and shown.err.startswith("error: ") and shown.err.count("\n") == 1 and named in shown.err
 
 
 def test_the_plot_is_drawn_from_the_log(tmp_path):
