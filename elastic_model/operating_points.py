@@ -3,9 +3,13 @@
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from elastic_model.checks import check_length_config
+from elastic_model.folders import new_file
 
 FILE = "operating_points.json"
 FORMAT = 1
@@ -19,7 +23,7 @@ class OperatingPoint:
 
     quality: {"metric", "value", "low", "high", "split"}, value and interval as fractions of 1. latency_ms: {"value",
     "batch", "threads", "machine"}. flops: mean FLOPs per row, a multiply-add counted as two. length_config: a share
-    per layer.
+    per layer, None = all tokens. calibration: what a calibrated point promises (`finetune.calibrate` writes it).
     """
 
     name: str
@@ -29,6 +33,7 @@ class OperatingPoint:
     flops: float | None = None
     quality: dict[str, Any] | None = None
     latency_ms: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         values = [*self.thresholds, self.mean_exit_layer, self.flops or 0.0]
@@ -36,6 +41,24 @@ class OperatingPoint:
             raise ValueError(
                 f"operating point {self.name!r}: thresholds, mean_exit_layer and flops must be finite, got {values}"
             )
+        for name, measured in (("quality", self.quality), ("latency_ms", self.latency_ms)):
+            numbers = [measured.get(key) for key in ("value", "low", "high")] if measured else [0.0]
+            if not all(
+                isinstance(value, int | float) and math.isfinite(value) for value in numbers if value is not None
+            ):
+                raise ValueError(f"operating point {self.name!r}: {name} must be finite, got {measured}")
+        if self.length_config is not None:
+            check_length_config(self.length_config, len(self.length_config))
+
+
+@dataclass(frozen=True)
+class ChosenPoint(OperatingPoint):
+    """A point as a model takes it; `policy, lengths = points.at(speedup=4)` unpacks what `forward` wants."""
+
+    policy: dict[str, Any] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.policy, self.length_config))
 
 
 @dataclass(frozen=True)
@@ -55,12 +78,21 @@ class OperatingPoints:
 
     @classmethod
     def load(cls, folder: Path | str) -> "OperatingPoints":
-        """From `operating_points.json` in a folder; ValueError where the file is damaged or of another format."""
+        """From `operating_points.json` in a folder.
+
+        ValueError where the file is damaged, of another format, or of other weights than those that lie beside it.
+        """
         file = Path(folder) / FILE
         try:
-            return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
+            points = cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{file}: not a table of operating points: {error}") from error
+        if any(Path(folder).glob("*.safetensors")) and (found := checkpoint_hash(folder)) != points.checkpoint:
+            raise ValueError(
+                f"{file} belongs to another checkpoint (weights {points.checkpoint[:12]}..., here {found[:12]}...); "
+                "search or calibrate this one, or delete the file"
+            )
+        return points
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "OperatingPoints":
@@ -74,11 +106,15 @@ class OperatingPoints:
     def to_dict(self) -> dict[str, Any]:
         """As the file holds it."""
         points = [asdict(point) for point in self.points]
+        for point in points:
+            if point["calibration"] is None:
+                del point["calibration"]
         return {"format": FORMAT, "checkpoint": self.checkpoint, "policy": self.policy, "points": points}
 
     def save(self, folder: Path | str) -> None:
         """As `operating_points.json` in a folder."""
-        (Path(folder) / FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        with new_file(Path(folder) / FILE) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     def full(self) -> OperatingPoint:
         """The most expensive point: what speed-ups and losses are counted against."""
@@ -86,12 +122,28 @@ class OperatingPoints:
             raise ValueError("there are no operating points; measure some first (python -m finetune evaluate)")
         return max(self.points, key=lambda point: (point.flops or 0.0, point.mean_exit_layer))
 
-    def at(self, budget: "str | dict[str, float]") -> OperatingPoint:
-        """The point of that name, or the best within {"speedup" | "latency_ms" | "flops" | "max_drop": x}.
+    def at(self, budget: "str | dict[str, float] | None" = None, **limit: float) -> ChosenPoint:
+        """The point of that name, or the best within {"speedup" | "latency_ms" | "flops" | "max_drop": x} (also as
+        keywords: `at(speedup=4)`).
 
         Within a cost the best quality wins, within a permitted loss (in points of 100) the lowest cost. ValueError
         where nothing measured fits.
         """
+        if (budget is None) == (not limit):
+            raise ValueError(
+                f"give one budget: a point's name or one of {', '.join(BUDGETS)}, got {budget!r}, {limit}"
+            )
+        point = self._point(limit if budget is None else budget)
+        return ChosenPoint(**{**vars(point), "policy": self.policy_of(point)})
+
+    def policy_of(self, point: OperatingPoint) -> dict[str, Any]:
+        """The exit policy of a point, as a model's `forward` takes it."""
+        name = self.policy.get("name")
+        if name == "voting" or name == "patience" and "threshold" not in self.policy:
+            return {"name": name, {"voting": "votes"}.get(name, name): int(point.thresholds[0])}
+        return {**self.policy, "threshold": list(point.thresholds)}
+
+    def _point(self, budget: "str | dict[str, float]") -> OperatingPoint:
         if isinstance(budget, str):
             return self._named(budget)
         name, limit = self._checked(budget)
@@ -106,11 +158,10 @@ class OperatingPoints:
         most = float(self.full().flops or 0.0) / limit if name == "speedup" else limit
         fitting = [point for point in self.points if cost.get(point.name, math.inf) <= most * (1 + 1e-9)]
         if not fitting:
-            offered = ", ".join(f"{point} {value:.4g}" for point, value in cost.items())
-            unit = "latency_ms" if name == "latency_ms" else "flops"
-            raise ValueError(
-                f"no operating point within {name} {limit:g} (at most {most:.4g} {unit}); measured are: {offered}"
-            )
+            full = float(self.full().flops or 0.0)
+            shown = {point: full / value for point, value in cost.items()} if name == "speedup" else cost
+            offered = ", ".join(f"{point} {value:.4g}" for point, value in shown.items())
+            raise ValueError(f"no operating point within {name} {limit:g}; measured are: {offered}")
         return max(fitting, key=lambda point: (self._quality(point), -cost[point.name]))
 
     def _named(self, name: str) -> OperatingPoint:

@@ -1,10 +1,12 @@
 """The table of operating points: what a budget chooses, what a damaged file says."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from elastic_model.operating_points import FILE, OperatingPoint, OperatingPoints
+from elastic_model.checks import check_exit_policy
+from elastic_model.operating_points import FILE, OperatingPoint, OperatingPoints, checkpoint_hash
 
 
 def point(name, layer, quality, latency=None):
@@ -54,6 +56,44 @@ def test_a_budget_that_cannot_be_met_says_why(points, budget, says):
         points.at(budget)
 
 
+def test_a_point_unpacks_into_what_a_model_takes(points):
+    policy, lengths = points.at(speedup=4)
+    assert (policy, lengths) == ({"name": "entropy", "threshold": [0.1] * 4}, None)
+    with pytest.raises(ValueError, match="give one budget"):
+        points.at()
+    with pytest.raises(ValueError, match="give one budget"):
+        points.at("full", speedup=4)
+    with pytest.raises(ValueError, match="one of speedup, latency_ms, flops, max_drop"):
+        points.at(speedup=4, flops=1e9)
+
+
+@pytest.mark.parametrize(
+    ("policy", "thresholds", "expected"),
+    [
+        ({"name": "patience", "patience": 2}, [3.0] * 4, {"name": "patience", "patience": 3}),
+        ({"name": "voting", "votes": 2}, [3.0] * 4, {"name": "voting", "votes": 3}),
+        (
+            {"name": "patience", "patience": 2, "threshold": 0.1},
+            [0.5, 0.6, 0.7, 0.8],
+            {"name": "patience", "patience": 2, "threshold": [0.5, 0.6, 0.7, 0.8]},
+        ),
+        ({"name": "confidence", "threshold": 0.9}, [0.7] * 4, {"name": "confidence", "threshold": [0.7] * 4}),
+    ],
+)
+def test_a_points_policy_is_one_that_a_model_takes(policy, thresholds, expected):
+    points = OperatingPoints("", policy, [OperatingPoint("a", thresholds, 1.0, [1.0, 0.5, 0.5, 0.5])])
+    chosen, lengths = points.at("a")
+    assert chosen == expected and check_exit_policy(chosen, 4) and lengths == [1.0, 0.5, 0.5, 0.5]
+
+
+def test_points_of_another_checkpoint_are_refused(points, tiny_checkpoint, tiny_config):
+    points.save(tiny_checkpoint)
+    with pytest.raises(ValueError, match="operating_points.json belongs to another checkpoint"):
+        OperatingPoints.load(tiny_checkpoint)
+    replace(points, checkpoint=checkpoint_hash(tiny_checkpoint)).save(tiny_checkpoint)
+    assert OperatingPoints.load(tiny_checkpoint).points == points.points
+
+
 def test_what_was_not_measured_cannot_be_asked(points):
     bare = OperatingPoints(points.checkpoint, points.policy, [OperatingPoint("full", [0.1], 4.0)])
     for budget in ({"latency_ms": 5}, {"max_drop": 1}, {"flops": 1e9}, {"speedup": 2}):
@@ -77,6 +117,10 @@ def test_a_damaged_file_is_named(tmp_path, content):
 def test_points_must_make_sense():
     with pytest.raises(ValueError, match="must be finite"):
         OperatingPoint("nan", [float("nan")], 1.0)
+    with pytest.raises(ValueError, match="quality must be finite"):
+        OperatingPoint("nan", [0.1], 1.0, quality={"metric": "accuracy", "value": float("nan"), "split": "dev"})
+    with pytest.raises(ValueError, match="must not rise"):
+        OperatingPoint("rising", [0.1], 1.0, length_config=[0.5, 0.6])
     with pytest.raises(ValueError, match="names of their own"):
         OperatingPoints("", {}, [OperatingPoint("same", [0.1], 1.0)] * 2)
     with pytest.raises(ValueError, match="one threshold per exit"):
