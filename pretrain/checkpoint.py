@@ -5,15 +5,16 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elastic_model.folders import new_folder
 from pretrain.config import FREE_ON_RESUME, PretrainConfig
+from pretrain.distributed import Tensors
 from pretrain.prepare import Corpus
 
 STATE = "trainer_state.json"
@@ -23,22 +24,39 @@ NAME = re.compile(r"checkpoint-\d+")
 REMEDY = "pass --resume-previous to continue from the checkpoint before it"
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose hashes are right, and what it says of the run."""
+
+    folder: Path
+    state: dict[str, Any]
+
+
 def save_checkpoint(
     output: Path,
     step: int,
     model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
     tokenizer: PreTrainedTokenizerBase,
+    weights: Tensors,
+    optimizer: Tensors,
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write `checkpoint-STEP` in one piece (beside, fsynced, renamed), then remove all but the newest `keep`."""
+    """Write `checkpoint-STEP` in one piece (beside, fsynced, renamed), then remove all but the newest `keep`.
+
+    OSError where that fails, a full disk say: the checkpoints before are as they were.
+    """
     folder = output / f"checkpoint-{step}"
-    with new_folder(folder) as temporary:
-        save_model(temporary, model, tokenizer)
-        save_file(optimizer_tensors(model, optimizer), temporary / OPTIMIZER)
-        digests = {name: _digest(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
-        (temporary / STATE).write_text(json.dumps({"step": step, **state, "sha256": digests}, indent=2) + "\n")
+    try:
+        with new_folder(folder) as temporary:
+            save_model(temporary, model, tokenizer, weights)
+            save_file(optimizer, temporary / OPTIMIZER)
+            digests = {name: _digest(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
+            (temporary / STATE).write_text(json.dumps({"step": step, **state, "sha256": digests}, indent=2) + "\n")
+    except Exception as error:  # the libraries that write here each have an error of their own for a full disk
+        raise OSError(
+            f"{folder} could not be written: {error}; earlier checkpoints are intact, --resume continues"
+        ) from error
     _remove_before(output, _step(find_checkpoints(output)[-keep:][0]))
     return folder
 
@@ -54,36 +72,28 @@ def _step(folder: Path) -> int:
     return int(folder.name.split("-")[1])
 
 
-def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The model and its tokenizer in Hugging Face's layout, the weights in one file."""
-    model.save_pretrained(folder, max_shard_size="1000GB")
+def save_model(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: Tensors | None = None
+) -> None:
+    """The model and its tokenizer in Hugging Face's layout; `weights` are whole where `model` holds parts of them."""
+    model.save_pretrained(folder, state_dict=weights, max_shard_size="1000GB")
     tokenizer.save_pretrained(folder)
 
 
-def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """AdamW's state as named tensors: PARAMETER.exp_avg, PARAMETER.exp_avg_sq, PARAMETER.step."""
-    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}.{key}": value.contiguous()
-        for parameter, values in optimizer.state.items()
-        for key, value in values.items()
-    }
-
-
-def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    """Weights and optimizer state, exactly as they were saved."""
-    weights = load_file(folder / WEIGHTS)
+def load_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """The weights exactly as they were saved."""
+    weights = load_file(checkpoint.folder / WEIGHTS)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     missing = set(missing) - set(getattr(model, "_tied_weights_keys", None) or ())
     if missing or unexpected:
-        raise ValueError(f"{folder / WEIGHTS} does not fit the model: missing {sorted(missing)}, extra {unexpected}")
-    tensors = load_file(folder / OPTIMIZER)
-    for name, parameter in model.named_parameters():
-        for key in ("exp_avg", "exp_avg_sq", "step"):
-            if f"{name}.{key}" in tensors:
-                optimizer.state[parameter][key] = tensors[f"{name}.{key}"].to(
-                    "cpu" if key == "step" else parameter.device
-                )
+        raise ValueError(
+            f"{checkpoint.folder / WEIGHTS} does not fit the model: missing {sorted(missing)}, extra {unexpected}"
+        )
+
+
+def load_optimizer_tensors(checkpoint: Checkpoint) -> Tensors:
+    """AdamW's state by name."""
+    return load_file(checkpoint.folder / OPTIMIZER)
 
 
 def find_checkpoints(output: Path) -> list[Path]:
@@ -92,8 +102,8 @@ def find_checkpoints(output: Path) -> list[Path]:
     return sorted((path for path in found if (path / STATE).is_file()), key=_step)
 
 
-def checkpoint_to_resume(output: Path, previous: bool) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint, or the one before it, and its state; None without one; ValueError if it is damaged."""
+def checkpoint_to_resume(output: Path, previous: bool) -> Checkpoint | None:
+    """The newest checkpoint, or the one before it; None without one; ValueError if it is damaged."""
     found = find_checkpoints(output)
     if previous:
         if len(found) < 2:
@@ -101,7 +111,7 @@ def checkpoint_to_resume(output: Path, previous: bool) -> tuple[Path, dict[str, 
         found.pop()
     if not found:
         return None
-    return found[-1], _read_state(found[-1])
+    return Checkpoint(found[-1], _read_state(found[-1]))
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
@@ -122,8 +132,9 @@ def run_state(config: PretrainConfig, corpus: Corpus) -> dict[str, Any]:
     return {"options": fixed, "text": corpus.digest, "tokenizer": corpus.tokenizer_digest}
 
 
-def check_same_run(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """ValueError that names what differs between the run that wrote `folder` and this one."""
+def check_same_run(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
+    """ValueError that names what differs between the run that wrote the checkpoint and this one."""
+    folder, saved = checkpoint.folder, checkpoint.state["run"]
     for name, value in now["options"].items():
         before = saved["options"].get(name)
         if before != value:

@@ -7,8 +7,9 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,18 @@ from elastic_model.arguments import to_yaml
 from elastic_model.folders import check_output, claim_folder, new_file, new_folder
 from elastic_model.losses import exit_group
 from pretrain.checkpoint import (
+    Checkpoint,
     check_same_run,
     checkpoint_to_resume,
-    load_checkpoint,
+    load_optimizer_tensors,
+    load_weights,
     run_state,
     save_checkpoint,
     save_model,
 )
 from pretrain.config import PretrainConfig
 from pretrain.data import Batch, Examples, GlobalBatches, Share, check_batch_size
+from pretrain.distributed import Tensors, on_main_process, start_accelerator, start_engine
 from pretrain.evaluate import Evaluation, evaluate, unigram_losses
 from pretrain.masking import IGNORED
 from pretrain.prepare import Corpus, prepare
@@ -73,26 +77,6 @@ class Window:
     def means(self) -> dict[int, list[float]]:
         """Exit layer -> mean MLM loss, mean SOP loss."""
         return {layer: (self.sums[layer] / self.updates[layer]).tolist() for layer in sorted(self.sums)}
-
-
-def start_accelerator(config: PretrainConfig) -> Accelerator:
-    """The accelerator; ValueError where the launcher asked for more processes than train together.
-
-    `accelerate launch --cpu --num_processes 2` for one silently starts processes that know nothing of each other.
-    """
-    accelerator = Accelerator(
-        mixed_precision=config.precision,
-        log_with=config.tracker,
-        project_dir=config.output,
-        step_scheduler_with_optimizer=False,
-    )
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != asked:
-        raise ValueError(
-            f"the launcher started {asked} processes, but accelerate joined {accelerator.num_processes}: on a CPU set "
-            "ACCELERATE_USE_CPU=true and launch with torchrun or with distributed_type: MULTI_GPU"
-        )
-    return accelerator
 
 
 def build_model(
@@ -171,7 +155,9 @@ def learning_rate(step: int, config: PretrainConfig) -> float:
 class Run:
     """A training run: the model and all that changes while it is trained."""
 
-    def __init__(self, config: PretrainConfig, accelerator: Accelerator, corpus: Corpus):
+    def __init__(
+        self, config: PretrainConfig, accelerator: Accelerator, corpus: Corpus, checkpoint: Checkpoint | None = None
+    ):
         self.config = config
         self.accelerator = accelerator
         self.corpus = corpus
@@ -187,11 +173,24 @@ class Run:
         self.unigram = unigram_losses(self.train_examples.token_counts())
         model = build_model(config, corpus.tokenizer, self.unigram)
         self.exit_layers = model.config.exit_layers
-        self.model, self.optimizer = accelerator.prepare(model, build_optimizer(model, config))
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.progress = Progress()
+        if checkpoint:
+            check_same_run(checkpoint, run_state(config, corpus))
+            load_weights(checkpoint, model)
+            self.progress = Progress(**checkpoint.state["progress"])
+        make_optimizer = partial(build_optimizer, config=config)
+        self.engine = start_engine(accelerator, model, make_optimizer, config, self.micro_batch_size)
+        if checkpoint:
+            self.engine.load_optimizer(load_optimizer_tensors(checkpoint))
         self.window = Window()
         self.stop_requested = False  # of this process, set by a signal
         self.stopping = False  # of all processes, agreed on at the start of an update
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """What is called: the model, or what spreads it over the processes."""
+        return self.engine.model
 
     @property
     def plain_model(self) -> ElasticBertForPreTraining:
@@ -216,17 +215,12 @@ class Run:
         masked, pairs, tokens, stop = self._global_counts(micro_batches)
         exits = exit_group(self.exit_layers, config.exit_groups, progress.step)
         losses = self._backward(micro_batches, exits, masked, pairs)
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm))
-        if math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(progress.step, config)
-            self.optimizer.step()
+        self.norm = self.engine.step(learning_rate(progress.step, config))
+        if math.isfinite(self.norm):
             progress.skipped_in_a_row = 0
             self.window.add(exits, losses, int(tokens))
         else:
             self._skip()
-        self.optimizer.zero_grad()
-        self.norm = norm
         progress.step += 1
         progress.tokens += int(tokens)
         self.stopping = stop > 0
@@ -254,15 +248,14 @@ class Run:
         torch.manual_seed(_seed_of(self.config.seed, self.progress.step, accelerator.process_index))
         losses = torch.zeros(len(exits), 2, device=accelerator.device)
         for number, batch in enumerate(micro_batches, start=1):
-            last = number == len(micro_batches)
-            with nullcontext() if last else accelerator.no_sync(self.model):
+            with self.engine.micro_batch(last=number == len(micro_batches)):
                 output = self.model(
                     **{name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()},
                     exits=exits,
                     mlm_count=masked / accelerator.num_processes,
                     sop_count=max(pairs, 1) / accelerator.num_processes,
                 )
-                accelerator.backward(output.loss)
+                self.engine.backward(output.loss)
             losses += torch.stack([torch.stack(output.mlm_losses), torch.stack(output.sop_losses)], dim=1).detach()
         return losses
 
@@ -319,27 +312,15 @@ class Run:
         return result
 
     def save(self) -> None:
-        """A checkpoint of this step, from which `resume` continues bit for bit."""
-        if self.accelerator.is_main_process:
-            save_checkpoint(
-                self.config.output,
-                self.progress.step,
-                self.plain_model,
-                self.optimizer,
-                self.corpus.tokenizer,
-                {"progress": asdict(self.progress), "run": run_state(self.config, self.corpus)},
-                self.config.keep_checkpoints,
-            )
-        self.accelerator.wait_for_everyone()
+        """A checkpoint of this step, from which `--resume` continues bit for bit."""
+        weights, optimizer = self.engine.weights(), self.engine.optimizer_tensors()  # all processes take part
+        state = {"progress": asdict(self.progress), "run": run_state(self.config, self.corpus)}
 
-    def resume(self) -> None:
-        """Continue from the newest checkpoint of the output folder, if there is one."""
-        found = checkpoint_to_resume(self.config.output, self.config.resume_previous)
-        if found is not None:
-            folder, state = found
-            check_same_run(folder, state["run"], run_state(self.config, self.corpus))
-            load_checkpoint(folder, self.plain_model, self.optimizer.optimizer)
-            self.progress = Progress(**state["progress"])
+        def write() -> None:
+            model, tokenizer, keep = self.plain_model, self.corpus.tokenizer, self.config.keep_checkpoints
+            save_checkpoint(self.config.output, self.progress.step, model, tokenizer, weights, optimizer, state, keep)
+
+        on_main_process(self.accelerator, write)
 
 
 def _seed_of(*numbers: int) -> int:
@@ -400,6 +381,12 @@ def _check_run_folder(config: PretrainConfig) -> None:
         )
 
 
+def _open_run_folder(config: PretrainConfig, step: int) -> None:
+    claim_folder(config.output)
+    (config.output / "config.yaml").write_text(to_yaml(config))
+    _cut_metrics(config.output / METRICS, step)
+
+
 def train(config: PretrainConfig) -> int:
     """Pre-train as `config` says, into `config.output`; -> 0, or 143 where SIGTERM stopped and saved it."""
     _check_run_folder(config)
@@ -407,13 +394,9 @@ def train(config: PretrainConfig) -> int:
     accelerator = start_accelerator(config)
     with accelerator.local_main_process_first():
         corpus = prepare(config, quiet=not accelerator.is_local_main_process)
-    run = Run(config, accelerator, corpus)
-    run.resume()
-    if accelerator.is_main_process:  # from here on the output folder changes
-        claim_folder(config.output)
-        (config.output / "config.yaml").write_text(to_yaml(config))
-        _cut_metrics(config.output / METRICS, run.progress.step)
-    accelerator.wait_for_everyone()
+    run = Run(config, accelerator, corpus, checkpoint_to_resume(config.output, config.resume_previous))
+    accelerator.wait_for_everyone()  # nobody looks into the output folder any more: from here on it changes
+    on_main_process(accelerator, partial(_open_run_folder, config, run.progress.step))
     if config.tracker:
         accelerator.init_trackers("pretrain", config={name: str(value) for name, value in asdict(config).items()})
     accelerator.print(_summary(run))
@@ -427,14 +410,13 @@ def train(config: PretrainConfig) -> int:
 
 def _summary(run: Run) -> str:
     corpus, train, held_out = run.corpus, run.train_examples, run.held_out_examples
-    parameters = sum(parameter.numel() for parameter in run.plain_model.parameters())
     tokens = corpus.total("tokens")
     padding = 1 - train.lengths.mean() / run.config.max_length
     return (
         f"{corpus.total('documents')} documents, {corpus.total('sentences')} sentences, {tokens} tokens "
         f"({100 * corpus.total('unknown') / tokens:.2f} % unknown), vocabulary {len(corpus.tokenizer)}\n"
         f"{len(train)} training and {len(held_out)} held-out examples of {train.lengths.mean():.1f} tokens "
-        f"({100 * padding:.1f} % short of {run.config.max_length}), {parameters / 1e6:.2f} M parameters, "
+        f"({100 * padding:.1f} % short of {run.config.max_length}), {run.parameters / 1e6:.2f} M parameters, "
         f"exits {run.exit_layers}, {run.accelerator.num_processes} process(es)\n"
         f"updates {run.progress.step + 1} to {run.config.steps} of {run.config.batch_size} examples"
     )
@@ -470,22 +452,24 @@ def _finish(run: Run) -> None:
     if (output / EVALUATION).exists():
         run.accelerator.print(f"{output} is complete")
         return
-    result = run.evaluate()
+    result, weights = run.evaluate(), run.engine.weights()
     run.accelerator.print(result.table())
-    if run.accelerator.is_main_process:
-        _publish_model(run, output, result)
+
+    def write() -> None:
+        _publish_model(run, weights, output, result)
         plot_losses(output / METRICS, output / "losses.png")
         with new_file(output / EVALUATION) as file:
             file.write_text(json.dumps({"step": run.progress.step, **asdict(result)}, indent=2) + "\n")
-    run.accelerator.wait_for_everyone()
+
+    on_main_process(run.accelerator, write)
 
 
-def _publish_model(run: Run, output: Path, result: Evaluation) -> None:
+def _publish_model(run: Run, weights: Tensors, output: Path, result: Evaluation) -> None:
     """The files of the finished model, each renamed into the output folder, the configuration last."""
     staging = output / "model"
     shutil.rmtree(staging, ignore_errors=True)  # what a killed run left half moved
     with new_folder(staging) as temporary:
-        save_model(temporary, run.plain_model, run.corpus.tokenizer)
+        save_model(temporary, run.plain_model, run.corpus.tokenizer, weights)
         describe(temporary, run.config, run.corpus, result)
     for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, output / path.name)

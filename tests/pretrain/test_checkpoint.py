@@ -1,15 +1,19 @@
 import json
+import resource
 
 import pytest
 import torch
 
 from pretrain.checkpoint import (
+    Checkpoint,
     check_same_run,
     checkpoint_to_resume,
     find_checkpoints,
-    load_checkpoint,
+    load_optimizer_tensors,
+    load_weights,
     save_checkpoint,
 )
+from pretrain.distributed import Replicated, start_accelerator
 from pretrain.prepare import prepare
 from pretrain.train import build_model, build_optimizer
 
@@ -19,41 +23,46 @@ def trained(options):
     """A model and an optimizer after two updates, and how to make their like."""
     config = options()
     tokenizer = prepare(config).tokenizer
+    accelerator = start_accelerator(config)
 
-    def make():
+    def make(checkpoint=None):
         model = build_model(config, tokenizer, torch.zeros(len(tokenizer)))
-        return model, build_optimizer(model, config)
+        if checkpoint:
+            load_weights(checkpoint, model)
+        return Replicated(accelerator, model, build_optimizer(model, config), config)
 
-    model, optimizer = make()
-    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1e-2
+    engine = make()
     for seed in range(2):
         generator = torch.Generator().manual_seed(seed)
-        for parameter in model.parameters():
+        for parameter in engine.model.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
-        optimizer.step()
-    return model, optimizer, tokenizer, make
+        engine.step(rate=1e-2)
+    return engine, tokenizer, make
 
 
 def save(output, trained, step, keep=2):
-    model, optimizer, tokenizer, _ = trained
-    return save_checkpoint(output, step, model, optimizer, tokenizer, {"progress": {"step": step}}, keep)
+    engine, tokenizer, _ = trained
+    weights, optimizer = engine.weights(), engine.optimizer_tensors()
+    return save_checkpoint(
+        output, step, engine.model, tokenizer, weights, optimizer, {"progress": {"step": step}}, keep
+    )
 
 
 def test_weights_and_optimizer_come_back_exactly(trained, tmp_path):
-    model, optimizer, _, make = trained
-    folder = save(tmp_path, trained, 4)
-    again, its_optimizer = make()
-    load_checkpoint(folder, again, its_optimizer)
-    states = zip(model.named_parameters(), again.named_parameters(), strict=True)
+    engine, _, make = trained
+    checkpoint = Checkpoint(save(tmp_path, trained, 4), {})
+    again = make(checkpoint)
+    again.load_optimizer(load_optimizer_tensors(checkpoint))
+    states = zip(engine.model.named_parameters(), again.model.named_parameters(), strict=True)
     for (name, one), (_, other) in states:
         assert torch.equal(one, other), name
-        for key, value in optimizer.state[one].items():
-            assert torch.equal(value, its_optimizer.state[other][key]), (name, key)
-    assert its_optimizer.state[other]["step"] == 2
+        for key, value in engine.optimizer.state[one].items():
+            assert torch.equal(value, again.optimizer.state[other][key]), (name, key)
+    assert again.optimizer.state[other]["step"] == 2
 
 
 def test_no_decay_on_biases_and_norms(trained):
-    model, optimizer, _, _ = trained
+    model, optimizer = trained[0].model, trained[0].optimizer
     decayed, exempt = ({id(parameter) for parameter in group["params"]} for group in optimizer.param_groups)
     assert optimizer.param_groups[1]["weight_decay"] == 0 < optimizer.param_groups[0]["weight_decay"]
     for name, parameter in model.named_parameters():
@@ -68,8 +77,8 @@ def test_the_newest_checkpoints_are_kept_in_the_order_of_their_steps(trained, tm
     save(tmp_path, trained, 12, keep=3)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10", "checkpoint-11", "checkpoint-12"}
     save(tmp_path, trained, 11)
-    assert checkpoint_to_resume(tmp_path, previous=False)[1]["step"] == 12
-    assert checkpoint_to_resume(tmp_path, previous=True)[1]["step"] == 11
+    assert checkpoint_to_resume(tmp_path, previous=False).state["step"] == 12
+    assert checkpoint_to_resume(tmp_path, previous=True).state["step"] == 11
 
 
 def test_an_unfinished_checkpoint_is_not_one(trained, tmp_path):
@@ -93,7 +102,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used_on_request(tra
     path.write_bytes(content)
     with pytest.raises(ValueError, match="checkpoint-8 is damaged .*--resume-previous"):
         checkpoint_to_resume(tmp_path, previous=False)
-    assert checkpoint_to_resume(tmp_path, previous=True)[0].name == "checkpoint-4"
+    assert checkpoint_to_resume(tmp_path, previous=True).folder.name == "checkpoint-4"
 
 
 def test_there_must_be_one_before(trained, tmp_path):
@@ -104,11 +113,25 @@ def test_there_must_be_one_before(trained, tmp_path):
 
 def test_what_differs_between_two_runs_is_named(tmp_path):
     saved = {"options": {"steps": 10, "hidden_size": 16}, "text": "a" * 64, "tokenizer": "b" * 64}
-    check_same_run(tmp_path, saved, json.loads(json.dumps(saved)))
+    checkpoint = Checkpoint(tmp_path, {"run": saved})
+    check_same_run(checkpoint, json.loads(json.dumps(saved)))
     for change, named in (
         ({"options": {"steps": 10, "hidden_size": 32}}, "hidden_size was 16 in .*, now 32"),
         ({"text": "c" * 64}, "the text is not the one"),
         ({"tokenizer": "c" * 64}, "the tokenizer is not the one"),
     ):
         with pytest.raises(ValueError, match=named):
-            check_same_run(tmp_path, saved, {**saved, **change})
+            check_same_run(checkpoint, {**saved, **change})
+
+
+def test_a_full_disk_is_named_and_the_checkpoint_before_stays(trained, tmp_path):
+    before = save(tmp_path, trained, 4)
+    content = {path: path.read_bytes() for path in before.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # room for the small files, not for the weights
+    try:
+        with pytest.raises(OSError, match="checkpoint-8 could not be written: .*earlier checkpoints are intact"):
+            save(tmp_path, trained, 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == [before] and content == {path: path.read_bytes() for path in before.iterdir()}

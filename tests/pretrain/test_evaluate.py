@@ -9,11 +9,12 @@ from elastic_model.operating_points import checkpoint_hash
 from pretrain.__main__ import main
 from pretrain.checkpoint import save_model
 from pretrain.data import Examples
+from pretrain.distributed import start_accelerator
 from pretrain.evaluate import evaluate, unigram_losses
 from pretrain.masking import IGNORED
 from pretrain.prepare import prepare
 from pretrain.report import plot_losses
-from pretrain.train import build_model, start_accelerator
+from pretrain.train import build_model
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 from elastic_model import ElasticBertForPreTraining, ElasticBertForSequenceClassification
 from elastic_model.folders import is_ours
 from pretrain.checkpoint import find_checkpoints
+from pretrain.distributed import start_accelerator
 from pretrain.prepare import prepare
-from pretrain.train import Run, learning_rate, start_accelerator, train
+from pretrain.train import Run, learning_rate, train
 
 
 def weights(output):

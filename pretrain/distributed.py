@@ -1,0 +1,345 @@
+"""One process or many: how the model and its optimizer are spread over them, and gathered into one checkpoint again.
+
+What `accelerate launch` was given decides: every process holds all of it (one process, DDP), DeepSpeed partitions it
+(ZeRO-1, 2, 3), or torch's `fully_shard` does (FSDP2). All take the same steps on the same global batch. Their state
+goes in and out as whole tensors by the parameters' names, so that a checkpoint is the same in every mode: an ordinary
+`from_pretrained` folder, resumed in any mode by any number of processes.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from torch import nn
+
+from pretrain.config import PretrainConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, each of the parameter's shape; beside them the number of steps
+Tensors = dict[str, torch.Tensor]
+
+
+class Engine(Protocol):
+    """A model that is trained: `model` is called as any module, gradients and updates go through here."""
+
+    model: nn.Module
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of a micro-batch; gradients are exchanged in the `last` of an update."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of this process's part of the loss."""
+
+    def step(self, rate: float) -> float:
+        """Clip the averaged gradients and take the optimizer's step, unless they are not finite; -> their norm."""
+
+    def weights(self) -> Tensors:
+        """Every parameter in float32, on the CPU of the main process; nothing elsewhere. All processes call this."""
+
+    def optimizer_tensors(self) -> Tensors:
+        """AdamW's state as NAME.exp_avg, NAME.exp_avg_sq, NAME.step; where and by whom, as `weights`."""
+
+    def load_optimizer(self, tensors: Tensors) -> None:
+        """What `optimizer_tensors` gave."""
+
+
+def start_accelerator(config: PretrainConfig) -> Accelerator:
+    """The accelerator, on the CPU where there is nothing faster; ValueError where the launcher asked for more
+    processes than train together."""
+    no_device, deepspeed = not torch.accelerator.is_available(), _asked_for("DEEPSPEED")
+    if no_device and deepspeed:
+        _deepspeed_on_cpu()
+    accelerator = Accelerator(
+        cpu=no_device and not deepspeed,  # with DeepSpeed, cpu=True would mean: without DeepSpeed
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if no_device and deepspeed else None,
+        mixed_precision=config.precision,
+        log_with=config.tracker,
+        project_dir=config.output,
+        step_scheduler_with_optimizer=False,
+    )
+    _check_processes(accelerator)
+    return accelerator
+
+
+def _asked_for(what: str) -> bool:
+    """Whether `accelerate launch` was given a config for DEEPSPEED or FSDP."""
+    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"
+
+
+def _deepspeed_on_cpu() -> None:
+    """Tell DeepSpeed not to look for a GPU, nor to compile a collective of its own when it starts.
+
+    gloo does without; and a run that is killed while it compiles leaves a lock on which every later one would wait.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _check_processes(accelerator: Accelerator) -> None:
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != asked:
+        raise ValueError(
+            f"the launcher started {asked} processes, but accelerate joined {accelerator.num_processes}: launch with "
+            "torchrun, or with accelerate launch and a config of pretrain/accelerate"
+        )
+    if "WORLD_SIZE" not in os.environ and "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
+        raise ValueError(
+            "accelerate launch was asked for several processes on a CPU but starts one (--cpu, or distributed_type: "
+            "MULTI_CPU); leave that out and use --config_file pretrain/accelerate/ddp.yaml"
+        )
+
+
+def start_engine(
+    accelerator: Accelerator,
+    model: nn.Module,
+    make_optimizer: Callable[[nn.Module], torch.optim.AdamW],
+    config: PretrainConfig,
+    micro_batch_size: int,
+) -> Engine:
+    """The engine for what the launcher was asked for."""
+    if accelerator.deepspeed_plugin:
+        return Partitioned(accelerator, model, make_optimizer(model), config, micro_batch_size)
+    if _asked_for("FSDP"):
+        return Sharded(accelerator, model, make_optimizer, config)
+    return Replicated(accelerator, model, make_optimizer(model), config)
+
+
+@torch.no_grad()
+def _gather(accelerator: Accelerator, tensors: Iterator[tuple[str, torch.Tensor]]) -> Tensors:
+    """Whole tensors, one after another: on other processes than the main one each is dropped at once."""
+    kept = {}
+    for name, tensor in tensors:
+        if accelerator.is_main_process:
+            kept[name] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+    return kept
+
+
+class Replicated:
+    """All of the model and its optimizer in every process: one process, or DDP."""
+
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.AdamW, config: PretrainConfig
+    ):
+        self.accelerator = accelerator
+        self.clip_norm = config.clip_norm
+        self.optimizer = optimizer
+        self.model, _ = accelerator.prepare(model, optimizer)
+        self.parameters = dict(model.named_parameters())
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
+        return nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self, rate: float) -> float:
+        norm = self._clip()
+        if math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def _clip(self) -> float:
+        return float(nn.utils.clip_grad_norm_(self.parameters.values(), self.clip_norm))
+
+    def weights(self) -> Tensors:
+        return _gather(self.accelerator, ((name, self._whole(one)) for name, one in self.parameters.items()))
+
+    def optimizer_tensors(self) -> Tensors:
+        state = self.optimizer.state
+        tensors = (
+            (f"{name}.{key}", self._whole(value))
+            for name, parameter in self.parameters.items()
+            for key, value in state[parameter].items()
+        )
+        return _gather(self.accelerator, tensors)
+
+    def load_optimizer(self, tensors: Tensors) -> None:
+        for name, parameter in self.parameters.items():
+            if f"{name}.step" in tensors:
+                self.optimizer.state[parameter] = {
+                    "step": tensors[f"{name}.step"].to(parameter.device),
+                    **{key: self._part(tensors[f"{name}.{key}"], parameter) for key in MOMENTS},
+                }
+
+    def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def _part(self, whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        """What this process holds of a tensor that belongs to `parameter`."""
+        return whole.to(parameter.device)
+
+
+class Sharded(Replicated):
+    """FSDP2: torch's `fully_shard` on every layer and on the model, as the launcher's fsdp_config says.
+
+    Applied here and not by accelerate, which shards on GPUs only: so a CPU runs what a GPU runs.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        make_optimizer: Callable[[nn.Module], torch.optim.AdamW],
+        config: PretrainConfig,
+    ):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+        plugin = accelerator.state.fsdp_plugin or FullyShardedDataParallelPlugin()
+        if plugin.fsdp_version != 2:
+            raise ValueError(f"fsdp_version must be 2, got {plugin.fsdp_version}; see pretrain/accelerate/fsdp2.yaml")
+        reduced = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        settings: dict[str, Any] = {
+            "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
+            "reshard_after_forward": plugin.reshard_after_forward,
+            "offload_policy": plugin.cpu_offload or OffloadPolicy(),
+            "mp_policy": reduced if config.precision == "bf16" else MixedPrecisionPolicy(),
+        }
+        model.to(accelerator.device)
+        for layer in model.get_submodule("elasticbert.encoder.layer").children():
+            fully_shard(layer, **settings)
+        fully_shard(model, **settings)
+        self.accelerator = accelerator
+        self.clip_norm = config.clip_norm
+        self.model = model
+        self.optimizer = make_optimizer(model)
+        self.parameters = dict(model.named_parameters())
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
+        self.model.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    def _clip(self) -> float:
+        return float(self._whole(nn.utils.clip_grad_norm_(self.parameters.values(), self.clip_norm)))
+
+    def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        from torch.distributed.tensor import DTensor
+
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def _part(self, whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(parameter, DTensor)
+        return distribute_tensor(whole.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+
+class Partitioned:
+    """DeepSpeed's ZeRO, as the launcher's deepspeed_config says. Its engine clips, skips and updates.
+
+    Optimizer state goes in and out through DeepSpeed's access to whole tensors, not through its checkpoints: those
+    are pickles, and tied to the number of processes.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.AdamW,
+        config: PretrainConfig,
+        micro_batch_size: int,
+    ):
+        micro_batches = config.batch_size // (accelerator.num_processes * micro_batch_size)
+        accelerator.gradient_accumulation_steps = micro_batches
+        accelerator.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": micro_batch_size,
+            "gradient_accumulation_steps": micro_batches,
+            "gradient_clipping": config.clip_norm,
+            "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW is as fast, and needs no compiler
+        }
+        weights = {name: one.detach().clone() for name, one in model.named_parameters()}
+        self.accelerator = accelerator
+        self.model, _ = accelerator.prepare(model, optimizer)
+        self.zero = self.model.optimizer
+        self.parameters = dict(self.model.module.named_parameters())
+        for name, whole in weights.items():  # in bf16 the float32 masters were made from rounded weights
+            self._set(name, whole)
+        self.updates = 0
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        self.model.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.model.backward(loss, scale_wrt_gas=False)  # the loss is divided by the counts of the global batch
+
+    def step(self, rate: float) -> float:
+        for group in self.zero.param_groups:
+            group["lr"] = rate
+        self.model.step()
+        return float(self.model.get_global_grad_norm())
+
+    def weights(self) -> Tensors:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return _gather(
+            self.accelerator, ((name, safe_get_full_fp32_param(one)) for name, one in self.parameters.items())
+        )
+
+    def optimizer_tensors(self) -> Tensors:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        states = list(self.zero.optimizer.state.values())
+        if not states:  # no update yet
+            return {}
+        steps = ((f"{name}.step", states[0]["step"]) for name in self.parameters)
+        moments = (
+            (f"{name}.{key}", safe_get_full_optimizer_state(parameter, key))
+            for name, parameter in self.parameters.items()
+            for key in MOMENTS
+        )
+        return _gather(self.accelerator, steps) | _gather(self.accelerator, moments)
+
+    def load_optimizer(self, tensors: Tensors) -> None:
+        steps = [tensors[name] for name in tensors if name.endswith(".step")]
+        if not steps:
+            return
+        stage3 = self.accelerator.deepspeed_plugin.zero_stage == 3
+        for flat in self.zero.fp32_partitioned_groups_flat if stage3 else self.zero.single_partition_of_fp32_groups:
+            moments = {key: torch.zeros_like(flat) for key in MOMENTS}
+            self.zero.optimizer.state[flat] = {"step": steps[0].to(flat.device, copy=True), **moments}
+        if not stage3:
+            self.zero._lazy_init_hp_params_optimizer_state()  # DeepSpeed links names to states at the first update
+        for name in self.parameters:
+            for key in MOMENTS:
+                self._set(name, tensors[f"{name}.{key}"], key)
+
+    def _set(self, name: str, whole: torch.Tensor, *key: str) -> None:
+        """Write a parameter's float32 master, or the moment `key` of it: the part that this process holds."""
+        from deepspeed import utils
+
+        parameter = self.parameters[name]
+        whole = whole.to(parameter.device)
+        if not hasattr(parameter, "ds_id"):  # stages 1 and 2
+            setter = utils.safe_set_full_optimizer_state if key else utils.safe_set_full_fp32_param
+            setter(parameter, whole, *key)
+            return
+        size, rank = parameter.ds_tensor.numel(), self.accelerator.process_index  # the last part is padded
+        padded = nn.functional.pad(whole.flatten(), (0, size * self.accelerator.num_processes - whole.numel()))
+        setter = utils.safe_set_local_optimizer_state if key else utils.safe_set_local_fp32_param
+        setter(parameter, padded[rank * size : (rank + 1) * size], *key)
+
+
+def on_main_process(accelerator: Accelerator, work: Callable[[], None]) -> None:
+    """`work()` in the main process while the others wait; an error there ends all of them, none waits for ever."""
+    error: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            work()
+        except Exception as caught:
+            error = caught
+    failures = accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device), "sum")
+    if error is not None:
+        raise error
+    if failures:
+        raise ValueError("the main process failed, its error says why")
