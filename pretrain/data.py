@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike
 
 from pretrain.config import PretrainConfig
 from pretrain.masking import IGNORED, mask_tokens
-from pretrain.prepare import Corpus
+from pretrain.prepare import Corpus, TokenizedSource
+from pretrain.shards import Shard
 from pretrain.tokenizer import word_starts
 
 SPECIAL_TOKENS_OF_A_PAIR = 3  # [CLS] first [SEP] second [SEP]
@@ -57,6 +58,7 @@ class Examples:
         self.corpus = corpus
         self.config = config
         self.held_out = held_out
+        self.shards = corpus.shards
         self.mask_probability = config.mask_probability if held_out is False else HELD_OUT_MASKING
         self.table = self._table()  # (examples, 3): shard, start, stop
         tokenizer = corpus.tokenizer
@@ -70,27 +72,38 @@ class Examples:
         if self.held_out is None:
             return np.ones(len(hashes), dtype=bool)
         if len(hashes) < 2:
+            names = ", ".join(part.name for source in self.corpus.sources for part in source.parts)
             raise ValueError(
-                f"text: {' '.join(self.config.text)} holds {len(hashes)} document(s), at least 2 are needed (one is "
-                "held out); a blank line separates documents"
+                f"text: {names} holds {len(hashes)} document(s), at least 2 are needed (one is held out); "
+                "a blank line separates documents"
             )
         return split_documents(hashes, self.config.validation_fraction) == self.held_out
 
     def _table(self) -> np.ndarray:
-        config, shards = self.config, self.corpus.shards
+        config, shards = self.config, self.shards
         chosen = self._chosen(np.concatenate([shard.hashes for shard in shards]))
         generator = np.random.default_rng(config.seed)
         longest = config.max_length - SPECIAL_TOKENS_OF_A_PAIR
-        rows: list[tuple[int, int, int]] = []
+        tables: list[np.ndarray] = [np.empty((0, 3), dtype=np.int64)]
         document = 0
         for number, shard in enumerate(shards):
-            for first, last in zip(shard.documents[:-1], shard.documents[1:], strict=True):
+            rows: list[tuple[int, int, int]] = []
+            offsets = shard.documents
+            for first, last in zip(offsets[:-1], offsets[1:], strict=True):
                 if chosen[document]:
                     boundaries = shard.sentences[first : last + 1].tolist()
                     found = passages(boundaries, longest, config.short_probability, generator)
                     rows.extend((number, start, stop) for start, stop in found if stop - start >= 2)
                 document += 1
-        return np.array(rows, dtype=np.int64).reshape(-1, 3)
+            tables.append(np.array(rows, dtype=np.int64).reshape(-1, 3))
+        return np.concatenate(tables)
+
+    def _by_shard(self) -> Iterator[tuple[Shard, np.ndarray, np.ndarray]]:
+        """Each shard with the starts and stops of its passages."""
+        bounds = np.searchsorted(self.table[:, 0], np.arange(len(self.shards) + 1))
+        for shard, first, last in zip(self.shards, bounds[:-1], bounds[1:], strict=True):
+            _, starts, stops = self.table[first:last].T
+            yield shard, starts, stops
 
     def __len__(self) -> int:
         return len(self.table)
@@ -103,10 +116,28 @@ class Examples:
     def token_counts(self) -> np.ndarray:
         """(vocabulary,): how often each token occurs in these passages"""
         counts = np.zeros(len(self.starts), dtype=np.int64)
-        for number, start, stop in self.table:
-            tokens, times = np.unique(self.corpus.shards[number].tokens[start:stop], return_counts=True)
-            counts[tokens] += times
+        for shard, starts, stops in self._by_shard():
+            edges = np.zeros(len(shard.tokens) + 1, dtype=np.int8)
+            edges[starts] += 1
+            edges[stops] -= 1
+            inside = edges[:-1].cumsum(dtype=np.int8).astype(bool)
+            counts += np.bincount(shard.tokens[inside], minlength=len(counts))
         return counts
+
+    @property
+    def source(self) -> np.ndarray:
+        """(examples,): the number of each one's source in the corpus"""
+        of_shard = [number for number, source in enumerate(self.corpus.sources) for _ in source.shards]
+        return np.array(of_shard, dtype=np.int64)[self.table[:, 0]]
+
+    @property
+    def ordered(self) -> np.ndarray:
+        """(examples,): true for a passage of several sentences, whose order can be asked for"""
+        found = [
+            np.searchsorted(shard.sentences, starts + 1) < np.searchsorted(shard.sentences, stops)
+            for shard, starts, stops in self._by_shard()
+        ]
+        return np.concatenate(found)
 
     def example(self, epoch: int, index: int) -> dict[str, np.ndarray | int]:
         """A segment pair: input_ids, token_type_ids, labels (tokens,), sentence_order_label: 1 = swapped (ALBERT).
@@ -115,7 +146,7 @@ class Examples:
         """
         generator = np.random.default_rng((self.config.seed, epoch, index))
         number, start, stop = self.table[index]
-        shard = self.corpus.shards[number]
+        shard = self.shards[number]
         tokens = shard.tokens[start:stop].astype(np.int64)
         units = self.starts[tokens] if self.config.whole_words else np.ones(len(tokens), dtype=bool)
         inputs, labels = mask_tokens(tokens, units, self.mask_probability, self.mask, self.replacements, generator)
@@ -144,9 +175,13 @@ class Examples:
             "sentence_order_label": order,
         }
 
-    def collate(self, epoch: int, indices: np.ndarray) -> Batch:
-        """The examples as one batch, padded on the right to the longest of them; (rows, tokens) and (rows,)."""
-        examples = [self.example(epoch, int(index)) for index in indices]
+    def collate(self, epochs: int | np.ndarray, indices: np.ndarray) -> Batch:
+        """The examples as one batch, padded on the right to the longest of them; (rows, tokens) and (rows,).
+
+        epochs: how often each was seen before, one number or (rows,)
+        """
+        seen = np.broadcast_to(epochs, len(indices))
+        examples = [self.example(int(epoch), int(index)) for epoch, index in zip(seen, indices, strict=True)]
         longest = max(len(example["input_ids"]) for example in examples)  # type: ignore[arg-type]
         padding = {"input_ids": self.pad, "token_type_ids": 0, "labels": IGNORED, "attention_mask": 0}
         batch = {name: np.full((len(examples), longest), value) for name, value in padding.items()}
@@ -168,11 +203,34 @@ class Share:
     micro_batch_size: int
 
 
+@dataclass(frozen=True)
+class Pool:
+    """Examples that are drawn from in turn: `quota` of them an epoch, all of them before one is seen again."""
+
+    examples: np.ndarray  # (size,)
+    quota: int
+    seed: tuple[int, ...]
+
+    def draw(self, epoch: int) -> np.ndarray:
+        """(quota, 2): how often each was seen before, and the example; for every epoch another stretch of an endless
+        row of permutations."""
+        size = len(self.examples)
+        seen, place = np.divmod(np.arange(epoch * self.quota, (epoch + 1) * self.quota), size)
+        if self.quota == size:
+            return np.stack([seen, self.examples], axis=1)
+        drawn = np.empty_like(seen)
+        for number in np.unique(seen):
+            order = np.random.default_rng((*self.seed, int(number))).permutation(size)
+            drawn[seen == number] = self.examples[order[place[seen == number]]]
+        return np.stack([seen, drawn], axis=1)
+
+
 class GlobalBatches(torch.utils.data.Dataset[list[Batch]]):
     """Item `step`: this process's micro-batches of the global batch of that step.
 
-    A global batch is the same rows for any number of processes. An epoch is a permutation of the examples by
-    (seed, epoch); what does not fill its last batch waits for another epoch. Rows of like length share a micro-batch.
+    A global batch is the same rows for any number of processes. An epoch has as many examples as there are; it is a
+    permutation of them by (seed, epoch), or, where sources have weights, of what is drawn from each in proportion to
+    its weight. What does not fill the last batch is left out. Rows of like length share a micro-batch.
     """
 
     def __init__(self, examples: Examples, batch_size: int, share: Share):
@@ -184,22 +242,66 @@ class GlobalBatches(torch.utils.data.Dataset[list[Batch]]):
         self.examples = examples
         self.batch_size = batch_size
         self.share = share
+        self.lengths = examples.lengths
+        self.pools = _pools(examples)
         self.order = lru_cache(maxsize=1)(self._order)
 
+    def __len__(self) -> int:
+        """Global batches of an epoch."""
+        return len(self.examples) // self.batch_size
+
     def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.examples.config.seed, epoch)).permutation(len(self.examples))
+        """(examples, 2): how often each was seen before, and the example, for every place of the epoch"""
+        drawn = np.concatenate([pool.draw(epoch) for pool in self.pools])
+        return drawn[np.random.default_rng((self.examples.config.seed, epoch)).permutation(len(drawn))]
 
     def rows(self, step: int) -> tuple[int, np.ndarray]:
-        """-> the epoch of a step, and (batch_size,) the examples of its global batch"""
-        epoch, batch = divmod(step, len(self.examples) // self.batch_size)
-        return epoch, self.order(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
+        """-> the epoch of a step, and (batch_size, 2): how often each example of its global batch was seen before, and
+        the example; in the order of length"""
+        epoch, batch = divmod(step, len(self))
+        rows = self.order(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
+        return epoch, rows[np.argsort(self.lengths[rows[:, 1]], kind="stable")]
 
     def __getitem__(self, step: int) -> list[Batch]:
-        epoch, rows = self.rows(step)
-        rows = rows[np.argsort(self.examples.lengths[rows], kind="stable")]
+        _, rows = self.rows(step)
+        return [self.examples.collate(*micro_batch.T) for micro_batch in self._micro_batches(rows)]
+
+    def _micro_batches(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         mine = rows[self.share.process :: self.share.processes]
         size = self.share.micro_batch_size
-        return [self.examples.collate(epoch, mine[start : start + size]) for start in range(0, len(mine), size)]
+        return (mine[start : start + size] for start in range(0, len(mine), size))
+
+    def padding(self, steps: int = 100) -> float:
+        """The share of padding in this process's micro-batches of the first steps."""
+        slots = tokens = 0
+        for step in range(min(steps, len(self))):
+            for micro_batch in self._micro_batches(self.rows(step)[1]):
+                lengths = self.lengths[micro_batch[:, 1]]
+                slots += len(lengths) * lengths.max()
+                tokens += lengths.sum()
+        return float(1 - tokens / slots)
+
+
+def _pools(examples: Examples) -> list[Pool]:
+    """Without weights one pool of everything, else one for each source."""
+    config, sources = examples.config, examples.corpus.sources
+    if any(source.weight is None for source in sources):
+        return [Pool(np.arange(len(examples)), len(examples), (config.seed,))]
+    of_source = examples.source
+    pools = []
+    for number, (source, quota) in enumerate(zip(sources, shares(sources, len(examples)), strict=True)):
+        members = np.flatnonzero(of_source == number)
+        if not len(members):
+            raise ValueError(f"mixture: {source.name} gives no training example; give it more text or leave it out")
+        pools.append(Pool(members, quota, (config.seed, number)))
+    return pools
+
+
+def shares(sources: list[TokenizedSource], examples: int) -> list[int]:
+    """How many of the examples of an epoch each source gives, in proportion to the weights; they sum to all."""
+    weights = np.array([source.weight for source in sources], dtype=np.float64)
+    edges = np.round(np.concatenate([[0.0], weights.cumsum() / weights.sum()]) * examples)
+    return np.diff(edges.astype(np.int64)).tolist()
 
 
 def check_batch_size(batch_size: int, micro_batch_size: int | None, processes: int) -> int:

@@ -162,7 +162,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> int:
             "model": str(config.model),
             "sha256": checkpoint_hash(config.model),
             "not_in_the_checkpoint": missing,
-            "text": {path.name: digest for path, digest in corpus.sources.items()},
+            "text": {part.name: part.key for source in corpus.sources for part in source.parts},
             **{name: getattr(config, name) for name in ("held_out", "length_config", "max_length", "seed")},
             **asdict(result),
         }

@@ -1,192 +1,195 @@
-"""Text to token shards, one per file, addressed by content: the same input is prepared once, a changed one anew."""
+"""Sources to token shards, one per chunk of text, addressed by content: the same text is prepared once, a changed one
+anew, and a preparation that was cut off goes on after its last whole chunk."""
 
 import hashlib
+import heapq
+import itertools
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
 
-import numpy as np
-from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from elastic_model.folders import new_folder
+from elastic_model.folders import new_file, new_folder
 from pretrain.config import PretrainConfig
-from pretrain.text import documents, find_files, sentences
+from pretrain.shards import Shard, processes, write_shard
+from pretrain.sources import DatasetRows, TextFile, parts_of
 from pretrain.tokenizer import load_tokenizer, train_wordpiece
 
-FORMAT = "1"  # of the shards and of what is done to the text: a new number makes every cached shard stale
-BATCH_CHARACTERS = 1_000_000  # text that is tokenised at once: bounds the memory
+FORMAT = "2"  # of the shards and of what is done to the text: a new number makes every cached shard stale
+CHUNK_CHARACTERS = 4_000_000  # text of a shard, or one longer document: bounds the memory, and what a kill costs
+SAMPLE_CHARACTERS = 50_000_000  # text that a tokenizer is trained on, at most: bounds the memory
+
+Part = TextFile | DatasetRows
 
 
 @dataclass(frozen=True)
-class Shard:
-    """The tokens of one file, on disk; offsets bound sentences within tokens, and documents within sentences."""
+class TokenizedSource:
+    """A source's parts, their shards in the order of the documents, and the share it has in a mixture."""
 
-    folder: Path
-
-    @cached_property
-    def statistics(self) -> dict[str, Any]:
-        return json.loads((self.folder / "statistics.json").read_text())
-
-    def _map(self, name: str, dtype: Any) -> np.ndarray:
-        return np.asarray(np.memmap(self.folder / f"{name}.bin", dtype, "r"))  # a plain view: slicing a memmap is slow
-
-    @cached_property
-    def tokens(self) -> np.ndarray:
-        """(tokens,)"""
-        return self._map("tokens", self.statistics["dtype"])
-
-    @cached_property
-    def sentences(self) -> np.ndarray:
-        """(sentences + 1,): offsets into the tokens"""
-        return self._map("sentences", np.int64)
-
-    @cached_property
-    def documents(self) -> np.ndarray:
-        """(documents + 1,): offsets into the sentences"""
-        return self._map("documents", np.int64)
-
-    @cached_property
-    def hashes(self) -> np.ndarray:
-        """(documents,): 64 bits of each document's text"""
-        return self._map("hashes", np.uint64)
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A tokenizer and the shards made with it, one per source; digests say what a resumed run must find again."""
-
-    tokenizer: PreTrainedTokenizerBase
+    name: str
+    weight: float | None
+    parts: list[Part]
     shards: list[Shard]
-    sources: dict[Path, str]  # file -> sha256 of its bytes
-    tokenizer_digest: str
-
-    @property
-    def digest(self) -> str:
-        """What the text is, whatever its files are called."""
-        return _address(*self.sources.values())
+    digest: str  # of the text itself, whatever its files are called and however they are packed
 
     def total(self, name: str) -> int:
         """Sum of one count of the shards' statistics: documents, sentences, tokens, unknown."""
         return sum(shard.statistics[name] for shard in self.shards)
 
 
+@dataclass(frozen=True)
+class Corpus:
+    """A tokenizer and the sources that it made tokens of; digests say what a resumed run must find again."""
+
+    tokenizer: PreTrainedTokenizerBase
+    sources: list[TokenizedSource]
+    tokenizer_digest: str
+
+    @property
+    def digest(self) -> str:
+        """What the text is, and how its sources are mixed."""
+        return _address(*(f"{source.digest} {source.weight}" for source in self.sources))
+
+    @property
+    def shards(self) -> list[Shard]:
+        """Of all sources, one source after the other."""
+        return [shard for source in self.sources for shard in source.shards]
+
+    def total(self, name: str) -> int:
+        """Sum of one count over the sources: documents, sentences, tokens, unknown."""
+        return sum(source.total(name) for source in self.sources)
+
+
 def prepare(config: PretrainConfig, quiet: bool = False) -> Corpus:
-    """The corpus of `config.text`, from the cache where it is there; ValueError for text that cannot be used."""
-    files = find_files(config.text)
-    digests = [_file_digest(file) for file in files]
-    tokenizer = _tokenizer(config, files, digests, quiet)
-    tokenizer_digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-    shards = [
-        _shard(config.cache / "shards" / _address(digest, tokenizer_digest), file, digest, tokenizer, quiet)
-        for file, digest in zip(files, digests, strict=True)
-    ]
-    return Corpus(tokenizer, shards, dict(zip(files, digests, strict=True)), tokenizer_digest)
+    """The corpus of the sources of `config`, from the cache where it is there; ValueError for what cannot be used.
+
+    Memory: a few chunks of text a process, or of the longest document, and the sample for a new tokenizer.
+    """
+    sources = config.sources()
+    parts = {name: parts_of(source) for name, source in sources.items()}
+    tokenizer = _tokenizer(config, [part for several in parts.values() for part in several], quiet)
+    with processes(config.prepare_workers or _cores()) as call:
+        preparation = Preparation(config.cache, tokenizer, call, quiet)
+        texts = {name: [preparation.chunks(part) for part in several] for name, several in parts.items()}
+    prepared = []
+    for name, source in sources.items():
+        for part, digests in zip(parts[name], texts[name], strict=True):
+            if not any(preparation.shard(digest).statistics["documents"] for digest in digests):
+                raise ValueError(f"{part.name}: no text in this {part.kind} (it is empty or blank)")
+        chunks = [digest for digests in texts[name] for digest in digests]
+        shards = [shard for shard in map(preparation.shard, chunks) if shard.statistics["documents"]]
+        prepared.append(TokenizedSource(name, source.weight, parts[name], shards, _address(*chunks)))
+    return Corpus(tokenizer, prepared, preparation.tokenizer_digest)
 
 
-def _file_digest(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Preparation:
+    """Chunks of text to shards in the cache."""
+
+    def __init__(self, cache: Path, tokenizer: PreTrainedTokenizerBase, call: Callable[..., None], quiet: bool):
+        self.cache = cache
+        self.call = call
+        self.quiet = quiet
+        self.encoder = tokenizer.backend_tokenizer.to_str()
+        self.unknown_id = tokenizer.unk_token_id
+        self.tokenizer_digest = hashlib.sha256(self.encoder.encode()).hexdigest()
+
+    def shard(self, digest: str) -> Shard:
+        """The shard of the chunk with this digest."""
+        return Shard(self.cache / "shards" / _address(digest, self.tokenizer_digest))
+
+    def chunks(self, part: Part) -> list[str]:
+        """The digests of the chunks of a part; a chunk without a shard is handed on to be tokenised.
+
+        A part that was read to its end before is not read again as long as all its shards are there.
+        """
+        known = self.cache / "parts" / f"{_address(part.key)}.json"
+        if known.is_file():
+            digests = json.loads(known.read_text())
+            if all(self.shard(digest).folder.is_dir() for digest in digests):
+                return digests
+        digests = []
+        for digest, documents in chunks(_documents(part, part.name, self.quiet)):
+            digests.append(digest)
+            folder = self.shard(digest).folder
+            if not folder.is_dir():
+                self.call(write_shard, folder, documents, self.encoder, self.unknown_id)
+        _check_unchanged(part)
+        known.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(known) as file:
+            file.write_text(json.dumps(digests) + "\n")
+        return digests
+
+
+def chunks(documents: Iterator[list[str]]) -> Iterator[tuple[str, list[list[str]]]]:
+    """The documents in chunks of 4 million characters, or one longer document, each with the sha256 of its text."""
+    chunk: list[list[str]] = []
+    digest = hashlib.sha256()
+    size = 0
+    for document in documents:
+        chunk.append(document)
+        text = "\n".join(document)
+        digest.update(text.encode() + b"\n\n")
+        size += len(text)
+        if size >= CHUNK_CHARACTERS:
+            yield digest.hexdigest(), chunk
+            chunk, digest, size = [], hashlib.sha256(), 0
+    if chunk:
+        yield digest.hexdigest(), chunk
+
+
+def _documents(part: Part, what: str, quiet: bool) -> Iterator[list[str]]:
+    """The documents of a part, under a progress bar."""
+    with tqdm(
+        total=part.size, desc=what, unit=part.unit, unit_scale=True, disable=True if quiet else None, leave=False
+    ) as bar:
+        yield from part.documents(lambda position: bar.update(position - bar.n))
+
+
+def _check_unchanged(part: Part) -> None:
+    if part.changed:
+        raise ValueError(f"{part.name} changed while it was read; start again when it is complete")
 
 
 def _address(*parts: str) -> str:
     return hashlib.sha256("\n".join((FORMAT, *parts)).encode()).hexdigest()[:32]
 
 
-def _tokenizer(config: PretrainConfig, files: list[Path], digests: list[str], quiet: bool) -> PreTrainedTokenizerBase:
-    """An existing tokenizer, or WordPiece trained on all of the text (held-out documents too, as is usual)."""
+def _tokenizer(config: PretrainConfig, parts: list[Part], quiet: bool) -> PreTrainedTokenizerBase:
+    """An existing tokenizer, or WordPiece trained on the text (on held-out documents too, as is usual)."""
     if existing := config.tokenizer or config.init_from:
         return load_tokenizer(existing)
-    folder = config.cache / "tokenizers" / _address(*digests, str(config.vocab_size), str(config.lowercase))
+    keys = [part.key for part in parts]
+    folder = config.cache / "tokenizers" / _address(*keys, str(config.vocab_size), str(config.lowercase))
     if not folder.exists():
-        trained = train_wordpiece(_paragraphs(files, quiet), config.vocab_size, config.lowercase)
+        documents = (_documents(part, f"tokenizer: {part.name}", quiet) for part in parts)
+        chosen = sample(itertools.chain.from_iterable(documents), SAMPLE_CHARACTERS)
+        lines = (paragraph for document in chosen for paragraph in document)
+        trained = train_wordpiece(lines, config.vocab_size, config.lowercase)
+        for part in parts:
+            _check_unchanged(part)
         with new_folder(folder) as temporary:
             trained.save_pretrained(temporary)
     return load_tokenizer(folder)
 
 
-def _paragraphs(files: list[Path], quiet: bool) -> Iterator[str]:
-    for document in _progress((document for file in files for document in documents(file)), "tokenizer", quiet):
-        yield from document
-
-
-def _progress(items: Iterable[Any], what: str, quiet: bool) -> Iterable[Any]:
-    return tqdm(items, desc=what, unit=" documents", disable=True if quiet else None, leave=False)
-
-
-def _shard(folder: Path, file: Path, digest: str, tokenizer: PreTrainedTokenizerBase, quiet: bool) -> Shard:
-    if not folder.exists():
-        with new_folder(folder) as temporary:
-            _write_shard(temporary, file, tokenizer, quiet)
-            if _file_digest(file) != digest:
-                raise ValueError(f"{file} changed while it was read; start again when it is complete")
-    return Shard(folder)
-
-
-def _write_shard(folder: Path, file: Path, tokenizer: PreTrainedTokenizerBase, quiet: bool) -> None:
-    """Tokenise the file document by document, in batches that bound the memory (all cores work on a batch)."""
-    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    encoder.no_truncation()
-    encoder.no_padding()
-    writer = ShardWriter(folder, len(tokenizer), tokenizer.unk_token_id)
-    batch: list[list[str]] = []
+def sample(documents: Iterator[list[str]], characters: int) -> list[list[str]]:
+    """The documents, or where they have more than so many characters those that fit in, in the order of a hash of
+    their text: the same sample whatever the order of the documents."""
+    kept: list[tuple[int, int, list[str]]] = []  # a heap with the largest hash first
     size = 0
-    for document in _progress(documents(file), file.name, quiet):
-        batch.append([sentence for paragraph in document for sentence in sentences(paragraph)])
-        size += sum(map(len, document))
-        if size >= BATCH_CHARACTERS:
-            writer.add(batch, encoder)
-            batch, size = [], 0
-    writer.add(batch, encoder)
-    writer.close(file)
-
-
-class ShardWriter:
-    """The open files of a shard, and its counts."""
-
-    def __init__(self, folder: Path, vocabulary: int, unknown_id: int | None):
-        self.folder = folder
-        self.dtype = np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
-        self.unknown_id = -1 if unknown_id is None else unknown_id  # -1: byte-level vocabularies know everything
-        self.counts = {"documents": 0, "sentences": 0, "tokens": 0, "unknown": 0}
-        self.files: dict[str, IO[bytes]] = {
-            name: open(folder / f"{name}.bin", "wb") for name in ("tokens", "sentences", "documents", "hashes")
-        }
-        for name in ("sentences", "documents"):
-            self._write(name, [0], np.int64)
-
-    def _write(self, name: str, values: list[int], dtype: Any) -> None:
-        self.files[name].write(np.asarray(values, dtype).tobytes())
-
-    def add(self, batch: list[list[str]], encoder: Tokenizer) -> None:
-        """Documents, each a list of sentences; those without a token are left out."""
-        texts = [sentence for document in batch for sentence in document]
-        encoded = iter(encoder.encode_batch_fast(texts, add_special_tokens=False))
-        for document in batch:
-            encodings = [next(encoded).ids for _ in document]
-            if sentences := [ids for ids in encodings if ids]:
-                self._add_document(sentences, document)
-
-    def _add_document(self, sentences: list[list[int]], document: list[str]) -> None:
-        counts = self.counts
-        for ids in sentences:
-            self._write("tokens", ids, self.dtype)
-            counts["tokens"] += len(ids)
-            counts["unknown"] += ids.count(self.unknown_id)
-            self._write("sentences", [counts["tokens"]], np.int64)
-        counts["sentences"] += len(sentences)
-        counts["documents"] += 1
-        self._write("documents", [counts["sentences"]], np.int64)
-        self.files["hashes"].write(hashlib.blake2b(" ".join(document).encode(), digest_size=8).digest())
-
-    def close(self, source: Path) -> None:
-        for file in self.files.values():
-            file.close()
-        if not self.counts["documents"]:
-            raise ValueError(f"{source}: no text in this file (it is empty or blank)")
-        statistics = {**self.counts, "dtype": self.dtype.name}
-        (self.folder / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n")
+    for number, document in enumerate(documents):
+        text = "\n".join(document)
+        order = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+        heapq.heappush(kept, (-order, number, document))
+        size += len(text)
+        while size > characters and len(kept) > 1:
+            size -= len("\n".join(heapq.heappop(kept)[2]))
+    return [document for _, _, document in sorted(kept, key=lambda item: item[1])]

@@ -39,7 +39,8 @@ def plot_losses(metrics: Path, image: Path) -> None:
 def describe(folder: Path, config: PretrainConfig, corpus: Corpus, result: Evaluation) -> None:
     """The record of provenance and the model card of a finished model; nothing in them is guessed."""
     settings = {name: value for name, value in asdict(config).items() if name not in FREE_ON_RESUME}
-    sources = [describe_data(path, path.name, "train", digest) for path, digest in corpus.sources.items()]
+    parts = [part for source in corpus.sources for part in source.parts]
+    sources = [describe_data(part.path, part.name, "train", part.key) for part in parts]
     append_stage(
         folder,
         "pretrain",

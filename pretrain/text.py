@@ -6,7 +6,7 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from glob import glob
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +18,9 @@ ABBREVIATIONS = frozenset(
     "Mr Mrs Ms Dr Prof Rev Hon Gen Col Capt Lt Sgt Gov Sen Rep St Jr Sr No Nos Art Sec vs cf".split()
 )
 SENTENCE_END = re.compile(r"""[.!?]["')\]\u2019\u201d]*\s+(?=["'(\[\u2018\u201c]*[A-Z0-9])""")
-LAST_WORD = re.compile(r"([^\W\d_]+)\.$")
+LAST_WORD = re.compile(r"[^\W\d_]+$")
+LAST_WORD_CHARACTERS = 1 + max(map(len, ABBREVIATIONS))  # that are looked at: a longer word is no abbreviation
+LONGEST_SENTENCE = 20_000  # characters; examples are far shorter, and the tokenizer's memory follows the longest
 
 
 def find_files(patterns: list[str]) -> list[Path]:
@@ -29,78 +31,88 @@ def find_files(patterns: list[str]) -> list[Path]:
         found = [path] if path.exists() else sorted(Path(name) for name in glob(str(pattern), recursive=True))
         found = [path for path in found if not path.is_dir()]
         if not found:
-            raise ValueError(f"text: no file {pattern!r}; give files or globs (.txt, .gz, .xz, .zst)")
+            raise ValueError(
+                f"text: {pattern!r} is a folder; give its files, as in '{pattern}/*.txt'"
+                if path.is_dir()
+                else f"text: no file {pattern!r}; give files or globs (.txt, .gz, .xz, .zst)"
+            )
         files |= dict.fromkeys(path.resolve() for path in found)
     return list(files)
 
 
-def documents(file: Path) -> Iterator[list[str]]:
+def documents(file: Path, progress: Callable[[int], Any] = lambda position: None) -> Iterator[list[str]]:
     """The paragraphs of one document after another: a paragraph a line, a blank line between documents.
 
-    ValueError for a file that is not UTF-8 text or a damaged archive, with the place where it breaks.
+    `progress` is told, document by document, how many bytes of the file have been read. ValueError for a file that is
+    not UTF-8 text or a damaged archive, with the place where it breaks.
     """
     paragraphs: list[str] = []
-    with _open(file) as lines:
+    opener = OPENERS.get(file.suffix, nullcontext)
+    with open(file, "rb") as raw, opener(raw) as lines:
         for number, line in enumerate(_numbered_errors(file, lines), start=1):
             paragraph = _decode(file, number, line)
             if paragraph:
                 paragraphs.append(paragraph)
             elif paragraphs:
                 yield paragraphs
+                progress(raw.tell())
                 paragraphs = []
     if paragraphs:
         yield paragraphs
 
 
 def sentences(paragraph: str) -> list[str]:
-    """The sentences of a paragraph; nothing of the text is lost but the white space between them."""
+    """The sentences of a paragraph; nothing of the text is lost but the white space between them.
+
+    What has no end for 20,000 characters is cut there, at a space if there is one.
+    """
     found = []
     start = 0
     for match in SENTENCE_END.finditer(paragraph):
-        sentence = paragraph[start : match.end()].strip()
-        if not _ends_in_abbreviation(sentence):
-            found.append(sentence)
-            start = match.end()
-    rest = paragraph[start:].strip()
-    return [*found, rest] if rest else found
+        if match[0].rstrip() == "." and _is_abbreviation(
+            paragraph[max(start, match.start() - LAST_WORD_CHARACTERS) : match.start()]
+        ):
+            continue
+        found += _cut(paragraph, start, match.end())
+        start = match.end()
+    return found + _cut(paragraph, start, len(paragraph))
 
 
-def _ends_in_abbreviation(sentence: str) -> bool:
-    match = LAST_WORD.search(sentence)
+def _is_abbreviation(end: str) -> bool:
+    match = LAST_WORD.search(end)
     if match is None:
         return False
-    return match[1] in ABBREVIATIONS or len(match[1]) == 1 and match[1].isupper() and match[1] != "I"
+    return match[0] in ABBREVIATIONS or len(match[0]) == 1 and match[0].isupper() and match[0] != "I"
 
 
-@contextmanager
-def _open(file: Path) -> Iterator[IO[bytes]]:
-    if file.suffix == ".zst":
-        with _open_zst(file) as stream:
-            yield stream
-        return
-    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-    with openers.get(file.suffix, open)(file, "rb") as stream:
-        yield stream
+def _cut(paragraph: str, start: int, stop: int) -> list[str]:
+    pieces = []
+    while stop - start > LONGEST_SENTENCE:
+        end = paragraph.rfind(" ", start + 1, start + LONGEST_SENTENCE)
+        end = end if end > 0 else start + LONGEST_SENTENCE
+        pieces.append(paragraph[start:end].strip())
+        start = end
+    pieces.append(paragraph[start:stop].strip())
+    return [piece for piece in pieces if piece]
 
 
-def _open_zst(file: Path) -> IO[bytes]:
-    try:
-        import zstandard
-    except ImportError:
-        raise ValueError(f"{file}: reading .zst needs the package zstandard: pip install zstandard") from None
-    return io.BufferedReader(zstandard.open(file, "rb"))  # its reader knows no lines
+def _open_zst(raw: IO[bytes]) -> IO[bytes]:
+    import pyarrow  # comes with datasets; the package zstandard takes a truncated file for a whole one
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
+
+
+OPENERS: dict[str, Callable[[IO[bytes]], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".zst": _open_zst}
 
 
 def _numbered_errors(file: Path, lines: IO[bytes]) -> Iterator[bytes]:
     """The lines; a damaged or truncated archive becomes a ValueError that names the file."""
     try:
         yield from lines
-    except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+    except (lzma.LZMAError, zlib.error, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's trouble, not the archive's
+            raise
         raise ValueError(f"{file}: damaged or truncated {file.suffix} archive: {error}") from error
-    except Exception as error:
-        if type(error).__module__.startswith("zstandard"):
-            raise ValueError(f"{file}: damaged or truncated {file.suffix} archive: {error}") from error
-        raise
 
 
 def _decode(file: Path, number: int, line: bytes) -> str:

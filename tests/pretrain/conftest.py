@@ -57,6 +57,7 @@ def options(corpus_file, cache, tmp_path):
         "warmup_steps": 2,
         "learning_rate": 5e-3,
         "workers": 0,
+        "prepare_workers": 1,
         "log_every": 3,
         "evaluate_every": 6,
         "evaluation_examples": 8,

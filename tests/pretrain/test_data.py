@@ -137,9 +137,9 @@ def test_an_epoch_shows_every_example_once_and_the_next_one_in_another_order(exa
     per_epoch = len(examples) // 8
     first, second = ([batches.rows(step) for step in range(start, start + per_epoch)] for start in (0, per_epoch))
     assert {epoch for epoch, _ in first} == {0} and {epoch for epoch, _ in second} == {1}
-    shown = np.concatenate([rows for _, rows in first])
-    assert len(set(shown)) == len(shown) == 8 * per_epoch
-    assert not np.array_equal(shown, np.concatenate([rows for _, rows in second]))
+    shown, again = (np.concatenate([rows for _, rows in epoch]) for epoch in (first, second))
+    assert len(set(shown[:, 1])) == len(shown) == 8 * per_epoch
+    assert (shown[:, 0] == 0).all() and (again[:, 0] == 1).all() and not np.array_equal(shown, again)
 
 
 def test_padding_is_on_the_right_and_not_predicted(examples):

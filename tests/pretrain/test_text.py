@@ -2,6 +2,7 @@ import gzip
 import lzma
 
 import pytest
+import zstandard
 
 from pretrain.text import documents, find_files, sentences
 
@@ -17,8 +18,9 @@ def test_documents_are_separated_by_blank_lines(tmp_path, suffix, opener):
 
 
 def test_zst_files_are_read(tmp_path):
-    zstandard = pytest.importorskip("zstandard")
-    (tmp_path / "text.zst").write_bytes(zstandard.compress(TEXT.encode()))
+    half = len(TEXT) // 2
+    frames = [zstandard.compress(part.encode()) for part in (TEXT[:half], TEXT[half:])]  # as `zstd` appends
+    (tmp_path / "text.zst").write_bytes(b"".join(frames))
     assert list(documents(tmp_path / "text.zst")) == [["One. Two.", "Three."], ["Four, five."]]
 
 
@@ -42,8 +44,11 @@ def test_no_text_is_lost_between_sentences(corpus_text):
     assert " ".join(sentences(corpus_text)).split() == corpus_text.split()
 
 
-def test_a_sentence_of_ten_megabytes_stays_one_and_is_quick():
-    assert len(sentences("word " * 2_000_000)) == 1
+@pytest.mark.parametrize("text", ["word " * 2_000_000, "a" * 10_000_000, "Mr. " * 250_000, "." + "'" * 10_000_000])
+def test_a_line_without_an_end_is_cut_into_pieces_and_nothing_is_lost(text):
+    found = sentences(text)
+    assert "".join(found).replace(" ", "") == text.replace(" ", "") and len(text) // 20_000 <= len(found)
+    assert max(map(len, found)) <= 20_000
 
 
 def test_globs_and_names_give_each_file_once(tmp_path):
@@ -61,6 +66,9 @@ def test_globs_and_names_give_each_file_once(tmp_path):
         ("bad.xz", lzma.compress(TEXT.encode() * 9)[:-20], "damaged or truncated .xz archive"),
         ("bad.gz", gzip.compress(TEXT.encode() * 9, mtime=0)[:-12], "damaged or truncated .gz archive"),
         ("bad.gz", b"plain text", "damaged or truncated .gz archive"),
+        ("bad.zst", zstandard.compress(TEXT.encode() * 9)[:-5], "damaged or truncated .zst archive"),
+        ("bad.zst", b"plain text", "damaged or truncated .zst archive"),
+        ("text.txt", "\ufeffOne.\n".encode("utf-16"), "line 1 is not UTF-8 text (byte 0xff at column 1)"),
     ],
 )
 def test_what_is_not_text_is_named_with_its_place(tmp_path, name, content, named):
@@ -75,3 +83,16 @@ def test_a_missing_file_is_named(tmp_path):
         find_files(["nowhere.txt"])
     with pytest.raises(ValueError, match="no file"):
         find_files([str(tmp_path / "*.txt")])
+
+
+def test_a_folder_is_named_with_what_to_give(tmp_path):
+    (tmp_path / "one.txt").write_text(TEXT)
+    with pytest.raises(ValueError, match="is a folder; give its files, as in '.*/\\*.txt'"):
+        find_files([str(tmp_path)])
+
+
+def test_progress_is_told_in_bytes_of_the_file(tmp_path):
+    (tmp_path / "text.gz").write_bytes(gzip.compress(TEXT.encode()))
+    told = []
+    list(documents(tmp_path / "text.gz", told.append))
+    assert told == [(tmp_path / "text.gz").stat().st_size]
