@@ -88,6 +88,30 @@ def mean_flops(
     return sum(cost[row] for row in rows) / len(rows)
 
 
+def exit_flops(
+    config: ElasticBertConfig, tokens: Sequence[int] | torch.Tensor, length_config=None, head: str = "sequence"
+) -> torch.Tensor:
+    """FLOPs of leaving at each exit, every exit below asked: (exits, rows) int64, for rows of `tokens` tokens.
+
+    What `flops` gives row by row, for many rows at once.
+    """
+    inside = torch.as_tensor(tokens, dtype=torch.long)
+    if inside.dim() != 1 or not len(inside) or inside.min() < 1:
+        raise ValueError("tokens must be a list of at least one count, each at least 1.")
+    lengths = check_length_config(
+        config.length_config if length_config is None else length_config, config.num_hidden_layers
+    )
+    real, spent, costs = inside, torch.zeros_like(inside), []
+    for layer in range(1, config.num_hidden_layers + 1):
+        kept = inside if lengths is None else tokens_to_keep(lengths[layer - 1], real).minimum(inside)
+        spent = spent + _attention(config, layer, inside) + _feed_forward(config, layer, kept)
+        inside = kept
+        if layer in (config.exit_layers or ()):
+            spent = spent + _exit_head(config, head, real)
+            costs.append(spent)
+    return torch.stack(costs)
+
+
 def parameters(config: ElasticBertConfig, head: str = "sequence", exit_layer: int | None = None) -> int:
     """Parameters of the model cut after `exit_layer` (None = the whole model), with the heads of the exits up to
     there.
@@ -105,16 +129,16 @@ def parameters(config: ElasticBertConfig, head: str = "sequence", exit_layer: in
     return count + _head_parameters(config, head, len([layer for layer in exits if layer <= top]))
 
 
-def _attention(config, layer: int, tokens: int) -> int:
+def _attention(config, layer: int, tokens):
     heads = config.head_sizes[layer - 1]
     return 2 * (4 * tokens * config.hidden_size * heads + 2 * tokens * tokens * heads)
 
 
-def _feed_forward(config, layer: int, tokens: int) -> int:
+def _feed_forward(config, layer: int, tokens):
     return 2 * 2 * tokens * config.hidden_size * config.intermediate_size_per_layer[layer - 1]
 
 
-def _exit_head(config, head: str, tokens: int) -> int:
+def _exit_head(config, head: str, tokens):
     width, pooler = config.hidden_size, config.hidden_size**2
     uncertainty = width if config.learned_exit_head else 0
     predictions = tokens * (width * width + width * config.vocab_size)

@@ -141,12 +141,17 @@ POLICIES = {
 }
 
 
+COMPARED = ("entropy", "confidence", "margin", "learned")  # one number an exit against a threshold
+
+
 def leaving(policy: dict, history: list[Prediction], positions: list[int], exit_layers: list[int]) -> torch.Tensor:
     """Which rows leave at the last exit of `history`: (rows,) booleans.
 
     history: the exits that the rows inside have passed; positions: their places in `exit_layers`, the model's exits,
     which give each exit its own threshold. The last exit is never asked: every row that is still inside leaves there.
     """
+    if policy["name"] == "never":
+        return _nobody(history)
     if policy["name"] == "constant":
         return ~_nobody(history) if exit_layers[positions[-1]] >= policy["layer"] else _nobody(history)
     if "threshold" not in policy:
@@ -154,6 +159,29 @@ def leaving(policy: dict, history: list[Prediction], positions: list[int], exit_
     thresholds = thresholds_of(policy, len(exit_layers))
     passed = [thresholds[position] for position in positions]
     return POLICIES[policy["name"]](history, passed if policy["name"] == "patience" else passed[-1], policy)
+
+
+def sweep(policies: list[dict], exit_logits, exit_layers: list[int], problem_type: str, mask=None, uncertainty=None):
+    """Where each row leaves under each of many settings of one policy: (settings, rows) places among the exits.
+
+    Arguments as in `simulate`, whose answers these are; certainty is computed once for all settings.
+    """
+    policies = [check_exit_policy(policy, len(exit_layers), problem_type) or {"name": "never"} for policy in policies]
+    exit_logits, history = torch.as_tensor(exit_logits), []
+    mask = None if mask is None else torch.as_tensor(mask).bool()
+    left = torch.full((len(policies), exit_logits.shape[1]), len(exit_layers) - 1, device=exit_logits.device)
+    together = bool(policies) and all(policy["name"] in COMPARED for policy in policies)
+    for position in range(len(exit_layers) - 1):
+        doubt = None if uncertainty is None else torch.as_tensor(uncertainty)[position]
+        history.append(predict(exit_logits[position], problem_type, mask, doubt))
+        if together:
+            limits = torch.tensor([thresholds_of(policy, len(exit_layers))[position] for policy in policies])
+            leaves = POLICIES[policies[0]["name"]](history, limits[:, None].to(exit_logits.device), policies[0])
+        else:
+            positions = list(range(position + 1))
+            leaves = torch.stack([leaving(one, history, positions, exit_layers) for one in policies])
+        left = torch.where(leaves & (left == len(exit_layers) - 1), position, left)
+    return left
 
 
 def simulate(policy, exit_logits, exit_layers: list[int], problem_type: str, mask=None, uncertainty=None):

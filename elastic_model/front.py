@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+Numbers = Sequence[float] | np.ndarray
 
-def pareto_front(costs: Sequence[float], qualities: Sequence[float]) -> list[int]:
+
+def pareto_front(costs: Numbers, qualities: Numbers) -> list[int]:
     """Which points no other point beats: indices, the cheapest first, so that quality rises along them.
 
     Of equal points the first counts. ValueError for a NaN, which would compare as neither better nor worse.
@@ -19,7 +21,7 @@ def pareto_front(costs: Sequence[float], qualities: Sequence[float]) -> list[int
     return front
 
 
-def area_under_front(costs: Sequence[float], qualities: Sequence[float], full: float) -> float:
+def area_under_front(costs: Numbers, qualities: Numbers, full: float) -> float:
     """The mean over budgets, from 0 to the cost `full`, of the best quality that a budget buys; 0 where it buys none.
 
     The area under the front in steps, as in figure 4 of Kim and Cho (2021), with the cost as a share of the full one.
@@ -30,7 +32,7 @@ def area_under_front(costs: Sequence[float], qualities: Sequence[float], full: f
     return float((np.diff(edges) * quality[front]).sum() / full)
 
 
-def checked(costs: Sequence[float], qualities: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+def checked(costs: Numbers, qualities: Numbers) -> tuple[np.ndarray, np.ndarray]:
     """The two as float64 arrays of one length; ValueError where they are not, are empty, or hold a NaN."""
     cost, quality = np.asarray(costs, float), np.asarray(qualities, float)
     if cost.shape != quality.shape or cost.ndim != 1 or not len(cost):

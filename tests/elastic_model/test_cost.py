@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import elastic_model
 from elastic_model import ElasticBertConfig
-from elastic_model.cost import flops, mean_flops, modules, parameters
+from elastic_model.cost import exit_flops, flops, mean_flops, modules, parameters
 
 TOKENS = 13
 HEADS = {
@@ -103,3 +103,15 @@ def test_parameters_of_a_shallower_model():
 def test_impossible_questions_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         flops(config_of(), **arguments)
+
+
+@pytest.mark.parametrize("head", ["sequence", "token", "question_answering"])
+@pytest.mark.parametrize("lengths", [None, [1.0, 0.7, 0.4, 0.1], [9, 7, 4, 2]])
+def test_many_rows_at_once_cost_what_each_costs(lengths, head):
+    config, tokens = config_of(exit_layers=[1, 3, 4]), [1, 2, 3, 10, 13, 29, 32]
+    table = exit_flops(config, tokens, lengths, head)
+    for place, layer in enumerate(config.exit_layers):
+        each = [flops(config, count, length_config=lengths, exit_layer=layer, head=head) for count in tokens]
+        assert table[place].tolist() == each
+    with pytest.raises(ValueError, match="at least 1"):
+        exit_flops(config, [3, 0])

@@ -9,7 +9,7 @@ import torch
 
 import elastic_model
 from elastic_model import ElasticBertConfig
-from elastic_model.exit_policies import normalised_entropy, predict, simulate, top_margin, top_probability
+from elastic_model.exit_policies import normalised_entropy, predict, simulate, sweep, top_margin, top_probability
 
 CLASSIFY = [
     {"name": "entropy", "threshold": 0.7},
@@ -106,6 +106,32 @@ def test_simulation_answers_as_the_model_does(task, policy):
     output = model(input_ids, mask, exit_policy=policy)
     assert left_at.tolist() == output.exit_layers.tolist()
     torch.testing.assert_close(answers(output), simulated, atol=1e-5, rtol=0)
+
+
+SWEEPS = [
+    ("classification", [{"name": name, "threshold": t} for t in (0.0, 0.3, [0.2, 0.9, 0.4, 0.9, 0.6, 0.1], 1.0)])
+    for name in ("entropy", "confidence", "margin", "learned")
+] + [
+    ("tokens", [{"name": "entropy", "threshold": t} for t in (0.5, 0.9, 0.97)]),
+    ("spans", [{"name": "margin", "threshold": t} for t in (0.01, 0.1)]),
+    ("classification", [{"name": "patience", "patience": count} for count in (1, 2, 3)]),
+    ("multi-label", [{"name": "voting", "votes": count} for count in (1, 2, 3)]),
+    ("regression", [{"name": "patience", "patience": 1, "threshold": t} for t in (0.1, 0.5, 2.0)]),
+]
+
+
+@pytest.mark.parametrize("task, policies", SWEEPS, ids=str)
+@torch.no_grad()
+def test_a_sweep_is_a_simulation_of_each_setting(task, policies):
+    model = model_of(task)
+    input_ids, mask = rows_of([20, 5, 11, 3, 1, 17, 9, 2], seed=2)
+    full = model(input_ids, mask, exit_policy={"name": "never"})
+    kind = {"tokens": "token_classification", "spans": "question_answering"}.get(task) or model.problem()
+    arguments = (torch.stack(tuple(exits(full))), model.exit_layers, kind, mask.bool(), full.exit_uncertainty)
+    left = sweep(policies, *arguments)
+    for policy, places in zip(policies, left, strict=True):
+        assert [model.exit_layers[place] for place in places] == simulate(policy, *arguments)[1].tolist()
+    assert len(left.unique()) > 1
 
 
 @torch.no_grad()
