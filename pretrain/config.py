@@ -94,6 +94,18 @@ class PretrainConfig(Source):
         True, help="each layer gets the mean, not the sum, of the exits' gradients above"
     )
     exit_groups: int = option(2, help="grouped training: groups of exits, one group a step; the last exit is in all")
+    length_drop: float = option(
+        0.0,
+        help="LengthDrop: the largest share of its tokens that a sub-network drops from layer to layer (paper: 0.2)",
+    )
+    layer_drop: float = option(
+        0.0, help="LayerDrop: the chance of each layer to be left out of a sub-network (paper: 0.2)"
+    )
+    sandwich: int = option(
+        2,
+        help="with length_drop or layer_drop: sub-networks sampled per update beside the smallest one, all of them "
+        "learning the full model's answers",
+    )
 
     # data
     max_length: int = option(128, help="tokens per example, at most, special tokens included")
@@ -132,6 +144,9 @@ class PretrainConfig(Source):
     license: str | None = option(
         None, help="licence you give the checkpoint, as the hub names it (default: the one its parent's card states)"
     )
+    peak_tflops: float | None = option(
+        None, help="what one device can do, for the utilisation in the log (default: by the GPU's name, in bf16)"
+    )
     tracker: str | None = option(None, help="a tracker of accelerate (tensorboard, wandb, ...) beside metrics.jsonl")
 
     def __post_init__(self) -> None:
@@ -142,8 +157,9 @@ class PretrainConfig(Source):
         for name, (low, high) in RANGES.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must lie within {low}..{high}, got {getattr(self, name)}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        for name in ("learning_rate", "peak_tflops"):
+            if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be positive, got {value}")
         if not 8 <= self.max_length <= self.max_position_embeddings:
             raise ValueError(
                 f"max_length must lie within 8..max_position_embeddings ({self.max_position_embeddings}), "
@@ -208,6 +224,9 @@ AT_LEAST_ONE = (
 )
 RANGES = {
     "dropout": (0, 0.9),
+    "length_drop": (0, 0.9),
+    "layer_drop": (0, 0.9),
+    "sandwich": (0, 16),
     "initializer_range": (1e-5, 1),
     "short_probability": (0, 1),
     "mask_probability": (0.01, 0.9),
@@ -236,6 +255,6 @@ FREE_ON_RESUME = frozenset(
             "micro_batch_size",
         ),
         *("log_every", "evaluate_every", "evaluation_examples", "save_every", "keep_checkpoints", "tracker"),
-        *("license", "max_skipped", "vocab_size", "lowercase"),
+        *("license", "max_skipped", "peak_tflops", "vocab_size", "lowercase"),
     }
 )

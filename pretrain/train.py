@@ -3,12 +3,13 @@
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from transformers.utils.logging import disable_progress_bar
 from elastic_model import ElasticBertConfig, ElasticBertForPreTraining
 from elastic_model.arguments import to_yaml
 from elastic_model.folders import check_output, claim_folder, new_file, new_folder
-from elastic_model.losses import exit_group
+from elastic_model.losses import exit_group, trained_exits
+from elastic_model.subnetworks import sandwich
 from pretrain.checkpoint import (
     Checkpoint,
     check_same_run,
@@ -40,6 +42,7 @@ from pretrain.data import Batch, Examples, GlobalBatches, Share, check_batch_siz
 from pretrain.distributed import Tensors, on_main_process, start_accelerator, start_engine
 from pretrain.evaluate import Evaluation, evaluate, unigram_losses
 from pretrain.masking import IGNORED
+from pretrain.metrics import Update, Window, cut_metrics, flat, peak_flops, peak_memory, update_flops
 from pretrain.prepare import Corpus, prepare
 from pretrain.report import describe, plot_losses
 
@@ -56,27 +59,6 @@ class Progress:
     tokens: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
-
-
-@dataclass
-class Window:
-    """Sums since the last line of the log: per exit layer, MLM + SOP losses of the updates that computed it."""
-
-    started: float = field(default_factory=time.perf_counter)
-    tokens: int = 0
-    sums: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> (MLM, SOP)
-    updates: dict[int, int] = field(default_factory=dict)
-
-    def add(self, layers: list[int], losses: torch.Tensor, tokens: int) -> None:
-        """losses (exits, 2) of one update, tokens of its global batch"""
-        self.tokens += tokens
-        for layer, pair in zip(layers, losses, strict=True):
-            self.sums[layer] = self.sums.get(layer, 0) + pair
-            self.updates[layer] = self.updates.get(layer, 0) + 1
-
-    def means(self) -> dict[int, list[float]]:
-        """Exit layer -> mean MLM loss, mean SOP loss."""
-        return {layer: (self.sums[layer] / self.updates[layer]).tolist() for layer in sorted(self.sums)}
 
 
 def build_model(
@@ -183,6 +165,7 @@ class Run:
         self.engine = start_engine(accelerator, model, make_optimizer, config, self.micro_batch_size)
         if checkpoint:
             self.engine.load_optimizer(load_optimizer_tensors(checkpoint))
+        self.peak_flops = peak_flops(config.peak_tflops, config.precision, accelerator.num_processes)
         self.window = Window()
         self.stop_requested = False  # of this process, set by a signal
         self.stopping = False  # of all processes, agreed on at the start of an update
@@ -213,12 +196,12 @@ class Run:
         """One optimizer step on a global batch; skipped, and counted, where the gradient is not finite."""
         progress, config = self.progress, self.config
         masked, pairs, tokens, stop = self._global_counts(micro_batches)
-        exits = exit_group(self.exit_layers, config.exit_groups, progress.step)
-        losses = self._backward(micro_batches, exits, masked, pairs)
+        update = self._backward(micro_batches, masked, pairs)
         self.norm = self.engine.step(learning_rate(progress.step, config))
         if math.isfinite(self.norm):
             progress.skipped_in_a_row = 0
-            self.window.add(exits, losses, int(tokens))
+            work = (self.plain_model.config, config.batch_size, tokens, masked, update.exits, update.students)
+            self.window.add(update, int(tokens), update_flops(*work))
         else:
             self._skip()
         progress.step += 1
@@ -238,26 +221,39 @@ class Run:
         total = torch.tensor(counts, dtype=torch.float64, device=self.accelerator.device)
         return self.accelerator.reduce(total, "sum").tolist()
 
-    def _backward(self, micro_batches: list[Batch], exits: list[int], masked: float, pairs: float) -> torch.Tensor:
-        """Gradients of the global batch's loss; -> (exits, 2), this process's part of the MLM and SOP losses.
+    def _subnetworks(self) -> tuple[list[int], list[dict[str, Any]]]:
+        """The exits that the next update trains and the students it teaches: functions of (seed, step), so that all
+        processes draw the same."""
+        config, step = self.config, self.progress.step
+        exits = trained_exits(config.exit_loss, exit_group(self.exit_layers, config.exit_groups, step))
+        if not config.length_drop and not config.layer_drop:
+            return exits, []
+        draw = random.Random(f"{config.seed} {step}")
+        layers = self.plain_model.config.num_hidden_layers
+        drawn = sandwich(layers, config.sandwich, draw, length_drop=config.length_drop, layer_drop=config.layer_drop)
+        return exits, [vars(one) for one in drawn]
+
+    def _backward(self, micro_batches: list[Batch], masked: float, pairs: float) -> Update:
+        """Gradients of the global batch's loss, and this process's part of what it was.
 
         Sums are divided by the counts of the global batch over the number of processes, whose gradients are averaged:
         the update is the same however the batch is dealt out. Dropout is a function of (seed, step, process).
         """
         accelerator = self.accelerator
         torch.manual_seed(_seed_of(self.config.seed, self.progress.step, accelerator.process_index))
-        losses = torch.zeros(len(exits), 2, device=accelerator.device)
+        exits, students = self._subnetworks()
+        counts = masked / accelerator.num_processes, max(pairs, 1) / accelerator.num_processes
+        zeros = torch.zeros(len(exits), 4, device=accelerator.device)
+        update = Update(exits, students, zeros, zeros.sum())
         for number, batch in enumerate(micro_batches, start=1):
+            batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()}
             with self.engine.micro_batch(last=number == len(micro_batches)):
-                output = self.model(
-                    **{name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()},
-                    exits=exits,
-                    mlm_count=masked / accelerator.num_processes,
-                    sop_count=max(pairs, 1) / accelerator.num_processes,
-                )
+                output = self.model(**batch, exits=exits, students=students, mlm_count=counts[0], sop_count=counts[1])
                 self.engine.backward(output.loss)
-            losses += torch.stack([torch.stack(output.mlm_losses), torch.stack(output.sop_losses)], dim=1).detach()
-        return losses
+            update.per_exit = update.per_exit + _per_exit(output, batch["sentence_order_label"], *counts)
+            if students:
+                update.distillation += output.distillation_loss.detach()
+        return update
 
     def _skip(self) -> None:
         progress = self.progress
@@ -271,21 +267,17 @@ class Run:
 
     def log(self) -> dict[str, Any]:
         """A line of metrics.jsonl about the updates since the line before."""
-        window, progress = self.window, self.progress
-        seconds = time.perf_counter() - window.started
-        if window.sums and self.accelerator.num_processes > 1:
-            window.sums = {layer: self.accelerator.reduce(window.sums[layer], "mean") for layer in sorted(window.sums)}
-        means = window.means()
+        progress, means = self.progress, self.window.means(self.accelerator)
         line = {
             "step": progress.step,
             "epoch": self.batches.rows(progress.step - 1)[0],
-            "mlm_loss": {layer: mlm for layer, (mlm, _) in means.items()},
-            "sop_loss": {layer: sop for layer, (_, sop) in means.items()},
+            **means,
             "learning_rate": learning_rate(progress.step - 1, self.config),
             "gradient_norm": self.norm if math.isfinite(self.norm) else None,
             "skipped": progress.skipped,
             "tokens": progress.tokens,
-            "tokens_per_second": round(window.tokens / seconds, 1),
+            **self.window.speed(self.peak_flops),
+            "peak_memory_gib": round(peak_memory(), 3),
         }
         self.window = Window()
         self._write(line)
@@ -295,7 +287,7 @@ class Run:
         if self.accelerator.is_main_process:
             with open(self.config.output / METRICS, "a") as file:
                 file.write(json.dumps(line) + "\n")
-        self.accelerator.log(_flat(line), step=self.progress.step)
+        self.accelerator.log(flat(line), step=self.progress.step)
 
     def evaluate(self) -> Evaluation:
         """Losses on the held-out documents, also written to metrics.jsonl."""
@@ -323,6 +315,14 @@ class Run:
         on_main_process(self.accelerator, write)
 
 
+def _per_exit(output, orders: torch.Tensor, masked: float, pairs: float) -> torch.Tensor:
+    """(exits, 4): what PER_EXIT names, of one micro-batch, as its part of the global batch"""
+    right = torch.stack(output.mlm_right) / masked
+    ordered = torch.stack([(logits.argmax(-1) == orders).sum() for logits in output.exit_sop_logits]) / pairs
+    losses = (torch.stack(output.mlm_losses), torch.stack(output.sop_losses))
+    return torch.stack([*losses, right, ordered], dim=1).detach()
+
+
 def _seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
@@ -331,31 +331,6 @@ def _ignore_signals(worker: int) -> None:
     """Workers live until the training process ends them, also where a signal goes to the whole group."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-
-
-def _flat(line: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested numbers under names like mlm_loss/4, as trackers want them."""
-    flat: dict[str, float] = {}
-    for name, value in line.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}/")
-        elif value is not None:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
-def _cut_metrics(file: Path, step: int) -> None:
-    """Drop the lines that a resumed run is going to write again, and half a line that a killed one left."""
-    kept = []
-    for text in file.read_text().splitlines() if file.exists() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            break
-        if line["step"] <= step:
-            kept.append(text + "\n")
-    with new_file(file) as temporary:
-        temporary.write_text("".join(kept))
 
 
 @contextmanager
@@ -384,7 +359,7 @@ def _check_run_folder(config: PretrainConfig) -> None:
 def _open_run_folder(config: PretrainConfig, step: int) -> None:
     claim_folder(config.output)
     (config.output / "config.yaml").write_text(to_yaml(config))
-    _cut_metrics(config.output / METRICS, step)
+    cut_metrics(config.output / METRICS, step)
 
 
 def train(config: PretrainConfig) -> int:
@@ -392,6 +367,8 @@ def train(config: PretrainConfig) -> int:
     _check_run_folder(config)
     disable_progress_bar()  # transformers' bars for saving one file would tear ours
     accelerator = start_accelerator(config)
+    if config.tracker and not accelerator.log_with:  # accelerate leaves it out without a word
+        raise ValueError(f"tracker {config.tracker!r} is not installed: pip install {config.tracker}, or leave it out")
     with accelerator.local_main_process_first():
         corpus = prepare(config, quiet=not accelerator.is_local_main_process)
     run = Run(config, accelerator, corpus, checkpoint_to_resume(config.output, config.resume_previous))
@@ -433,17 +410,28 @@ def _loop(run: Run) -> int:
         bar.update()
         if step % config.log_every == 0 or step == config.steps:
             line = run.log()
-            bar.set_postfix({f"exit {layer}": f"{loss:.2f}" for layer, loss in line["mlm_loss"].items()})
+            bar.set_postfix(_shown(line))
         if run.stopping and step < config.steps:
             run.save()
             run.accelerator.print(f"stopped after update {step}; --resume continues it")
             return STOPPED
         if step % config.evaluate_every == 0 and step < config.steps:
-            run.evaluate()
+            result = run.evaluate()
+            if run.accelerator.is_main_process:
+                bar.write(f"update {step}, held-out documents:\n{result.table()}")
         if step % config.save_every == 0 or step == config.steps:
             run.save()
     bar.close()
     return 0
+
+
+def _shown(line: dict[str, Any]) -> dict[str, str]:
+    """What the progress bar tells of a line of the log: the last exit's losses, and the speed."""
+    last = {name: list(line[name].values())[-1:] for name in ("mlm_loss", "sop_loss")}
+    shown = {name.replace("_", " "): f"{value:.3f}" for name, values in last.items() for value in values}
+    if line["skipped"]:
+        shown["skipped"] = str(line["skipped"])
+    return {**shown, "tokens/s": f"{line['tokens_per_second']:.0f}"}
 
 
 def _finish(run: Run) -> None:

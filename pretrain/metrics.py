@@ -1,0 +1,154 @@
+"""What is measured while a model trains: losses and accuracies per exit, speed, model FLOPs utilisation, memory."""
+
+import json
+import re
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from elastic_model import ElasticBertConfig
+from elastic_model.cost import flops, modules
+from elastic_model.folders import new_file
+
+PER_EXIT = ("mlm_loss", "sop_loss", "mlm_accuracy", "sop_accuracy")
+
+# dense bf16 TFLOPS of one device, from the makers' data sheets; a name that fits two rows is the upper one's
+PEAK_TFLOPS = {
+    r"\bB200\b": 2250,
+    r"\bH200\b": 989,
+    r"\bH100 PCIe\b": 756,
+    r"\bH100\b": 989,
+    r"\bA100\b": 312,
+    r"\bL40S\b": 362,
+    r"\bL4\b": 121,
+    r"\bA10\b": 125,
+    r"\bRTX 4090\b": 165,
+}
+
+
+@dataclass
+class Update:
+    """What one update computed: exits, students, and (exits, 4) this process's part of what PER_EXIT names."""
+
+    exits: list[int]
+    students: list[dict[str, Any]]
+    per_exit: torch.Tensor
+    distillation: torch.Tensor  # a scalar, this process's part
+
+
+@dataclass
+class Window:
+    """Sums over the updates since the last line of the log; per exit layer over those that computed it."""
+
+    started: float = field(default_factory=time.perf_counter)
+    tokens: int = 0
+    flops: float = 0.0
+    updates: int = 0
+    distillation: torch.Tensor | float = 0.0
+    per_exit: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> (4,)
+    updates_of: dict[int, int] = field(default_factory=dict)  # layer -> updates that computed its exit
+
+    def add(self, update: Update, tokens: int, flops: float) -> None:
+        """tokens and flops: of the global batch"""
+        self.tokens += tokens
+        self.flops += flops
+        self.updates += 1
+        self.distillation = self.distillation + update.distillation
+        for layer, values in zip(update.exits, update.per_exit, strict=True):
+            self.per_exit[layer] = self.per_exit.get(layer, 0) + values
+            self.updates_of[layer] = self.updates_of.get(layer, 0) + 1
+
+    def means(self, accelerator: Accelerator) -> dict[str, Any]:
+        """PER_EXIT as {exit layer: mean over the updates}, distillation_loss as a number; of all processes."""
+        layers = sorted(self.per_exit)
+        if not layers:
+            return {name: {} for name in PER_EXIT}
+        values = torch.stack([self.per_exit[layer] / self.updates_of[layer] for layer in layers])
+        distillation = torch.as_tensor(self.distillation / self.updates, device=values.device)
+        if accelerator.num_processes > 1:
+            values, distillation = (accelerator.reduce(one, "mean") for one in (values, distillation))
+        columns = zip(PER_EXIT, values.T.tolist(), strict=True)
+        means: dict[str, Any] = {name: dict(zip(layers, column, strict=True)) for name, column in columns}
+        return {**means, "distillation_loss": float(distillation)}
+
+    def speed(self, peak_flops: float | None) -> dict[str, float | None]:
+        """Real tokens and model FLOPs per second of all processes; peak_flops: what their devices could do."""
+        seconds = time.perf_counter() - self.started
+        return {
+            "tokens_per_second": round(self.tokens / seconds, 1),
+            "model_tflops_per_second": round(self.flops / seconds / 1e12, 4),
+            "model_flops_utilisation": None if peak_flops is None else round(self.flops / seconds / peak_flops, 4),
+        }
+
+
+def update_flops(
+    config: ElasticBertConfig,
+    rows: int,
+    tokens: float,
+    masked: float,
+    exits: list[int],
+    students: Sequence[Mapping[str, Any]] = (),
+) -> float:
+    """Model FLOPs of an update: the forward pass of the exits and students it computes, and twice that for backward.
+
+    rows, real tokens and masked tokens: of the global batch, each row counted as one of the mean length. What is
+    computed again to save memory is not counted (Chowdhery et al. 2022, PaLM, appendix B).
+    """
+    length, predicted = max(1, round(tokens / rows)), max(1, round(masked / rows))
+    head = flops(config, predicted, head="pretraining", asked=exits[-1:])
+    head -= flops(config, predicted, head="none", asked=exits[-1:])
+    forward = 0
+    for subnetwork in ({}, *students):
+        passed = modules(config, length, head="none", asked=exits, **subnetwork)
+        forward += sum(module.flops for module in passed)
+        forward += head * sum(module.name.startswith("exit") for module in passed)
+    return 3.0 * rows * forward
+
+
+def peak_flops(given_tflops: float | None, precision: str, processes: int) -> float | None:
+    """What the devices of all processes could do: as given, or by the GPU's name in bf16; None where unknown."""
+    tflops = given_tflops
+    if tflops is None and precision == "bf16" and torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        tflops = next((value for known, value in PEAK_TFLOPS.items() if re.search(known, name)), None)
+    return None if tflops is None else tflops * 1e12 * processes
+
+
+def peak_memory() -> float:
+    """GiB that this process held at most: of its GPU where there is one, else of main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def flat(line: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested numbers under names like mlm_loss/4, as trackers want them."""
+    found: dict[str, float] = {}
+    for name, value in line.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}/")
+        elif value is not None:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def cut_metrics(file: Path, step: int) -> None:
+    """Drop the lines that a resumed run is going to write again, and half a line that a killed one left."""
+    kept = []
+    for text in file.read_text().splitlines() if file.exists() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            break
+        if line["step"] <= step:
+            kept.append(text + "\n")
+    with new_file(file) as temporary:
+        temporary.write_text("".join(kept))
