@@ -1,0 +1,135 @@
+"""Operating points of a model on a task: chosen on dev, run on test, written as ELUE's files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from elastic_model import ElasticBertConfig
+from elastic_model.cost import exit_flops
+from elastic_model.exit_policies import simulate, sweep
+from elastic_model.front import pareto_front
+from elastic_model.modeling_elasticbert import ElasticBertExitModel
+from finetune.data import Encoded, collate, inputs_of, sorted_batches
+from finetune.elue.methods import Setting
+from finetune.elue.submission import modules_text, steps_of, write_predictions
+from finetune.kinds import answers_of
+from finetune.labels import Labels
+from finetune.metrics import metric
+from finetune.policies import candidates
+
+NEVER = {"name": "never"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A fine-tuned model with what its points are made of."""
+
+    model: ElasticBertExitModel
+    tokenizer: PreTrainedTokenizerBase
+    labels: Labels
+    batch_size: int
+
+    @property
+    def config(self) -> ElasticBertConfig:
+        """The model's."""
+        return self.model.config
+
+    @property
+    def exit_layers(self) -> list[int]:
+        """The layers with an exit, from 1."""
+        return list(self.config.exit_layers or ())
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What every exit says of every row: logits (exits, rows, labels), a learned exit head's uncertainty (exits,
+    rows)."""
+
+    logits: np.ndarray
+    uncertainty: np.ndarray | None
+
+
+@torch.no_grad()
+def outputs_of(subject: Subject, encoded: Encoded, setting: Setting) -> Outputs:
+    """One pass over a split with the sub-network of a setting; its policy does not matter yet."""
+    exits, rows = len(subject.exit_layers), len(encoded)
+    logits = np.zeros((exits, rows, subject.config.num_labels), dtype=np.float32)
+    uncertainty = np.zeros((exits, rows), dtype=np.float32) if subject.config.learned_exit_head else None
+    for batch in sorted_batches(encoded.lengths, subject.batch_size):
+        inputs = inputs_of(collate(encoded, batch, subject.tokenizer, subject.model.device))
+        output = subject.model(**inputs, **setting.sub_network, exit_policy=NEVER)
+        logits[:, batch] = torch.stack(output.exit_logits).float().cpu().numpy()
+        if uncertainty is not None:
+            uncertainty[:, batch] = output.exit_uncertainty.float().cpu().numpy()
+    return Outputs(logits, uncertainty)
+
+
+def leave(subject: Subject, setting: Setting, outputs: Outputs) -> tuple[np.ndarray, np.ndarray]:
+    """What a setting answers, logits (rows, labels), and the layer, from 1, that each row leaves at (rows,)."""
+    if setting.exit_layer is not None:
+        at = subject.exit_layers.index(setting.exit_layer)
+        return outputs.logits[at], np.full(outputs.logits.shape[1], setting.exit_layer)
+    policy = dict(setting.policy or NEVER)
+    problem_type = subject.labels.problem_type
+    chosen, left_at = simulate(
+        policy, outputs.logits, subject.exit_layers, problem_type, uncertainty=outputs.uncertainty
+    )
+    return chosen.numpy(), left_at.numpy()
+
+
+def choose_settings(
+    subject: Subject, policy: str, lengths: Sequence[list[float] | None], dev: Encoded, count: int
+) -> list[Setting]:
+    """`count` settings of a policy (and of lengths, jointly): those nearest to costs spread evenly over the Pareto
+    front on dev. Where the front has fewer, some stand for several."""
+    tried: list[Setting] = []
+    costs: list[float] = []
+    qualities: list[float] = []
+    for length_config in lengths:
+        base = Setting("", length_config=length_config)
+        outputs = outputs_of(subject, dev, base)
+        policies = candidates(policy, outputs.logits, subject.labels.problem_type)
+        left = sweep(
+            policies,
+            outputs.logits,
+            subject.exit_layers,
+            subject.labels.problem_type,
+            uncertainty=outputs.uncertainty,
+        )
+        flops = exit_flops(subject.config, dev.lengths, length_config=length_config or 1.0)
+        costs += flops.gather(0, left).double().mean(1).tolist()
+        for one, exits in zip(policies, left.numpy(), strict=True):
+            tried.append(replace(base, policy=one))
+            answered = outputs.logits[exits, np.arange(len(dev))]
+            qualities.append(_quality(subject, answered, dev))
+    front = pareto_front(costs, qualities)
+    targets = np.linspace(costs[front[0]], costs[front[-1]], count)
+    nearest = [min(front, key=lambda one: abs(costs[one] - target)) for target in targets]
+    return [replace(tried[one], name=f"point_{number}") for number, one in enumerate(nearest, start=1)]
+
+
+def _quality(subject: Subject, logits: np.ndarray, encoded: Encoded) -> float:
+    return metric(subject.labels.metrics[0])(answers_of(logits, encoded, subject.labels), encoded.labels)
+
+
+def write_point(
+    subject: Subject, setting: Setting, outputs: Outputs, encoded: Encoded, folder: Path, classes: Sequence[str]
+) -> None:
+    """The test file of one operating point; classes: ELUE's order of them, empty for regression."""
+    logits, left_at = leave(subject, setting, outputs)
+    answers = answers_of(logits, encoded, subject.labels)
+    numbers = {subject.labels.names.index(name): number for number, name in enumerate(classes)}
+    named = [numbers[int(answer)] if numbers else float(answer) for answer in answers]
+    paths: dict[tuple[int, int], str] = {}
+    for row in zip(encoded.lengths, left_at.tolist(), strict=True):
+        if row not in paths:
+            tokens, layer = row
+            asked = None if setting.exit_layer is None else [layer]
+            steps = steps_of(subject.config, tokens, **setting.sub_network, exit_layer=layer, asked=asked)
+            paths[row] = modules_text(steps)
+    rows = [paths[row] for row in zip(encoded.lengths, left_at.tolist(), strict=True)]
+    write_predictions(folder / f"{setting.name}.tsv", named, rows)

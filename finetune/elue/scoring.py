@@ -1,0 +1,195 @@
+"""The ELUE score: how far the points of a submission lie above a reference's curve of quality over FLOPs."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+
+from elastic_model.folders import new_file
+
+FORMAT = 1
+SCORES_FILE = "scores.json"
+SIZE_CLASSES = (40, 55, 70, 110)  # million parameters: the four tracks of the paper, section 3.3
+
+
+@dataclass(frozen=True)
+class Point:
+    """An operating point on a task: mean FLOPs of a row, quality in percent, parameters of the modules it uses."""
+
+    name: str
+    flops: float
+    quality: float
+    parameters: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.flops) and math.isfinite(self.quality) and self.flops >= 0):
+            raise ValueError(
+                f"point {self.name!r}: flops must be finite and at least 0, quality finite, got {self.flops} and "
+                f"{self.quality}"
+            )
+
+
+Curve = Sequence[Point]
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What a submission did on a task, on that many test rows; one list of points a seed, or a single one."""
+
+    metric: str
+    rows: int
+    seeds: list[list[Point]]
+
+    @property
+    def points(self) -> list[Point]:
+        """The curve: points of the same name are the mean over seeds."""
+        named: dict[str, list[Point]] = {}
+        for point in [point for points in self.seeds for point in points]:
+            named.setdefault(point.name, []).append(point)
+        return [_mean(points) for points in named.values()]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A submission: its name, million parameters where known, what it did on each task of ELUE, and a note."""
+
+    name: str
+    tasks: dict[str, TaskResult]
+    note: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int | None:
+        """Parameters of its largest point; None where those of some point are not known."""
+        sizes = [point.parameters for task in self.tasks.values() for point in task.points]
+        return None if None in sizes else max((size for size in sizes if size is not None), default=None)
+
+
+def _mean(points: list[Point]) -> Point:
+    if len(points) == 1:
+        return points[0]
+    return Point(
+        points[0].name,
+        fmean(point.flops for point in points),
+        fmean(point.quality for point in points),
+        points[0].parameters,
+    )
+
+
+def _knots(reference: Curve) -> tuple[list[float], list[float]]:
+    """The reference curve as rising FLOPs and the quality at each; ValueError where it is no function of FLOPs."""
+    knots: dict[float, float] = {}
+    for point in sorted(reference, key=lambda one: one.flops):
+        if knots.setdefault(point.flops, point.quality) != point.quality:
+            raise ValueError(
+                f"the reference has two qualities at {point.flops:.6g} FLOPs ({knots[point.flops]} and "
+                f"{point.quality}); leave one of the points out"
+            )
+    if not knots:
+        raise ValueError("the reference has no points")
+    return list(knots), list(knots.values())
+
+
+def reference_quality(reference: Curve, flops: float) -> float:
+    """The reference's quality at these FLOPs, linear between its points.
+
+    Below its cheapest and above its dearest point it stays as it is there: what costs less than any exit of the
+    reference is compared with the cheapest one, what costs more is not credited with what the reference might gain.
+    """
+    return float(np.interp(flops, *_knots(reference)))
+
+
+def elue_score(points: Curve, reference: Curve) -> float:
+    """Mean over points of p_i - p_reference(f_i), in percent points (Liu et al. 2022, section 3.3)."""
+    if not points:
+        raise ValueError("a submission without points has no score")
+    return math.fsum(point.quality - reference_quality(reference, point.flops) for point in points) / len(points)
+
+
+def outside(points: Curve, reference: Curve) -> int:
+    """Points beyond either end of the reference, where it is continued flat."""
+    costs, _ = _knots(reference)
+    return sum(not costs[0] <= point.flops <= costs[-1] for point in points)
+
+
+def size_class(parameters: int | None) -> int | None:
+    """The smallest of ELUE's size classes, in million parameters, that a model of this size fits in, if any."""
+    if parameters is None:
+        return None
+    return next((size for size in SIZE_CLASSES if parameters <= size * 1_000_000), None)
+
+
+def scores_by_size(points: Curve, reference: Curve) -> dict[int, float]:
+    """ELUE by size class: the score of the points whose model fits in it; classes without points are left out."""
+    scored = {}
+    for size in SIZE_CLASSES:
+        fitting = [one for one in points if one.parameters is not None and one.parameters <= size * 1_000_000]
+        if fitting:
+            scored[size] = elue_score(fitting, reference)
+    return scored
+
+
+def macro_average(scores: Mapping[str, float], tasks: Sequence[str]) -> float | None:
+    """The mean over tasks, every one with the same weight; None where one of them has no score."""
+    return fmean(scores[task] for task in tasks) if tasks and all(task in scores for task in tasks) else None
+
+
+def seeds_deviation(task: TaskResult, reference: Curve) -> float | None:
+    """Standard deviation over seeds of the score against one and the same reference curve; None for a single seed."""
+    return stdev(elue_score(points, reference) for points in task.seeds) if len(task.seeds) > 1 else None
+
+
+def write_result(result: Result, file: Path) -> None:
+    """The result as JSON, which `read_result` and `--reference` read back."""
+    tasks = {
+        name: {
+            "metric": task.metric,
+            "rows": task.rows,
+            "seeds": [[asdict(point) for point in points] for points in task.seeds],
+        }
+        for name, task in result.tasks.items()
+    }
+    content = {"format": FORMAT, "name": result.name, "note": result.note, "settings": result.settings, "tasks": tasks}
+    with new_file(file) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_result(path: Path) -> Result:
+    """A result that was written, from its file or folder; ValueError where it is damaged or of another format."""
+    file = path / SCORES_FILE if path.is_dir() else path
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']!r}, this version reads {FORMAT}")
+        tasks = {
+            name: TaskResult(
+                task["metric"], task["rows"], [[Point(**point) for point in points] for points in task["seeds"]]
+            )
+            for name, task in content["tasks"].items()
+        }
+        return Result(content["name"], tasks, content.get("note", ""), content.get("settings", {}))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: not the {SCORES_FILE} of a submission ({type(error).__name__}: {error})") from error
+
+
+def read_reference(path: Path) -> dict[str, list[Point]]:
+    """{task: curve}: the scores.json of any submission, its folder, or a TSV with the columns task, flops, quality
+    (in percent)."""
+    if path.suffix != ".tsv":
+        return {name: task.points for name, task in read_result(path).tasks.items()}
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    if not lines or lines[0].split("\t") != ["task", "flops", "quality"]:
+        raise ValueError(f"reference {path}, line 1: its columns must be task, flops, quality, tab-separated")
+    curves: dict[str, list[Point]] = {}
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            task, flops, quality = line.split("\t")
+            curves.setdefault(task, []).append(Point(f"line {number}", float(flops), float(quality)))
+        except ValueError as error:
+            raise ValueError(f"reference {path}, line {number}: expected task, flops, quality ({error})") from None
+    return curves

@@ -1,0 +1,50 @@
+"""ELUE's six tasks, and what their predictions look like."""
+
+from dataclasses import dataclass
+
+from finetune.tasks import TASKS, Task
+
+# task of finetune's table -> its name in the paper
+ELUE_TASKS = {
+    "sst2": "SST-2",
+    "imdb": "IMDb",
+    "snli": "SNLI",
+    "scitail": "SciTail",
+    "mrpc": "MRPC",
+    "stsb": "STS-B",
+}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a prediction of a task may be: classes in the order of their numbers (none: numbers), and the metric."""
+
+    task: str
+    classes: tuple[str, ...]
+    metric: str
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether predictions are numbers."""
+        return not self.classes
+
+    @property
+    def outputs(self) -> int:
+        """Logits of an exit."""
+        return len(self.classes) or 1
+
+
+def task_called(name: str) -> str:
+    """The task's name in the table, from either spelling (sst2, SST-2); ValueError for one that ELUE has not."""
+    plain = name.lower().replace("-", "").replace("_", "")
+    if plain not in ELUE_TASKS:
+        raise ValueError(f"{name!r} is not a task of ELUE; its tasks: {', '.join(ELUE_TASKS)}")
+    return plain
+
+
+def answers_to(task: str) -> Answers:
+    """What predictions of a task of the table look like; ELUE scores MRPC and STS-B by the mean of two metrics."""
+    row: Task = TASKS[task]
+    if row.problem_type == "regression":
+        return Answers(task, (), row.metrics[0] if row.metrics else "pearson+spearman")
+    return Answers(task, tuple((row.labels or {}).values()), row.metrics[0])
