@@ -16,7 +16,8 @@ class ElasticBertConfig(PreTrainedConfig):
     the checkpoint was made with. Width: `num_attention_heads_per_layer`, `intermediate_size_per_layer` (one entry per
     layer, for pruned models) and `attention_head_size`. Training: `exit_loss` (a key of `losses.EXIT_LOSSES`),
     `gradient_equilibrium`, `exit_groups`, `learned_exit_head` (BERxiT's, which the policy "learned" asks). Default
-    operating point: `exit_policy`, `length_config`; `keep_cls`: [CLS] is never dropped. `position_offset` and
+    operating point: `exit_policy`, `length_config`; `keep_cls`: [CLS] is never dropped. `no_answer_threshold`: of
+    `spans.best_answer`, None where every question has an answer. `position_offset` and
     `type_vocab_size`: 2 and 1 for RoBERTa, 0 and 0 for DistilBERT.
 
     Exits and per-layer lists are resolved when read: with `num_hidden_layers=k` set on a deeper model, lists are cut
@@ -75,6 +76,7 @@ class ElasticBertConfig(PreTrainedConfig):
     length_config: list | tuple | float | None = None
     keep_cls: bool = True
     exit_policy: dict | None = None
+    no_answer_threshold: float | None = None
 
     def __post_init__(self, **kwargs):
         if self.max_output_layers is None:

@@ -12,18 +12,20 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase, logging
 
-from elastic_model import ElasticBertConfig, ElasticBertForSequenceClassification
+from elastic_model import ElasticBertConfig
 from elastic_model.cost import mean_flops
 from elastic_model.exit_policies import simulate
 from elastic_model.folders import check_output, new_folder
-from finetune.calibrate import Policy, candidates, policy_name
+from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from finetune.config import EvaluateOptions
-from finetune.data import Encoded, collate, sorted_batches
+from finetune.data import Encoded, collate, inputs_of, sorted_batches
+from finetune.examples import read_examples
+from finetune.kinds import answers_of, text_of
+from finetune.labels import Labels
 from finetune.metrics import interval, metric
-from finetune.prepare import Labels, chosen_task, encode_split, labels_of_model, load_classifier, load_tokenizer
-from finetune.tasks import Examples, ProblemType, read_examples
+from finetune.policies import Policy, candidates, policy_name
+from finetune.prepare import chosen_task, encode_split, labels_of_model, load_classifier, load_tokenizer
 
-MULTI_LABEL_THRESHOLD = 0.0  # of a logit: probability one half
 LINES = 20  # of a sweep that are printed
 
 
@@ -57,36 +59,38 @@ class Outcome:
 
 @torch.no_grad()
 def exit_logits(
-    model: ElasticBertForSequenceClassification,
+    model: ElasticBertExitModel,
     encoded: Encoded,
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     accelerator: Accelerator,
+    length_config: list[float] | float | None = None,
 ) -> np.ndarray:
-    """The logits of every exit, float32 (exits, rows, labels); each process computes its share of the batches."""
+    """The logits of every exit, float32 (exits, rows, labels), per token (exits, rows, tokens, labels) with zeros at
+    padding; each process computes its share of the batches. length_config: None = the checkpoint's own."""
     was_training = model.training
     model.eval()
     parts = []
     for rows in sorted_batches(encoded.lengths, batch_size)[accelerator.process_index :: accelerator.num_processes]:
-        batch = collate(encoded, rows, tokenizer, accelerator.device)
-        del batch["labels"]
+        batch = inputs_of(collate(encoded, rows, tokenizer, accelerator.device))
         with accelerator.autocast():
-            output = model(**batch, exit_policy={"name": "never"})
-        parts.append((rows, torch.stack(output.exit_logits).float().cpu().numpy()))
+            output = model(**batch, exit_policy={"name": "never"}, length_config=length_config)
+        parts.append((rows, stacked_exits(output).float().cpu().numpy()))
     model.train(was_training)
-    logits = np.empty((len(model.config.exit_layers), len(encoded), model.config.num_labels), dtype=np.float32)
-    for rows, part in gather_object(parts):
-        logits[:, rows] = part
+    gathered = gather_object(parts)
+    *tokens, labels = gathered[0][1].shape[2:]
+    tokens = [max(encoded.lengths)] if tokens else []
+    logits = np.zeros((len(model.exit_layers), len(encoded), *tokens, labels), dtype=np.float32)
+    for rows, part in gathered:
+        logits[(slice(None), rows, *map(slice, part.shape[2:-1]))] = part
     return logits
 
 
-def answers_of(logits: np.ndarray, problem_type: ProblemType) -> np.ndarray:
-    """What logits (rows, labels) say: class numbers (rows,), 0/1 (rows, labels), or numbers (rows,)."""
-    if problem_type == "regression":
-        return logits[:, 0].astype(np.float64)
-    if problem_type == "multi_label_classification":
-        return (logits > MULTI_LABEL_THRESHOLD).astype(np.float32)
-    return logits.argmax(-1)
+def stacked_exits(output: Any) -> torch.Tensor:
+    """What the exits of one forward pass said: (exits, rows, ..., labels); of a span model, start and end last."""
+    if "exit_start_logits" in output:
+        return torch.stack([torch.stack(output[f"exit_{side}_logits"]) for side in ("start", "end")], dim=-1)
+    return torch.stack(output.exit_logits)
 
 
 def quality(answers: np.ndarray, encoded: Encoded, labels: Labels) -> dict[str, float]:
@@ -102,7 +106,7 @@ def score_of(answers: np.ndarray, encoded: Encoded, labels: Labels, seed: int, n
 
 def scores(logits: np.ndarray, encoded: Encoded, labels: Labels, seed: int) -> list[Score]:
     """Every metric of the task on logits (rows, labels), with intervals."""
-    answers = answers_of(logits, labels.problem_type)
+    answers = answers_of(logits, encoded, labels)
     return [score_of(answers, encoded, labels, seed, name) for name in labels.metrics]
 
 
@@ -116,7 +120,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def exit_table(per_exit: dict[int, list[Score]], config: ElasticBertConfig, encoded: Encoded) -> str:
     """Quality by exit layer, a line an exit, with the cost of stopping there."""
     metrics = [score.metric for score in next(iter(per_exit.values()))]
-    cost = {layer: mean_flops(config, encoded.lengths, [layer] * len(encoded)) for layer in per_exit}
+    cost = {
+        layer: mean_flops(config, encoded.lengths, [layer] * len(encoded), head=encoded.head) for layer in per_exit
+    }
     rows = [[layer, f"{cost[layer] / 1e6:.4g}", *scored] for layer, scored in per_exit.items()]
     return table(["exit layer", "MFLOPs a row", *(f"{name} (95 % interval)" for name in metrics)], rows)
 
@@ -124,15 +130,15 @@ def exit_table(per_exit: dict[int, list[Score]], config: ElasticBertConfig, enco
 def outcome(
     policy: Policy | None, logits: np.ndarray, exit_layers: list[int], encoded: Encoded, labels: Labels
 ) -> Outcome:
-    """What a policy gives, from the logits of all exits (exits, rows, labels)."""
-    chosen, left_at = simulate(policy, logits, exit_layers, labels.problem_type)
-    answers = answers_of(chosen.numpy(), labels.problem_type)
+    """What a policy gives, from the logits of all exits (exits, rows, ..., labels)."""
+    chosen, left_at = simulate(policy, logits, exit_layers, labels.problem_type, encoded.mask)
+    answers = answers_of(chosen.numpy(), encoded, labels)
     return Outcome(policy, answers, left_at.numpy(), quality(answers, encoded, labels))
 
 
 def mean_flops_of(one: Outcome, config: ElasticBertConfig, encoded: Encoded) -> float:
     """FLOPs of a row on average, on its real tokens and up to the exit it left at."""
-    return mean_flops(config, encoded.lengths, one.left_at.tolist())
+    return mean_flops(config, encoded.lengths, one.left_at.tolist(), head=encoded.head)
 
 
 def spread(outcomes: list[Outcome], count: int) -> list[Outcome]:
@@ -171,13 +177,12 @@ def outcome_table(outcomes: dict[str, Outcome]) -> str:
     return table(["", "mean exit layer", *next(iter(outcomes.values())).quality], rows)
 
 
-def _write_predictions(file: Path, examples: Examples, own: Outcome, labels: Labels) -> None:
-    answers = own.answers
-    named = answers if labels.problem_type != "single_label_classification" else [labels.names[one] for one in answers]
+def _write_predictions(file: Path, encoded: Encoded, own: Outcome, labels: Labels) -> None:
+    columns = (own.answers, encoded.labels, encoded.per_example(own.left_at))
     with file.open("w", encoding="utf-8") as lines:
         lines.write("index\tprediction\tlabel\texit_layer\n")
-        for number, (answer, label, layer) in enumerate(zip(named, examples.labels, own.left_at, strict=True)):
-            lines.write(f"{number}\t{answer}\t{label}\t{layer}\n")
+        for number, (answer, label, layer) in enumerate(zip(*columns, strict=True)):
+            lines.write(f"{number}\t{text_of(answer, labels)}\t{text_of(label, labels)}\t{layer}\n")
 
 
 def _curve(options: EvaluateOptions, exits: dict[int, list[Score]], outcomes: dict[str, Outcome]) -> dict[str, Any]:
@@ -218,4 +223,4 @@ def evaluate(options: EvaluateOptions) -> None:
     if options.output and accelerator.is_main_process:
         with new_folder(Path(options.output)) as folder:
             (folder / "curve.json").write_text(json.dumps(_curve(options, exits, outcomes), indent=1))
-            _write_predictions(folder / "predictions.tsv", examples, own, labels)
+            _write_predictions(folder / "predictions.tsv", encoded, own, labels)

@@ -3,7 +3,7 @@
 import hashlib
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +12,20 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set
 
 from elastic_model import ElasticBertConfig, ElasticBertForSequenceClassification
 from elastic_model.losses import exit_weights
+from elastic_model.modeling_elasticbert import ElasticBertExitModel
+from elastic_model.pretrained import elastic_config
 from elastic_model.provenance import file_hash
+from finetune import questions
 from finetune.config import TaskOptions, TrainOptions
-from finetune.data import Encoded, encode
+from finetune.data import Encoded
+from finetune.examples import Examples, check_shape, find_problem_type
+from finetune.kinds import KINDS, kind_of, problem_type_of
+from finetune.labels import Labels
 from finetune.metrics import metric
-from finetune.tasks import (
-    DEFAULT_METRICS,
-    SPLITS,
-    Examples,
-    ProblemType,
-    Task,
-    check_labels,
-    encode_labels,
-    find_labels,
-    find_problem_type,
-    find_task,
-    own_task,
-)
+from finetune.recipe import find_recipe
+from finetune.tasks import SPLITS, ProblemType, Task, dataset_task, find_task, own_task
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
-
-
-@dataclass(frozen=True)
-class Labels:
-    """What the answers mean: problem type, names of the classes in order, metrics (the first one decides)."""
-
-    problem_type: ProblemType
-    names: list[str]
-    metrics: tuple[str, ...]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -56,31 +42,41 @@ def weight_files(folder: Path) -> list[Path]:
 
 def rows_hash(encoded: Encoded) -> str:
     """SHA-256 of a tokenised split, in hexadecimal."""
-    ids = repr([row["input_ids"] for row in encoded.rows]).encode()
-    return hashlib.sha256(ids + encoded.labels.tobytes()).hexdigest()
+    read = [[row["input_ids"] for row in encoded.rows], {name: list(one) for name, one in encoded.targets.items()}]
+    return hashlib.sha256(repr([*read, encoded.labels.tolist()]).encode()).hexdigest()
 
 
 def chosen_task(options: TaskOptions) -> Task:
-    """The task of the table, or the user's own files; ValueError for both, for neither, and for half of either."""
+    """The task of the table, the user's own files or data set; ValueError for several of them, or for none."""
     files = {split: file for split in SPLITS if (file := getattr(options, split)) is not None}
     columns = {name: getattr(options, name) for name in ("text", "pair", "label")}
-    own = [f"--{name}" for name, value in {**files, **columns, "problem-type": options.problem_type}.items() if value]
+    own = {**files, **columns, "dataset": options.dataset, "problem-type": options.problem_type}
+    given = [f"--{name}" for name, value in own.items() if value]
     if options.task is not None:
-        if own:
-            raise ValueError(f"--task {options.task} has its own files and columns; {own[0]} is for your own files")
+        if given:
+            raise ValueError(f"--task {options.task} has its own files and columns; {given[0]} is for your own data")
         return find_task(options.task)
+    if options.dataset is not None:
+        return dataset_task(options.dataset, options.dataset_config, files, columns, options.problem_type)
     if not files:
-        raise ValueError("give --task NAME, or your own files with --train, --dev, --text and --label")
+        raise ValueError(
+            "give --task NAME, or your own files with --train, --dev, --text and --label, or --dataset with these two"
+        )
     return own_task(files, columns, options.problem_type)
 
 
-def _metrics(given: list[str], task: Task, problem_type: ProblemType) -> tuple[str, ...]:
-    names = tuple(given) or task.metrics or DEFAULT_METRICS[problem_type]
-    for name in names:
+def _metrics(given: list[str], task: Task, problem_type: ProblemType, names: list[str]) -> tuple[str, ...]:
+    kind = KINDS[problem_type]
+    plain = problem_type == "token_classification" and not any(name.startswith("B-") for name in names)
+    fitting = ("token_accuracy",) if plain else kind.metrics  # plain tags have no entities
+    chosen = tuple(given) or task.metrics or (fitting if plain else kind.default)
+    for name in chosen:
         metric(name)
-        if (set(name.split("+")) <= {"pearson", "spearman"}) != (problem_type == "regression"):
-            raise ValueError(f"metric {name!r} does not fit a task of the type {problem_type}")
-    return names
+        if not set(name.split("+")) <= set(fitting):
+            raise ValueError(
+                f"metric {name!r} does not fit a task of the type {problem_type}; those that do: {', '.join(fitting)}"
+            )
+    return chosen
 
 
 def _names_of(config: Any) -> list[str]:
@@ -90,26 +86,40 @@ def _names_of(config: Any) -> list[str]:
 def labels_of_training(options: TaskOptions, task: Task, train: Examples) -> Labels:
     """The labels as the train split has them, in the order of the starting checkpoint's head where that has the same.
 
-    ValueError where the checkpoint is a classifier of other labels: its head would be lost without a word.
+    ValueError where the checkpoint has a head of another kind or of other labels: it would be lost without a word.
     """
-    problem_type = find_problem_type(task, train.labels)
-    names = find_labels(task, train, problem_type)
+    problem_type = find_problem_type(task, train)
+    check_shape(train, problem_type)
+    names = KINDS[problem_type].names(task, train, problem_type)
     config = AutoConfig.from_pretrained(options.model, local_files_only=True)
-    if any("ForSequenceClassification" in name for name in config.architectures or []):
-        if sorted(names) != sorted(_names_of(config)):
+    found = problem_type_of(config)
+    if found is not None:
+        remedy = "start from a checkpoint without a head"
+        if found != problem_type:
             raise ValueError(
-                f"model folder {options.model} is a classifier of other labels: {', '.join(_names_of(config))}; "
-                f"the task has {', '.join(names)}; start from a checkpoint without a head, or rename its id2label"
+                f"model folder {options.model} has a head for {found}, the task is {problem_type}; {remedy}"
             )
-        names = _names_of(config)
-    return Labels(problem_type, names, _metrics(options.metrics, task, problem_type))
+        if problem_type in ("single_label_classification", "multi_label_classification", "token_classification"):
+            if sorted(names) != sorted(_names_of(config)):
+                raise ValueError(
+                    f"model folder {options.model} is a classifier of other labels: {', '.join(_names_of(config))}; "
+                    f"the task has {', '.join(names)}; {remedy}, or rename its id2label"
+                )
+            names = _names_of(config)
+    labels = Labels(problem_type, names, _metrics(options.metrics, task, problem_type, names))
+    if problem_type == "question_answering" and questions.has_unanswerable(train):
+        return replace(labels, no_answer_threshold=0.0)
+    return labels
 
 
-def labels_of_model(options: TaskOptions, task: Task, config: ElasticBertConfig) -> Labels:
+def labels_of_model(options: TaskOptions, task: Task, config: Any) -> Labels:
     """The labels as a task checkpoint has them."""
-    default: ProblemType = "regression" if config.num_labels == 1 else "single_label_classification"
-    problem_type = config.problem_type or default
-    return Labels(problem_type, _names_of(config), _metrics(options.metrics, task, problem_type))
+    problem_type = problem_type_of(config)
+    assert problem_type is not None  # `load_task_model` has seen to it
+    names = _names_of(config)
+    return Labels(
+        problem_type, names, _metrics(options.metrics, task, problem_type, names), config.no_answer_threshold
+    )
 
 
 def some_rows(examples: Examples, rows: int | None, seed: int) -> Examples:
@@ -134,56 +144,62 @@ def encode_split(
     examples: Examples, split: str, task: Task, labels: Labels, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Encoded:
     """The examples of a split tokenised, their labels encoded and checked."""
-    encoded = encode_labels(task, examples, labels.names, labels.problem_type)
-    check_labels(encoded, split, labels.problem_type)
-    return encode(examples, encoded, tokenizer, max_length)
+    check_shape(examples, labels.problem_type)
+    return kind_of(labels).encode(task, examples, split, labels, tokenizer, max_length)
 
 
 def check_length(config: Any, max_length: int) -> None:
     """ValueError where rows of `max_length` tokens exceed the model's positions, or are too short for any text."""
-    longest = config.max_position_embeddings - (getattr(config, "position_offset", 0) or 0)
+    longest = config.max_position_embeddings - elastic_config(config.to_dict()).get("position_offset", 0)
     if not 3 <= max_length <= longest:
         raise ValueError(f"max_length must be 3 to {longest} (the positions of the model), got {max_length}")
 
 
-def load_for_training(options: TrainOptions, labels: Labels) -> ElasticBertForSequenceClassification:
+def load_for_training(options: TrainOptions, labels: Labels) -> ElasticBertExitModel:
     """The starting checkpoint with an exit head per exit layer; what it lacks is drawn from the seed."""
     folder = Path(options.model)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     check_length(config, options.max_length)
     exit_weights(options.exit_loss, [1])
     settings: dict[str, Any] = {"exit_loss": options.exit_loss, "gradient_equilibrium": options.gradient_equilibrium}
-    settings |= {"exit_groups": options.exit_groups, "exit_policy": None}
+    settings |= {"exit_groups": options.exit_groups, "exit_policy": None, **find_recipe(options.recipe).config}
+    if options.learned_exit_head:
+        settings |= {"learned_exit_head": True}
     if options.exit_layers is not None:
         settings |= {"exit_layers": options.exit_layers}
     if options.dropout is not None:
         settings |= {"hidden_dropout_prob": options.dropout, "attention_probs_dropout_prob": options.dropout}
     set_seed(options.seed)
-    return ElasticBertForSequenceClassification.from_pretrained(
+    sequences = kind_of(labels).model is ElasticBertForSequenceClassification
+    model: ElasticBertExitModel = kind_of(labels).model.from_pretrained(
         folder,
         local_files_only=True,
         id2label=dict(enumerate(labels.names)),
         label2id={name: number for number, name in enumerate(labels.names)},
-        problem_type=labels.problem_type,
+        problem_type=labels.problem_type if sequences else None,  # transformers knows it of sequences alone
+        no_answer_threshold=labels.no_answer_threshold,
         dtype=torch.float32,
         **settings,
     )
+    return model
 
 
-def load_classifier(folder: Path, max_length: int) -> ElasticBertForSequenceClassification:
-    """A task checkpoint of ours, in evaluation mode; ValueError where the folder holds something else."""
+def load_classifier(folder: Path, max_length: int) -> ElasticBertExitModel:
+    """A task checkpoint of ours (classifier, tagger or span model) for evaluation; ValueError where it is none."""
     weight_files(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if "ElasticBertForSequenceClassification" not in (config.architectures or []):
+    problem_type = problem_type_of(config)
+    if config.model_type != ElasticBertConfig.model_type or problem_type is None:
         found = ", ".join(config.architectures or []) or config.model_type
         raise ValueError(f"model folder {folder} holds {found}, not a classifier made by `python -m finetune train`")
     check_length(config, max_length)
-    return ElasticBertForSequenceClassification.from_pretrained(folder, local_files_only=True).eval()
+    model: ElasticBertExitModel = KINDS[problem_type].model.from_pretrained(folder, local_files_only=True)
+    return model.eval()
 
 
 def settings_of(options: TrainOptions, splits: Mapping[str, Encoded]) -> dict[str, Any]:
     """What makes two runs the same: the options, the starting weights and the rows."""
-    free = ("output", "resume", "model", "save_steps", "log_steps")
+    free = ("output", "resume", "model", "save_steps", "log_steps", "tracker")
     settings = {name: value for name, value in vars(options).items() if name not in free}
     settings["model weights"] = [file_hash(file) for file in weight_files(Path(options.model))]
     return settings | {f"{split} rows": rows_hash(encoded) for split, encoded in splits.items()}

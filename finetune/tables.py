@@ -1,16 +1,20 @@
-"""Tables of text: TSV, CSV and JSON lines, plain or compressed, as rows of named columns."""
+"""Files of text as rows of named columns: TSV, CSV, JSON lines, CoNLL columns, SQuAD's JSON; plain or compressed."""
 
 import bz2
 import csv
 import gzip
 import json
 import lzma
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 OPENERS: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+FORMS = {".tsv": "tsv", ".txt": "tsv", ".csv": "csv", ".jsonl": "jsonl", ".json": "squad"}
+FORMS |= dict.fromkeys((".conll", ".iob", ".iob2", ".bio"), "conll")
+COMMENT = re.compile(r"# \S+ = ")  # of CoNLL-U
 
 
 @dataclass(frozen=True)
@@ -56,25 +60,83 @@ def _json_lines(lines: IO[str], file: Path) -> Iterator[Row]:
         yield Row(cells, f"{file}, line {number}")
 
 
+def _conll(lines: IO[str], file: Path) -> Iterator[Row]:
+    """A row a sentence: columns 1, 2, ... hold one cell a word. A blank line or -DOCSTART- ends a sentence."""
+    words: list[list[str]] = []
+    for number, line in enumerate([*lines, ""], start=1):
+        cells = [cell.strip() for cell in line.split("\t")] if "\t" in line else line.split()
+        if not any(cells) or cells[0] == "-DOCSTART-" or (not words and COMMENT.match(line)):
+            if words:
+                columns = {str(column): list(cells) for column, cells in enumerate(zip(*words, strict=True), start=1)}
+                yield Row(columns, f"{file}, sentence from line {number - len(words)}")
+            words = []
+        elif len(cells) < 2 or (words and len(cells) != len(words[0])):
+            expected = len(words[0]) if words else "at least 2"
+            raise ValueError(
+                f"{file}, line {number}: {len(cells)} columns, expected {expected}: {line.strip()[:60]!r}"
+            )
+        else:
+            words.append(cells)
+
+
+def _answers(question: dict[str, Any]) -> dict[str, list[Any]]:
+    """As data sets of the hub hold them: {"text": [...], "answer_start": [...]}, both empty without an answer."""
+    answers = [] if question.get("is_impossible") else question["answers"]
+    return {name: [answer[name] for answer in answers] for name in ("text", "answer_start")}
+
+
+def _squad(lines: IO[str], file: Path) -> Iterator[Row]:
+    """A row a question, of SQuAD v1.1 or v2: id, question, context, answers."""
+    try:
+        for article in json.load(lines)["data"]:
+            for paragraph in article["paragraphs"]:
+                for one in paragraph["qas"]:
+                    cells = {"id": str(one["id"]), "question": one["question"], "context": paragraph["context"]}
+                    yield Row({**cells, "answers": _answers(one)}, f"{file}, question {one['id']}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}, line {error.lineno}: not JSON ({error.msg}); JSON lines end in .jsonl") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file}: not SQuAD's JSON (data > paragraphs > context, qas > id, question, answers > text, "
+            f"answer_start): {type(error).__name__} at {error}"
+        ) from error
+
+
+WHOLE: dict[str, Callable[[IO[str], Path], Iterator[Row]]] = {
+    "jsonl": _json_lines,
+    "conll": _conll,
+    "squad": _squad,
+}
+
+
 def _rows(lines: IO[str], form: str, columns: tuple[str, ...] | None, file: Path) -> Iterator[Row]:
-    if form == "jsonl":
-        return _json_lines(lines, file)
+    if form in WHOLE:
+        return WHOLE[form](lines, file)
     return _separated(csv.reader(lines) if form == "csv" else _tab_separated(lines), columns, file)
 
 
-def read_table(file: Path, form: str | None = None, columns: tuple[str, ...] | None = None) -> list[Row]:
-    """Every row of a UTF-8 table.
-
-    file: .tsv or .txt (tabs, no quoting), .csv (quoted), .jsonl; with .gz, .xz or .bz2 behind it, compressed.
-    form: tsv, csv or jsonl where the ending does not say it; columns: their names where the file has no header.
-    ValueError: no rows, another ending, not UTF-8, a row with too few or too many cells.
-    """
+def form_of(file: Path) -> str:
+    """The form that a file's ending says (before .gz, .xz or .bz2); ValueError for another ending."""
     endings = [ending.lower() for ending in file.suffixes]
-    opener = OPENERS.get(endings[-1] if endings else "", open)
-    ending = (endings[:-1] if opener is not open else endings)[-1:]
-    form = form or {".tsv": "tsv", ".txt": "tsv", ".csv": "csv", ".jsonl": "jsonl"}.get("".join(ending))
+    ending = (endings[:-1] if endings and endings[-1] in OPENERS else endings)[-1:]
+    form = FORMS.get("".join(ending))
     if form is None:
-        raise ValueError(f"{file}: expected a .tsv, .csv or .jsonl file (or one of these with .gz, .xz, .bz2)")
+        raise ValueError(
+            f"{file}: expected a .tsv, .csv or .jsonl file, .conll for tags, .json for SQuAD "
+            "(or one of these with .gz, .xz, .bz2)"
+        )
+    return form
+
+
+def read_table(file: Path, form: str | None = None, columns: tuple[str, ...] | None = None) -> list[Row]:
+    """Every row of a UTF-8 file.
+
+    file: .tsv or .txt (tabs, no quoting), .csv (quoted), .jsonl, .conll (a row a sentence, columns 1, 2, ... of one
+    cell a word), .json (SQuAD, a row a question); with .gz, .xz or .bz2 behind it, compressed.
+    form: tsv, csv, jsonl, conll or squad where the ending does not say it; columns: their names where a tsv or csv
+    file has no header. ValueError: no rows, another ending, not UTF-8, a row with too few or too many cells.
+    """
+    opener, form = OPENERS.get(file.suffix.lower(), open), form or form_of(file)
     try:
         with opener(file, "rt", encoding="utf-8-sig", newline="" if form == "csv" else None) as lines:
             rows = list(_rows(lines, form, columns, file))

@@ -1,72 +1,60 @@
 """Tasks as a table: where the rows of each split are, which columns they have, how they are scored."""
 
-import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-
-from finetune.tables import Row, read_table
+from finetune.sources import DatasetSource, Source
 
 DATA_VARIABLE = "ELASTIC_MODEL_DATA"  # the environment variable that names the folder of local data sets
 EMBEDDED = Path(__file__).parent / "data"
 SPLITS = ("train", "dev", "test")
-BETWEEN_LABELS = "|"  # of one cell that holds several labels
+# what splits are called in data sets, the first that is there counts
+SPLIT_NAMES = {"train": ("train",), "dev": ("validation", "dev", "valid"), "test": ("test",)}
 
-ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
-# what a task is scored by where nothing else is said; the first metric chooses the best checkpoint
-DEFAULT_METRICS: dict[str, tuple[str, ...]] = {
-    "single_label_classification": ("accuracy", "macro_f1"),
-    "multi_label_classification": ("micro_f1", "accuracy"),
-    "regression": ("pearson+spearman", "pearson", "spearman"),
-}
+ProblemType = Literal[
+    "single_label_classification",
+    "multi_label_classification",
+    "regression",
+    "token_classification",
+    "question_answering",
+]
+SQUAD_COLUMNS = {"text": "question", "pair": "context", "label": "answers"}
 
 
 @dataclass(frozen=True)
-class Source:
-    """The rows of one split: a file below the task's folder, and which of its rows (from `first` to before `end`)."""
+class Hub:
+    """A task as a data set of the hub: its columns, and the names of its splits where they are not the usual ones."""
 
-    file: str
-    first: int | None = None
-    end: int | None = None
-    form: str | None = None
-    columns: tuple[str, ...] | None = None
+    dataset: str
+    config: str | None
+    text: str
+    pair: str | None = None
+    label: str = "label"
+    splits: Mapping[str, str] = field(default_factory=lambda: {"train": "train", "dev": "validation"})
+    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task. `labels`: what the file says -> the label's name, in the classes' order; None: read from train."""
+    """One task. `labels`: what the file says -> the label's name, in the classes' order; None: read from train.
+
+    text, pair, label: names of the columns (label None: the last one). `hub`: where its rows are looked for when the
+    folder of local data sets has none.
+    """
 
     name: str
-    splits: Mapping[str, Source]
+    splits: Mapping[str, Source | DatasetSource]
     text: str
-    label: str
+    label: str | None
     pair: str | None = None
     labels: Mapping[str, str] | None = None
     problem_type: ProblemType | None = "single_label_classification"
     metrics: tuple[str, ...] = ()
     folder: Callable[[], Path] = field(default=lambda: data_folder())
-
-
-@dataclass(frozen=True)
-class Examples:
-    """The rows of a split: texts, their second texts if the task has pairs, labels as in the file, their places."""
-
-    texts: list[str]
-    pairs: list[str] | None
-    labels: list[Any]
-    places: list[str]
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def select(self, rows: list[int]) -> "Examples":
-        """The examples at `rows`."""
-        texts, labels, places = ([column[row] for row in rows] for column in (self.texts, self.labels, self.places))
-        return Examples(texts, [self.pairs[row] for row in rows] if self.pairs else None, labels, places)
+    hub: Hub | None = None
 
 
 def data_folder() -> Path:
@@ -81,8 +69,25 @@ def _no_yes(no: str, yes: str) -> dict[str, str]:
     return {"0": no, "1": yes}
 
 
+def _same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+def _glue(config: str, text: str = "sentence", pair: str | None = None, **splits: str) -> Hub:
+    """A task of GLUE; the labels of its test splits are not public."""
+    return Hub("nyu-mll/glue", config, text, pair, splits={"train": "train", **(splits or {"dev": "validation"})})
+
+
+def _from_hub(name: str, hub: Hub, labels: Mapping[str, str], metrics: tuple[str, ...] = ()) -> Task:
+    """A classification task that has no local form."""
+    return Task(name, {}, hub.text, hub.label, hub.pair, labels, metrics=metrics, hub=hub)
+
+
 STSB_COLUMNS = ("genre", "file", "year", "id", "score", "sentence1", "sentence2")
 COLA_COLUMNS = ("source", "label", "mark", "sentence")
+ALL_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
+NLI_LABELS = _same("entailment", "neutral", "contradiction")
+MLQA_DEV = 148  # questions
 
 TASKS = {
     task.name: task
@@ -101,6 +106,7 @@ TASKS = {
             label="label",
             labels=_no_yes("negative", "positive"),
             metrics=("accuracy", "f1"),
+            hub=_glue("sst2"),
         ),
         Task(
             "imdb",  # it has no dev split: the last 1,000 train rows (the file is shuffled)
@@ -126,6 +132,7 @@ TASKS = {
             label="Quality",
             labels=_no_yes("not_equivalent", "equivalent"),
             metrics=("accuracy+f1", "accuracy", "f1"),
+            hub=_glue("mrpc", "sentence1", "sentence2"),
         ),
         Task(
             "stsb",
@@ -134,6 +141,7 @@ TASKS = {
             pair="sentence2",
             label="score",
             problem_type="regression",
+            hub=_glue("stsb", "sentence1", "sentence2"),
         ),
         Task(
             "rte",
@@ -141,7 +149,8 @@ TASKS = {
             text="sentence1",
             pair="sentence2",
             label="label",
-            labels={"entailment": "entailment", "not_entailment": "not_entailment"},
+            labels=_same("entailment", "not_entailment"),
+            hub=_glue("rte", "sentence1", "sentence2"),
         ),
         Task(
             "cola",
@@ -150,6 +159,7 @@ TASKS = {
             label="label",
             labels=_no_yes("unacceptable", "acceptable"),
             metrics=("matthews", "accuracy"),
+            hub=_glue("cola"),
         ),
         Task(
             "sick",
@@ -162,117 +172,127 @@ TASKS = {
             label="entailment_judgment",
             labels={"ENTAILMENT": "entailment", "NEUTRAL": "neutral", "CONTRADICTION": "contradiction"},
         ),
+        Task(
+            "wnut17",  # the corrected annotation of the test split, as the shared task's paper scores it
+            {
+                "train": Source("wnut17/wnut17train.conll"),
+                "dev": Source("wnut17/emerging.dev.conll"),
+                "test": Source("wnut17/emerging.test.annotated", form="conll"),
+            },
+            text="1",
+            label=None,
+            problem_type="token_classification",
+        ),
+        Task(
+            "mlqa",  # English MLQA's dev split for training and dev; XQuAD, of SQuAD's dev split, for test
+            {
+                "train": Source("mlqa/dev-context-en-question-en.json", end=-MLQA_DEV),
+                "dev": Source("mlqa/dev-context-en-question-en.json", first=-MLQA_DEV),
+                "test": Source("xquad/xquad.en.json"),
+            },
+            text=SQUAD_COLUMNS["text"],
+            pair=SQUAD_COLUMNS["pair"],
+            label=SQUAD_COLUMNS["label"],
+            problem_type="question_answering",
+        ),
+        _from_hub("qnli", _glue("qnli", "question", "sentence"), _same("entailment", "not_entailment"), ("accuracy",)),
+        _from_hub(
+            "qqp",
+            _glue("qqp", "question1", "question2"),
+            _same("not_duplicate", "duplicate"),
+            ("accuracy+f1", "accuracy", "f1"),
+        ),
+        _from_hub(  # test: the mismatched half of the public labels
+            "mnli",
+            _glue("mnli", "premise", "hypothesis", dev="validation_matched", test="validation_mismatched"),
+            NLI_LABELS,
+            ("accuracy",),
+        ),
+        _from_hub(
+            "wnli", _glue("wnli", "sentence1", "sentence2"), _same("not_entailment", "entailment"), ("accuracy",)
+        ),
+        _from_hub(  # -1: the annotators did not agree
+            "snli",
+            Hub("stanfordnlp/snli", None, "premise", "hypothesis", splits=ALL_SPLITS, missing=("-1",)),
+            NLI_LABELS,
+            ("accuracy",),
+        ),
+        _from_hub(
+            "scitail",
+            Hub("allenai/scitail", "tsv_format", "premise", "hypothesis", splits=ALL_SPLITS),
+            {"entails": "entails", "neutral": "neutral"},
+            ("accuracy",),
+        ),
     )
 }
 
 
 def find_task(name: str) -> Task:
-    """The task of the table; ValueError that lists the table for another name."""
+    """The task of the table, from the local folder or from the hub.
+
+    ValueError: no such task (the table is listed), or a task that has no local form and no hub; whether its data can
+    be had is seen when they are read.
+    """
     if name not in TASKS:
         raise ValueError(f"task {name!r} is unknown; allowed: {', '.join(TASKS)}, or --train, --dev, --text, --label")
-    return TASKS[name]
+    task = TASKS[name]
+    if task.hub is None or _is_local(task):
+        return task
+    splits = {
+        split: DatasetSource(task.hub.dataset, (theirs,), task.hub.config, task.hub.missing, task.hub.label)
+        for split, theirs in task.hub.splits.items()
+    }
+    return replace(task, splits=splits, text=task.hub.text, pair=task.hub.pair, label=task.hub.label, folder=Path)
+
+
+def _is_local(task: Task) -> bool:
+    folder = Path(os.environ.get(DATA_VARIABLE) or os.devnull)
+    return any((folder / source.file).exists() for source in task.splits.values() if isinstance(source, Source))
 
 
 def own_task(files: Mapping[str, str], columns: Mapping[str, str | None], problem_type: ProblemType | None) -> Task:
-    """The task of the user's own files: {split: file}, {"text" | "pair" | "label": column}."""
-    text, label = columns.get("text"), columns.get("label")
-    if not text or not label:
-        raise ValueError("your own files need --text and --label, the names of their columns (and --pair for pairs)")
-    splits = {split: Source(file) for split, file in files.items()}
-    return Task("own files", splits, text, label, columns.get("pair"), None, problem_type, folder=Path)
+    """The task of the user's own files: {split: file}, {"text" | "pair" | "label": column}.
 
-
-def _text(row: Row, column: str) -> str:
-    text = row[column]
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{row.place}: column {column!r} has no text (its value: {text!r}); remove the row")
-    return text
-
-
-def read_examples(task: Task, split: str) -> Examples:
-    """The rows of one split; ValueError where it does not exist, a column is missing or a text is empty."""
-    if split not in task.splits:
-        raise ValueError(f"task {task.name!r} has no {split} split; it has: {', '.join(task.splits)}")
-    source = task.splits[split]
-    rows = read_table(task.folder() / source.file, source.form, source.columns)[source.first : source.end]
-    texts = [_text(row, task.text) for row in rows]
-    pairs = [_text(row, task.pair) for row in rows] if task.pair else None
-    return Examples(texts, pairs, [row[task.label] for row in rows], [row.place for row in rows])
-
-
-def _number(label: Any) -> float | None:
-    try:
-        return float(label)
-    except (TypeError, ValueError):
-        return None
-
-
-def find_problem_type(task: Task, labels: list[Any]) -> ProblemType:
-    """The task's problem type; where it does not say one, the kind of its labels.
-
-    Lists: multi-label; at least half the labels fractional numbers (3.8): regression; otherwise classes.
+    SQuAD's JSON needs no columns; of CoNLL columns the first is the text and the last the label unless said otherwise.
     """
-    if task.problem_type is not None:
-        return task.problem_type
-    if all(isinstance(label, list) for label in labels):
-        return "multi_label_classification"
-    fractional = sum((number := _number(label)) is not None and not float(number).is_integer() for label in labels)
-    return "regression" if 2 * fractional >= len(labels) else "single_label_classification"
+    splits = {split: Source(file) for split, file in files.items()}
+    kinds = {source.kind for source in splits.values()}
+    defaults: Mapping[str, str | None] = {}
+    if kinds == {"squad"}:
+        defaults = SQUAD_COLUMNS
+    elif kinds == {"conll"}:
+        defaults = {"text": "1"}
+    return _own("own files", splits, {**defaults, **_given(columns)}, problem_type, "conll" in kinds)
 
 
-def _several(label: Any) -> list[str]:
-    if isinstance(label, list):
-        return [str(name) for name in label]
-    return [name for name in str(label).split(BETWEEN_LABELS) if name]
+def dataset_task(
+    dataset: str,
+    config: str | None,
+    splits: Mapping[str, str],
+    columns: Mapping[str, str | None],
+    problem_type: ProblemType | None,
+) -> Task:
+    """The task of a data set that `datasets` loads; splits: {split: its name there} where it is not the usual one."""
+    label = columns.get("label")
+    sources = {
+        split: DatasetSource(dataset, (splits[split],) if split in splits else usual, config, label=label)
+        for split, usual in SPLIT_NAMES.items()
+    }
+    return _own(Path(dataset).name, sources, _given(columns), problem_type, False)
 
 
-def _named(task: Task, label: Any) -> str:
-    return (task.labels or {}).get(str(label), str(label))
+def _given(columns: Mapping[str, str | None]) -> dict[str, str]:
+    return {name: column for name, column in columns.items() if column}
 
 
-def find_labels(task: Task, examples: Examples, problem_type: ProblemType) -> list[str]:
-    """The names of the classes in order: the task's, else the sorted labels of these (training) examples."""
-    if problem_type == "regression":
-        return ["score"]
-    if task.labels:
-        return list(task.labels.values())
-    several = _several if problem_type == "multi_label_classification" else lambda label: [str(label)]
-    names = {name for label in examples.labels for name in several(label)}
-    if all(_number(name) is not None for name in names):
-        return sorted(names, key=lambda name: (float(name), name))
-    return sorted(names)
-
-
-def encode_labels(task: Task, examples: Examples, names: list[str], problem_type: ProblemType) -> np.ndarray:
-    """Labels as the model reads them: class numbers (rows,), 0/1 (rows, labels), or numbers (rows,) for regression."""
-    if problem_type == "regression":
-        values = [_score(label, place) for label, place in zip(examples.labels, examples.places, strict=True)]
-        return np.array(values, dtype=np.float32)
-    numbers = {name: number for number, name in enumerate(names)}
-    if problem_type == "multi_label_classification":
-        encoded = np.zeros((len(examples), len(names)), dtype=np.float32)
-        for row, (label, place) in enumerate(zip(examples.labels, examples.places, strict=True)):
-            encoded[row, [_class(name, numbers, place) for name in _several(label)]] = 1.0
-        return encoded
-    classes = zip(examples.labels, examples.places, strict=True)
-    return np.array([_class(_named(task, label), numbers, place) for label, place in classes], dtype=np.int64)
-
-
-def _score(label: Any, place: str) -> float:
-    number = _number(label)
-    if number is None or not math.isfinite(number):
-        raise ValueError(f"{place}: a regression label must be a finite number, got {label!r}")
-    return number
-
-
-def _class(name: str, numbers: Mapping[str, int], place: str) -> int:
-    if name not in numbers:
-        raise ValueError(f"{place}: label {name!r} is not among the labels of the model: {', '.join(numbers)}")
-    return numbers[name]
-
-
-def check_labels(encoded: np.ndarray, split: str, problem_type: ProblemType) -> None:
-    """ValueError where the labels of a split are all the same: nothing can be learned from it or measured on it."""
-    if problem_type != "multi_label_classification" and len(np.unique(encoded)) < 2:
-        kind = "value" if problem_type == "regression" else "class"
-        raise ValueError(f"the {split} split has one {kind} only ({len(encoded)} rows); it needs at least two")
+def _own(
+    name: str,
+    splits: Mapping[str, Source | DatasetSource],
+    columns: Mapping[str, str | None],
+    problem_type: ProblemType | None,
+    last_is_label: bool,
+) -> Task:
+    text, label = columns.get("text"), columns.get("label")
+    if not text or not (label or last_is_label):
+        raise ValueError("your own files need --text and --label, the names of their columns (and --pair for pairs)")
+    return Task(name, splits, text, label, columns.get("pair"), None, problem_type, folder=Path)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from finetune.data import GROUP, collate, encode, shuffled_batches, sorted_batches
-from finetune.tasks import Examples
+from finetune.examples import Examples
 
 LENGTHS = [1 + (number * 7919) % 97 for number in range(1003)]
 

@@ -7,7 +7,8 @@ from transformers import BertTokenizer
 from elastic_model import ElasticBertConfig, ElasticBertForPreTraining
 from elastic_model.operating_points import OperatingPoints
 from finetune.__main__ import _command
-from finetune.tasks import TASKS, read_examples
+from finetune.examples import read_examples
+from finetune.tasks import TASKS
 
 GUESS = 0.25  # four eras, as many passages of each
 

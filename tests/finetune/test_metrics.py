@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from sklearn import metrics as oracle
 
-from finetune.metrics import METRICS, interval, metric
+from finetune.metrics import METRICS, interval, metric, of_samples, squad_scores
 
 
 @pytest.fixture
@@ -51,10 +51,86 @@ def test_a_sum_of_names_is_the_mean_of_the_metrics(draw):
     assert metric("accuracy+f1")(answers, labels) == pytest.approx(mean)
 
 
+def of_tuples(rows):
+    array = np.empty(len(rows), dtype=object)
+    array[:] = rows
+    return array
+
+
+CONSTANT = {
+    "micro_f1": (np.zeros((4, 2)), np.array([[0, 1], [1, 0], [1, 1], [0, 0]])),
+    **{
+        name: (of_tuples([("O", "O")] * 3), of_tuples([("B-x", "I-x"), ("O", "O"), ("O", "B-y")]))
+        for name in METRICS
+        if name.startswith(("entity", "token"))
+    },
+    **{name: (of_tuples([""] * 3), of_tuples([("a b",), (), ("c", "d")])) for name in ("squad_f1", "exact_match")},
+}
+
+
 @pytest.mark.parametrize("name", METRICS)
 def test_constant_answers_give_a_number(name):
-    labels, answers = np.array([0, 1, 1, 0]), np.zeros(4, dtype=int)
+    answers, labels = CONSTANT.get(name, (np.zeros(4, dtype=int), np.array([0, 1, 1, 0])))
     assert np.isfinite(metric(name)(answers, labels))
+    assert all(np.isfinite(end) for end in interval(name, answers, labels))
+
+
+TAGS = ("O", "B-x", "I-x", "B-y", "I-y")
+
+
+def test_entities_agree_with_seqeval(draw):
+    """Also where a model says I without a B before it."""
+    from seqeval import metrics as seqeval
+
+    labels, answers = ([tuple(draw.choice(TAGS, size)) for size in range(1, 40)] for _ in range(2))
+    answers = [
+        tuple(np.where(draw.random(len(true)) < 0.7, true, given)) for given, true in zip(answers, labels, strict=True)
+    ]
+    plain = [list(map(list, rows)) for rows in (labels, answers)]
+    for name in ("f1", "precision", "recall"):
+        expected = getattr(seqeval, f"{name}_score")(*plain)
+        assert metric(f"entity_{name}")(of_tuples(answers), of_tuples(labels)) == pytest.approx(expected, abs=1e-12)
+    expected = seqeval.accuracy_score(*plain)
+    assert metric("token_accuracy")(of_tuples(answers), of_tuples(labels)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("answer", "truths", "exact", "f1"),
+    [
+        ("Denver Broncos", ("Denver Broncos", "The Denver Broncos"), 1, 1),
+        ("the Denver Broncos!", ("Denver broncos",), 1, 1),  # case, articles and punctuation do not count
+        ("Broncos", ("Denver Broncos", "Carolina Panthers"), 0, 2 / 3),
+        ("in the city of Santa Clara", ("Santa Clara", "Santa Clara, California"), 0, 4 / 7),
+        ("a to a to a", ("to",), 0, 2 / 3),  # a word counts as often as it occurs: "to to" against "to"
+        ("10,000", ("10000",), 1, 1),
+        ("co-op", ("coop",), 1, 1),
+        ("Panthers", ("Broncos",), 0, 0),
+        ("", (), 1, 1),  # v2: no answer, and there is none
+        ("Broncos", (), 0, 0),
+        ("", ("Broncos",), 0, 0),
+        ("the", ("a",), 1, 1),  # nothing is left of either
+        ("the", ("Broncos",), 0, 0),
+    ],
+)
+def test_squad_scores_of_known_answers(answer, truths, exact, f1):
+    assert squad_scores(answer, truths) == (exact, pytest.approx(f1))
+
+
+@pytest.mark.parametrize("name", ["f1", "macro_f1", "matthews", "pearson", "spearman", "accuracy+f1"])
+def test_the_bootstrap_is_the_metric_of_the_drawn_rows(name, draw):
+    labels = draw.integers(0, 3 if name in ("macro_f1", "matthews") else 2, 60)
+    answers = np.where(draw.random(60) < 0.7, labels, draw.integers(0, 2, 60))
+    if name in ("pearson", "spearman"):
+        labels, answers = labels + draw.normal(size=60).round(1), answers.astype(float)
+    rows = draw.integers(0, 60, (20, 60))
+    weights = np.stack([np.bincount(one, minlength=60) for one in rows]).astype(float)
+    expected = [metric(name)(answers[one], labels[one]) for one in rows]
+    assert of_samples(name)(answers, labels, weights) == pytest.approx(expected, abs=1e-9)
+
+
+def test_matthews_of_three_classes_agrees_with_scikit_learn(draw):
+    labels, answers = draw.integers(0, 3, 200), draw.integers(0, 3, 200)
+    assert metric("matthews")(answers, labels) == pytest.approx(oracle.matthews_corrcoef(labels, answers))
 
 
 def test_an_unknown_metric_is_named_with_those_allowed():

@@ -1,0 +1,98 @@
+"""The rows of a split as examples: texts, second texts, labels as the source has them, and their places."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.sources import DatasetSource
+from finetune.tables import Row
+from finetune.tasks import DATA_VARIABLE, ProblemType, Task
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The rows of a split. texts: strings, or lists of words; pairs: their second texts, if the task has any."""
+
+    texts: list[Any]
+    pairs: list[str] | None
+    labels: list[Any]
+    places: list[str]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def select(self, rows: list[int]) -> "Examples":
+        """The examples at `rows`."""
+        texts, labels, places = ([column[row] for row in rows] for column in (self.texts, self.labels, self.places))
+        return Examples(texts, [self.pairs[row] for row in rows] if self.pairs else None, labels, places)
+
+
+def read_examples(task: Task, split: str) -> Examples:
+    """The rows of one split; ValueError where it does not exist, a column is missing or a text is empty."""
+    if split not in task.splits:
+        raise ValueError(f"task {task.name!r} has no {split} split; it has: {', '.join(task.splits)}")
+    rows = _rows(task, split)
+    texts = [_text(row, task.text) for row in rows]
+    pairs = [_text(row, task.pair) for row in rows] if task.pair else None
+    labels = [row[task.label if task.label else list(row.cells)[-1]] for row in rows]
+    return Examples(texts, pairs, labels, [row.place for row in rows])
+
+
+def _rows(task: Task, split: str) -> list[Row]:
+    source = task.splits[split]
+    try:
+        rows = source.rows(task.folder())
+    except ValueError as error:
+        if task.hub is None or not isinstance(source, DatasetSource):
+            raise
+        raise ValueError(f"{error}; task {task.name} is read below ${DATA_VARIABLE}, else from the hub") from error
+    if not rows:
+        raise ValueError(f"task {task.name!r}: the {split} split has no rows")
+    return rows
+
+
+def _text(row: Row, column: str) -> Any:
+    text = row[column]
+    words = text if isinstance(text, list) else [text]
+    if not words or not all(isinstance(word, str) and word.strip() for word in words):
+        raise ValueError(f"{row.place}: column {column!r} has no text (its value: {text!r:.80}); remove the row")
+    return text
+
+
+def find_problem_type(task: Task, examples: Examples) -> ProblemType:
+    """The task's problem type; where it does not say one, the kind of its texts and labels.
+
+    Lists of words: tags; answers with their places: question answering; lists of labels: multi-label; at least half
+    the labels fractional numbers (3.8): regression; otherwise classes.
+    """
+    if task.problem_type is not None:
+        return task.problem_type
+    if isinstance(examples.texts[0], list):
+        return "token_classification"
+    if isinstance(examples.labels[0], dict):
+        return "question_answering"
+    if all(isinstance(label, list) for label in examples.labels):
+        return "multi_label_classification"
+    numbers = [number_of(label) for label in examples.labels]
+    fractional = sum(number is not None and not number.is_integer() for number in numbers)
+    return "regression" if 2 * fractional >= len(numbers) else "single_label_classification"
+
+
+def number_of(label: Any) -> float | None:
+    """The number that a label is, or None."""
+    try:
+        return float(label)
+    except (TypeError, ValueError):
+        return None
+
+
+def check_shape(examples: Examples, problem_type: ProblemType) -> None:
+    """ValueError where texts or labels are not of the form that the problem type has."""
+    words = isinstance(examples.texts[0], list)
+    if words != (problem_type == "token_classification"):
+        found = "lists of words" if words else "texts"
+        raise ValueError(
+            f"{examples.places[0]}: {problem_type} needs {'texts' if words else 'lists of words'}, got {found}"
+        )
+    if isinstance(examples.labels[0], dict) != (problem_type == "question_answering"):
+        expected = "answers as SQuAD has them" if problem_type == "question_answering" else "labels"
+        raise ValueError(f"{examples.places[0]}: {problem_type} needs {expected}, got {examples.labels[0]!r:.80}")
