@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from elastic_model.exit_policies import simulate
-from finetune.calibrate import CANDIDATES, candidates, choose, never, policy_name, thresholds
+from finetune.policies import CANDIDATES, candidates, choose, never, policy_name, thresholds
 
-KINDS = [(name, "single_label_classification") for name in CANDIDATES] + [("patience", "regression")]
+NAMES = [name for name in CANDIDATES if name != "learned"]  # which needs its head
+KINDS = [(name, "single_label_classification") for name in NAMES] + [("patience", "regression")]
 
 
 def logits_for(problem_type, exits=4, rows=200):
@@ -50,7 +51,7 @@ def test_regression_calibrates_patience_only():
     assert (
         policy_name(None, "regression") == "patience" and policy_name(None, "single_label_classification") == "entropy"
     )
-    with pytest.raises(ValueError, match="'entropy' cannot be calibrated for regression; allowed: patience"):
+    with pytest.raises(ValueError, match="'entropy' cannot be calibrated for regression; allowed: patience, learned"):
         policy_name("entropy", "regression")
-    with pytest.raises(ValueError, match="allowed: entropy, confidence, margin, patience"):
-        policy_name("voting", "single_label_classification")
+    with pytest.raises(ValueError, match="allowed: entropy, confidence, margin, patience, voting, learned"):
+        policy_name("constant", "single_label_classification")

@@ -1,0 +1,107 @@
+"""The settings of an exit policy from strict to loose, and which of them held-out rows permit."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from finetune.tasks import ProblemType
+
+GRID = 100  # settings tried of a policy that has a threshold
+Policy = dict[str, Any]
+Candidates = Callable[[np.ndarray, ProblemType, float | None], list[Policy]]
+
+
+def _steps(largest: float) -> list[float]:
+    """Rising to `largest`; squares, since most rows of a trained model are nearly certain."""
+    return [round(largest * (step / GRID) ** 2, 6) for step in range(1, GRID + 1)]
+
+
+def _change(logits: np.ndarray) -> float:
+    """Just above the largest change of a row's value between neighbouring exits: a threshold that all rows pass."""
+    return 1.01 * float(np.abs(np.diff(logits, axis=0)).max())
+
+
+def _patience(logits: np.ndarray, problem_type: ProblemType, largest: float | None) -> list[Policy]:
+    if problem_type != "regression":
+        return [{"name": "patience", "patience": patience} for patience in range(len(logits) - 1, 0, -1)]
+    steps = _steps(_change(logits) if largest is None else largest)
+    return [{"name": "patience", "patience": 1, "threshold": step} for step in steps]
+
+
+def _voting(logits: np.ndarray, problem_type: ProblemType, largest: float | None) -> list[Policy]:
+    return [{"name": "voting", "votes": votes} for votes in range(len(logits), 0, -1)]
+
+
+def _rising(name: str) -> Candidates:
+    return lambda logits, problem_type, largest: [{"name": name, "threshold": step} for step in _steps(1.0)]
+
+
+def _falling(name: str) -> Candidates:
+    return lambda logits, problem_type, largest: [
+        {"name": name, "threshold": round(1 - step, 6)} for step in _steps(1.0)
+    ]
+
+
+# policy -> its settings, from exit logits, in an order fixed before any is tried: strict (rows stay longest) to loose
+CANDIDATES: Mapping[str, Candidates] = {
+    "entropy": _rising("entropy"),
+    "confidence": _falling("confidence"),
+    "margin": _falling("margin"),
+    "patience": _patience,
+    "voting": _voting,
+    "learned": _rising("learned"),
+}
+FOR_REGRESSION = ("patience", "learned")
+
+
+def policy_name(given: str | None, problem_type: ProblemType) -> str:
+    """The policy to calibrate: the one given, else patience for regression and entropy for classes."""
+    name = given or ("patience" if problem_type == "regression" else "entropy")
+    allowed = FOR_REGRESSION if problem_type == "regression" else tuple(CANDIDATES)
+    if name not in allowed:
+        raise ValueError(
+            f"exit policy {name!r} cannot be calibrated for {problem_type}; allowed: {', '.join(allowed)}"
+        )
+    return name
+
+
+def candidates(name: str, logits: np.ndarray, problem_type: ProblemType, largest: float | None = None) -> list[Policy]:
+    """The settings of a policy from strict to loose, for exit logits (exits, rows, labels).
+
+    largest: the loosest threshold of a regression's patience, by default from the logits; a guarantee needs one that
+    the rows did not choose.
+    """
+    return CANDIDATES[name](logits, problem_type, largest)
+
+
+def never(name: str, exits: int, problem_type: ProblemType) -> Policy:
+    """The setting of a policy at which every row goes to full depth."""
+    if name == "voting":
+        return {"name": name, "votes": exits}
+    if name == "patience" and problem_type != "regression":
+        return {"name": name, "patience": exits}
+    if name == "patience":
+        return {"name": name, "patience": 1, "threshold": 0.0}
+    return {"name": name, "threshold": 0.0 if name in ("entropy", "learned") else 1.0}
+
+
+def thresholds(name: str, policy: Policy | None, exits: int, problem_type: ProblemType) -> list[float]:
+    """A policy's threshold at each exit, as operating points hold it (class patience: a count); None: full depth."""
+    settings = policy or never(name, exits, problem_type)
+    value = next(settings[key] for key in ("threshold", "patience", "votes") if key in settings)
+    return [float(one) for one in value] if isinstance(value, list) else [float(value)] * exits
+
+
+def choose(qualities: list[float], full: float, permitted_loss: float) -> int | None:
+    """Which candidate to take, or None: the last before quality first falls below full depth by more than permitted.
+
+    In fixed sequence, as in learn-then-test (Angelopoulos et al. 2021): a lucky loose setting
+    behind one that failed is not taken.
+    """
+    chosen = None
+    for number, quality in enumerate(qualities):
+        if quality < full - permitted_loss:
+            break
+        chosen = number
+    return chosen
