@@ -1,4 +1,4 @@
-"""python -m pretrain --config RECIPE.yaml [--resume] [--flag value ...], or evaluate --model DIR --text FILES ..."""
+"""python -m pretrain --config RECIPE.yaml [--resume] [--flag value ...]; also prepare, and evaluate --model DIR"""
 
 import os
 import sys
@@ -8,12 +8,20 @@ from pretrain.config import EvaluateConfig, PretrainConfig
 
 
 def command(argv: list[str]) -> int:
-    """Train, or evaluate a checkpoint; frameworks take seconds to load, so options are parsed before."""
+    """Train, prepare the text of a run (before many processes wait for it), or evaluate a checkpoint.
+
+    Frameworks take seconds to load, so options are parsed before.
+    """
     if argv[:1] == ["evaluate"]:
         to_evaluate = parse(EvaluateConfig, argv[1:], prog="python -m pretrain evaluate")
         from pretrain.evaluate import evaluate_checkpoint
 
         return evaluate_checkpoint(to_evaluate)
+    if argv[:1] == ["prepare"]:
+        to_prepare = parse(PretrainConfig, argv[1:], prog="python -m pretrain prepare")
+        from pretrain.statistics import prepare_text
+
+        return prepare_text(to_prepare)
     config = parse(PretrainConfig, argv, prog="python -m pretrain")
     from pretrain.train import train
 

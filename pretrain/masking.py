@@ -32,5 +32,5 @@ def mask_tokens(
     inputs = tokens.copy()
     inputs[places[fate < 0.8]] = mask_token
     changed = places[fate >= 0.9]
-    inputs[changed] = generator.choice(replacements, len(changed))
+    inputs[changed] = replacements[generator.integers(len(replacements), size=len(changed))]
     return inputs, labels

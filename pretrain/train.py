@@ -45,9 +45,11 @@ from pretrain.masking import IGNORED
 from pretrain.metrics import Update, Window, cut_metrics, flat, peak_flops, peak_memory, update_flops
 from pretrain.prepare import Corpus, prepare
 from pretrain.report import describe, plot_losses
+from pretrain.statistics import statistics, table
 
 METRICS = "metrics.jsonl"
 EVALUATION = "evaluation.json"
+DATA = "data.json"
 STOPPED = 143  # 128 + SIGTERM: saved, to be resumed
 
 
@@ -244,15 +246,15 @@ class Run:
         exits, students = self._subnetworks()
         counts = masked / accelerator.num_processes, max(pairs, 1) / accelerator.num_processes
         zeros = torch.zeros(len(exits), 4, device=accelerator.device)
-        update = Update(exits, students, zeros, zeros.sum())
+        update = Update(exits, students, zeros, zeros.sum() if students else None)
         for number, batch in enumerate(micro_batches, start=1):
             batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()}
             with self.engine.micro_batch(last=number == len(micro_batches)):
                 output = self.model(**batch, exits=exits, students=students, mlm_count=counts[0], sop_count=counts[1])
                 self.engine.backward(output.loss)
             update.per_exit = update.per_exit + _per_exit(output, batch["sentence_order_label"], *counts)
-            if students:
-                update.distillation += output.distillation_loss.detach()
+            if update.distillation is not None:
+                update.distillation = update.distillation + output.distillation_loss.detach()
         return update
 
     def _skip(self) -> None:
@@ -356,9 +358,10 @@ def _check_run_folder(config: PretrainConfig) -> None:
         )
 
 
-def _open_run_folder(config: PretrainConfig, step: int) -> None:
+def _open_run_folder(config: PretrainConfig, step: int, found: dict[str, Any]) -> None:
     claim_folder(config.output)
     (config.output / "config.yaml").write_text(to_yaml(config))
+    (config.output / DATA).write_text(json.dumps(found, indent=2) + "\n")
     cut_metrics(config.output / METRICS, step)
 
 
@@ -373,10 +376,11 @@ def train(config: PretrainConfig) -> int:
         corpus = prepare(config, quiet=not accelerator.is_local_main_process)
     run = Run(config, accelerator, corpus, checkpoint_to_resume(config.output, config.resume_previous))
     accelerator.wait_for_everyone()  # nobody looks into the output folder any more: from here on it changes
-    on_main_process(accelerator, partial(_open_run_folder, config, run.progress.step))
+    found = statistics(corpus, run.batches, run.held_out_examples)
+    on_main_process(accelerator, partial(_open_run_folder, config, run.progress.step, found))
     if config.tracker:
         accelerator.init_trackers("pretrain", config={name: str(value) for name, value in asdict(config).items()})
-    accelerator.print(_summary(run))
+    accelerator.print(_summary(run, found))
     with _stop_on_sigterm(run):
         code = _loop(run)
     if code == 0:
@@ -385,17 +389,11 @@ def train(config: PretrainConfig) -> int:
     return code
 
 
-def _summary(run: Run) -> str:
-    corpus, train, held_out = run.corpus, run.train_examples, run.held_out_examples
-    tokens = corpus.total("tokens")
-    padding = 1 - train.lengths.mean() / run.config.max_length
+def _summary(run: Run, found: dict[str, Any]) -> str:
     return (
-        f"{corpus.total('documents')} documents, {corpus.total('sentences')} sentences, {tokens} tokens "
-        f"({100 * corpus.total('unknown') / tokens:.2f} % unknown), vocabulary {len(corpus.tokenizer)}\n"
-        f"{len(train)} training and {len(held_out)} held-out examples of {train.lengths.mean():.1f} tokens "
-        f"({100 * padding:.1f} % short of {run.config.max_length}), {run.parameters / 1e6:.2f} M parameters, "
-        f"exits {run.exit_layers}, {run.accelerator.num_processes} process(es)\n"
-        f"updates {run.progress.step + 1} to {run.config.steps} of {run.config.batch_size} examples"
+        f"{table(found)}\n{run.parameters / 1e6:.2f} M parameters, exits {run.exit_layers}, "
+        f"{run.accelerator.num_processes} process(es), updates {run.progress.step + 1} to {run.config.steps} of "
+        f"{run.config.batch_size} examples"
     )
 
 
