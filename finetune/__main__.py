@@ -2,19 +2,27 @@
 
 import importlib
 import sys
+from typing import Any
 
 from elastic_model.arguments import parse, run
-from finetune.config import EvaluateOptions, TaskOptions, TrainOptions
+from finetune.config import CalibrateOptions, ElastifyOptions, EvaluateOptions, TrainOptions
+from finetune.elue.config import LeaderboardOptions, RunOptions, ScoreOptions
 
 # command -> its options, and the module whose function of the command's name runs it
-COMMANDS: dict[str, tuple[type[TaskOptions], str]] = {
+COMMANDS: dict[str, tuple[type[Any], str]] = {
     "train": (TrainOptions, "finetune.train"),
+    "elastify": (ElastifyOptions, "finetune.elastify"),
     "evaluate": (EvaluateOptions, "finetune.evaluate"),
+    "calibrate": (CalibrateOptions, "finetune.calibrate"),
+    "elue run": (RunOptions, "finetune.elue.run"),
+    "elue score": (ScoreOptions, "finetune.elue.score"),
+    "elue leaderboard": (LeaderboardOptions, "finetune.elue.leaderboard"),
 }
+SHORT = {"elue": "elue run"}
 
 
 def _usage() -> str:
-    lines = [f"  {name:10} {(options.__doc__ or '').splitlines()[0]}" for name, (options, _) in COMMANDS.items()]
+    lines = [f"  {name:16} {(options.__doc__ or '').splitlines()[0]}" for name, (options, _) in COMMANDS.items()]
     return "\n".join(["usage: python -m finetune COMMAND [--config RECIPE.yaml] [--flag value ...]", "", *lines])
 
 
@@ -22,12 +30,14 @@ def _command(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0 if argv else 2
-    name, *flags = argv
+    words = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    name, flags = " ".join(argv[:words]), argv[words:]
+    name = SHORT.get(name, name)
     if name not in COMMANDS:
         raise ValueError(f"command {name!r} is unknown; allowed: {', '.join(COMMANDS)}")
     options, module = COMMANDS[name]
-    parsed: TaskOptions = parse(options, flags, prog=f"python -m finetune {name}")
-    return getattr(importlib.import_module(module), name)(parsed)
+    parsed = parse(options, flags, prog=f"python -m finetune {name}")
+    return getattr(importlib.import_module(module), name.split()[-1])(parsed)
 
 
 def main() -> None:

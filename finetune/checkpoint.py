@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,7 @@ from elastic_model.arguments import to_yaml
 from elastic_model.card import write_card
 from elastic_model.folders import new_folder
 from elastic_model.operating_points import OperatingPoint, OperatingPoints, checkpoint_hash
-from elastic_model.provenance import Metric, append_stage, describe_data
-from finetune.calibrate import candidates, choose, never, policy_name, thresholds
+from elastic_model.provenance import Metric, append_stage
 from finetune.evaluate import (
     Outcome,
     Score,
@@ -27,9 +26,12 @@ from finetune.evaluate import (
     scores,
     spread,
 )
+from finetune.figures import confusion, plot_confusion, plot_exits
+from finetune.kinds import kind_of
+from finetune.policies import candidates, choose, never, policy_name, thresholds
 from finetune.prepare import rows_hash
-from finetune.run import METRICS, Run
-from finetune.state import Weights
+from finetune.run import METRICS, Run, TaskRun
+from finetune.state import Progress
 
 SETTINGS = "finetune.json"  # what makes two runs the same
 REPORT = "report.txt"
@@ -38,7 +40,7 @@ Scored = dict[str, dict[int, list[Score]]]  # split -> exit layer -> a score a m
 POINTS = 12  # operating points spread over the sweep, beside full depth and the calibrated one
 
 
-def sweep(run: Run, logits: np.ndarray) -> list[Outcome]:
+def sweep(run: TaskRun, logits: np.ndarray) -> list[Outcome]:
     """What the settings of the exit policy give on dev, from strict to loose; nothing where there is one exit only.
 
     Of settings that dev cannot tell apart the strictest stands for all: a looser one would go beyond what was seen.
@@ -53,7 +55,7 @@ def sweep(run: Run, logits: np.ndarray) -> list[Outcome]:
     return outcomes
 
 
-def calibrate(run: Run, full: Outcome, outcomes: list[Outcome]) -> Outcome:
+def calibrate(run: TaskRun, full: Outcome, outcomes: list[Outcome]) -> Outcome:
     """The loosest setting that keeps the deciding metric on dev within the permitted loss, else full depth."""
     deciding = run.labels.metrics[0]
     qualities = [one.quality[deciding] for one in outcomes]
@@ -61,7 +63,7 @@ def calibrate(run: Run, full: Outcome, outcomes: list[Outcome]) -> Outcome:
     return full if best is None else outcomes[best]
 
 
-def _point(run: Run, name: str, one: Outcome) -> OperatingPoint:
+def _point(run: TaskRun, name: str, one: Outcome) -> OperatingPoint:
     score, dev = score_of(one.answers, run.splits["dev"], run.labels, run.options.seed), run.splits["dev"]
     policy = policy_name(run.options.exit_policy, run.labels.problem_type)
     return OperatingPoint(
@@ -74,7 +76,7 @@ def _point(run: Run, name: str, one: Outcome) -> OperatingPoint:
 
 
 def operating_points(
-    run: Run, weights: str, full: Outcome, chosen: Outcome, outcomes: list[Outcome]
+    run: TaskRun, weights: str, full: Outcome, chosen: Outcome, outcomes: list[Outcome]
 ) -> OperatingPoints:
     """Full depth, the calibrated point, and points spread evenly over the mean exit layers of the sweep."""
     name = policy_name(run.options.exit_policy, run.labels.problem_type)
@@ -91,7 +93,7 @@ def operating_points(
     return OperatingPoints(weights, policy, points + [_point(run, name, one) for name, one in named.items()])
 
 
-def report(run: Run, full: Outcome, chosen: Outcome, logits: dict[str, np.ndarray], scored: Scored) -> str:
+def report(run: TaskRun, full: Outcome, chosen: Outcome, logits: dict[str, np.ndarray], scored: Scored) -> str:
     """The text that ends a run: quality by exit on dev (and on test, where that was given), the exit policy chosen."""
     lines = []
     for split, per_exit in scored.items():
@@ -110,11 +112,11 @@ def report(run: Run, full: Outcome, chosen: Outcome, logits: dict[str, np.ndarra
     return "\n".join([*lines, outcome_table(outcomes)])
 
 
-def _record(run: Run, folder: Path, scored: Scored) -> None:
+def _record(run: TaskRun, folder: Path, scored: Scored) -> None:
     """The provenance of the checkpoint, and its model card."""
-    files = {split: run.task.folder() / run.task.splits[split].file for split in run.splits}
     data = [
-        describe_data(files[split], run.task.name, split, sha256=rows_hash(rows)) for split, rows in run.splits.items()
+        run.task.splits[split].describe(run.task.folder(), run.task.name, split, rows_hash(rows))
+        for split, rows in run.splits.items()
     ]
     metrics = [
         Metric(score.metric, score.value, run.task.name, split, layer, score.low, score.high)
@@ -136,7 +138,7 @@ def _record(run: Run, folder: Path, scored: Scored) -> None:
     write_card(folder, name=Path(run.options.output).name)
 
 
-def _scores_by_exit(run: Run, split: str, logits: np.ndarray) -> dict[int, list[Score]]:
+def _scores_by_exit(run: TaskRun, split: str, logits: np.ndarray) -> dict[int, list[Score]]:
     by_exit = zip(run.exit_layers, logits, strict=True)
     return {layer: scores(one, run.splits[split], run.labels, run.options.seed) for layer, one in by_exit}
 
@@ -152,9 +154,9 @@ def _evaluation(full: Outcome, chosen: Outcome, scored: Scored) -> dict[str, Any
     return {"exits": exits, "dev": {"full": plain(full), "calibrated": plain(chosen)}}
 
 
-def write_checkpoint(run: Run, weights: Weights, update: int) -> None:
-    """The weights with their exit policy and operating points as the run's output; the run's folder is removed."""
-    run.model.load_state_dict(weights)
+def write_checkpoint(run: TaskRun, progress: Progress) -> None:
+    """The best weights with their exit policy and operating points as the run's output; its folder is removed."""
+    run.model.load_state_dict(progress.best_weights)
     logits = {
         split: exit_logits(run.model, rows, run.tokenizer, run.options.eval_batch_size, run.accelerator)
         for split, rows in run.splits.items()
@@ -162,6 +164,8 @@ def write_checkpoint(run: Run, weights: Weights, update: int) -> None:
     }
     if not run.accelerator.is_main_process:
         return
+    run = replace(run, labels=kind_of(run.labels).tune(logits["dev"][-1], run.splits["dev"], run.labels))
+    run.model.config.no_answer_threshold = run.labels.no_answer_threshold
     scored = {split: _scores_by_exit(run, split, values) for split, values in logits.items()}
     full = outcome(None, logits["dev"], run.exit_layers, run.splits["dev"], run.labels)
     outcomes = sweep(run, logits["dev"])
@@ -177,9 +181,25 @@ def write_checkpoint(run: Run, weights: Weights, update: int) -> None:
         (folder / REPORT).write_text(text + "\n")
         (folder / EVALUATION).write_text(json.dumps(_evaluation(full, chosen, scored), indent=1))
         shutil.copy(run.folder / METRICS, folder)
+        _draw(run, folder, scored, full)
         _record(run, folder, scored)
     shutil.rmtree(run.folder)
-    print(text, f"checkpoint of update {update}: {run.options.output}", sep="\n\n")
+    print(text, f"checkpoint of update {progress.best_update}: {run.options.output}", sep="\n\n")
+
+
+def _draw(run: TaskRun, folder: Path, scored: Scored, full: Outcome) -> None:
+    """The deciding metric by exit; for classes the confusion matrix of full depth on dev, as a figure and as JSON."""
+    by_exit = {
+        split: {layer: {run.metric: values[0].value, **asdict(values[0])} for layer, values in per_exit.items()}
+        for split, per_exit in scored.items()
+    }
+    plot_exits(folder / "exits.png", by_exit, run.metric)
+    if run.labels.problem_type != "single_label_classification":
+        return
+    counts = confusion(full.answers, run.splits["dev"].labels, len(run.labels.names))
+    matrix = {"split": "dev", "exit_layer": run.exit_layers[-1], "labels": run.labels.names, "counts": counts.tolist()}
+    (folder / "confusion.json").write_text(json.dumps(matrix, indent=1))
+    plot_confusion(folder / "confusion.png", counts, run.labels.names, f"dev, exit after layer {run.exit_layers[-1]}")
 
 
 def is_finished(run: Run) -> bool:

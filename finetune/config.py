@@ -6,65 +6,149 @@ from typing import Literal
 from elastic_model.arguments import option
 from finetune.tasks import DATA_VARIABLE, TASKS, ProblemType
 
-TASK_HELP = f"a task of the table: {', '.join(TASKS)} (all but era are files below ${DATA_VARIABLE})"
-OWN_HELP = "of your own files (.tsv, .csv, .jsonl, also compressed)"
+TASK_HELP = (
+    f"a task of the table: {', '.join(TASKS)} (all but era are read below ${DATA_VARIABLE}, GLUE's and ELUE's else"
+    " from the hub)"
+)
+OWN_HELP = (
+    "of your own files (.tsv, .csv, .jsonl; .conll for tags, .json for SQuAD; also compressed), or its name in the"
+    " --dataset"
+)
 
 
 @dataclass(kw_only=True)
-class TaskOptions:
-    """What the commands of a task share: the starting checkpoint, the rows, how they are read."""
+class ReadingOptions:
+    """What every command has that reads rows."""
 
-    model: str = option(help="checkpoint folder: an elastic model, or a stock BERT, RoBERTa or DistilBERT one")
-    task: str | None = option(None, help=TASK_HELP)
-    train: str | None = option(None, help=f"train split {OWN_HELP}")
-    dev: str | None = option(None, help=f"dev split {OWN_HELP}; it chooses the checkpoint and the threshold")
-    test: str | None = option(None, help=f"test split {OWN_HELP}; only reported")
-    text: str | None = option(None, help="column of the text in your own files")
-    pair: str | None = option(None, help="column of the second text in your own files, if the task has pairs")
-    label: str | None = option(None, help="column of the label in your own files; several labels are joined by |")
-    problem_type: ProblemType | None = option(
-        None, help="kind of the labels in your own files (default: found from them, and printed)"
-    )
     max_length: int = option(128, help="tokens of a row, at most; longer rows are cut")
-    metrics: list[str] = option([], help="metrics, the first decides; a+b is the mean of two (default: the task's)")
     eval_batch_size: int = option(64, help="rows in one forward pass of an evaluation")
     seed: int = option(0, help="seed of everything drawn: new heads, order of the rows, dropout, bootstrap")
 
 
 @dataclass(kw_only=True)
-class TrainOptions(TaskOptions):
-    """Fine-tune a checkpoint with all its exits, choose an exit threshold on dev, write a task checkpoint."""
+class TaskOptions(ReadingOptions):
+    """What the commands of a task share: the starting checkpoint, the rows, how they are read."""
 
-    output: str = option(help="folder of the task checkpoint (appears whole, at the end)")
-    recipe: str = option("joint", help="which losses train what, in which phases (finetune/recipe.py has the table)")
+    model: str = option(
+        help="checkpoint folder: an elastic model, or a stock BERT, RoBERTa or DistilBERT one", positional=True
+    )
+    task: str | None = option(None, help=TASK_HELP)
+    train: str | None = option(None, help=f"train split {OWN_HELP}")
+    dev: str | None = option(None, help=f"dev split {OWN_HELP}; it chooses the checkpoint and the threshold")
+    test: str | None = option(None, help=f"test split {OWN_HELP}; only reported")
+    dataset: str | None = option(
+        None, help="your own data set: a folder of datasets' save_to_disk or of files, or an id of the hub"
+    )
+    dataset_config: str | None = option(None, help="configuration of --dataset, where it has several")
+    text: str | None = option(
+        None, help="column of the text (or of the words, or the question) in your own data; CoNLL's are 1, 2, ..."
+    )
+    pair: str | None = option(None, help="column of the second text (or of the context), if the task has pairs")
+    label: str | None = option(
+        None, help="column of the label (or of the tags, or the answers); several labels are joined by |"
+    )
+    problem_type: ProblemType | None = option(
+        None, help="kind of the labels in your own files (default: found from them, and printed)"
+    )
+    metrics: list[str] = option([], help="metrics, the first decides; a+b is the mean of two (default: the task's)")
+
+
+@dataclass(kw_only=True)
+class LoopOptions(ReadingOptions):
+    """What every training run has: how its updates are made, when it looks at dev, how it is kept and watched."""
+
+    output: str = option(help="folder of the checkpoint (appears whole, at the end)")
     epochs: int = option(3, help="passes over the train split, in each phase of the recipe")
+    phase_epochs: list[int] = option(
+        [], help="the same, a number a phase where they differ: 3 5 for LAT's schedule, 0 leaves a phase out"
+    )
     batch_size: int = option(32, help="rows of one update, over all processes")
     micro_batch_size: int | None = option(None, help="rows of one forward pass (default: all of a process's rows)")
-    learning_rate: float = option(5e-5, help="peak learning rate of AdamW")
+    learning_rate: float = option(5e-5, help="peak learning rate of AdamW, in each phase")
     warmup: float = option(0.1, help="share of the updates over which the learning rate rises; it then falls to 0")
     weight_decay: float = option(0.01, help="AdamW's weight decay, not on biases and norms")
     max_grad_norm: float = option(1.0, help="gradients are scaled down to this norm")
     dropout: float | None = option(None, help="dropout of hidden states and attention (default: the checkpoint's)")
+    precision: Literal["no", "bf16"] = option("no", help="mixed precision of the forward and backward pass")
+
+    exit_layers: list[int] | None = option(None, help="layers with an exit (default: the checkpoint's)")
     exit_loss: str = option("sum", help="weighting of the exits in the loss: sum, linear, last, mean, ... ")
     gradient_equilibrium: bool = option(True, help="each layer sees the mean of the gradients of the exits above it")
     exit_groups: int = option(1, help="groups the exits are dealt into, one group an update, the last exit in all")
-    exit_layers: list[int] | None = option(None, help="layers with an exit (default: the checkpoint's)")
-    train_rows: int | None = option(None, help="use a random subset of the train split of this size")
-    eval_steps: int | None = option(None, help="updates between evaluations on dev (default: once an epoch)")
+    learned_exit_head: bool = option(
+        False, help="train BERxiT's head, which the exit policy `learned` asks whether an exit is right"
+    )
+
+    length_drop: float = option(0.2, help="LengthDrop: share of the tokens dropped from layer to layer, at most")
+    layer_drop: float = option(0.2, help="LayerDrop: probability that a sub-network leaves a layer out; 0: without")
+    sampled: int = option(2, help="sub-networks sampled in an update beside the smallest one")
+    sandwich_rule: bool = option(True, help="the smallest sub-network is in every update; false: one more is sampled")
+    distillation: Literal["forward", "reverse", "none"] = option(
+        "forward",
+        help="what sub-networks minimise: KL(teacher || student), KL(student || teacher), or without distillation the"
+        " loss on the labels",
+    )
+    temperature: float = option(1.0, help="logits are divided by it before a student is compared with its teacher")
+
     best_exit: Literal["last", "mean"] = option(
-        "last", help="the checkpoint kept is best on dev by the first metric: at the last exit, or the mean over exits"
+        "last",
+        help="the checkpoint kept is best on dev by the deciding metric: at the last exit, or the mean over exits",
     )
-    exit_policy: str | None = option(
-        None,
-        help="exit policy to calibrate: entropy, confidence, margin, patience (default: entropy, else patience)",
+    eval_steps: int | None = option(None, help="updates between evaluations on dev (default: once an epoch)")
+    patience: int | None = option(
+        None, help="a phase ends after this many evaluations that are no better than its best, which is then kept"
     )
-    permitted_loss: float = option(0.01, help="loss of the first metric on dev that the threshold may cost")
     save_steps: int = option(200, help="updates between saved states, from which --resume continues")
     resume: bool = option(False, help="continue an interrupted run of this output; a finished one ends at once")
-    mixed_precision: Literal["no", "bf16"] = option("no", help="precision of the forward and backward pass")
     log_steps: int = option(20, help="updates between lines of metrics.jsonl")
+    tracker: str | None = option(None, help="a tracker of accelerate (tensorboard, wandb, ...) beside metrics.jsonl")
     license: str | None = option(
         None, help="licence you give the checkpoint, as the hub names it (default: the one its parent's card states)"
+    )
+
+    hard_weight = 0.0  # of the loss on labels beside a teacher's: a command without labels has no option for it
+
+
+@dataclass(kw_only=True)
+class TrainOptions(LoopOptions, TaskOptions):
+    """Fine-tune a checkpoint with all its exits, choose an exit threshold on dev, write a task checkpoint."""
+
+    recipe: str = option("joint", help="which losses train what, in which phases (finetune/recipe.py has the table)")
+    train_rows: int | None = option(None, help="use a random subset of the train split of this size")
+    metric: str | None = option(None, help="metric that chooses the checkpoint (default: the first of the metrics)")
+    teacher: str | None = option(
+        None, help="a transformers classifier of the same labels, folder or hub id: every exit learns its answers too"
+    )
+    hard_weight: float = option(0.5, help="weight of the loss on the labels beside the teacher's, from 0 to 1")
+    exit_policy: str | None = option(
+        None,
+        help="exit policy to calibrate: entropy, confidence, margin, patience, learned (default: the recipe's, else"
+        " entropy, for regression patience)",
+    )
+    permitted_loss: float = option(0.01, help="loss of the deciding metric on dev that the threshold may cost")
+
+
+@dataclass(kw_only=True)
+class ElastifyOptions(LoopOptions):
+    """Give a fine-tuned classifier or tagger exits that answer as it does, from unlabelled texts alone."""
+
+    model: str = option(
+        help="a fine-tuned BERT, RoBERTa or DistilBERT classifier or token tagger: folder or hub id", positional=True
+    )
+    texts: str = option(
+        help="unlabelled texts: one a line (.txt), or a table (.tsv, .csv, .jsonl) with --text; also compressed"
+    )
+    dev: str | None = option(None, help="held-out texts, in the same form (default: 5 % of the texts)")
+    text: str | None = option(None, help="column of the text in a table")
+    pair: str | None = option(None, help="column of the second text in a table, where the model reads pairs")
+    train_backbone: bool = option(
+        False, help="then train the whole model too, with LengthDrop: exits and lengths learn from the original"
+    )
+    backbone_learning_rate: float = option(2e-5, help="peak learning rate where the backbone is trained")
+    learning_rate: float = option(1e-3, help="peak learning rate of the exits")
+    best_exit: Literal["last", "mean"] = option(
+        "mean",
+        help="the checkpoint kept agrees best with the original on held-out texts: at the last exit, or the mean",
     )
 
 
@@ -76,3 +160,33 @@ class EvaluateOptions(TaskOptions):
     policy: str | None = option(None, help="exit policy to sweep (default: the checkpoint's, else as in train)")
     thresholds: list[float] = option([], help="thresholds of the sweep (default: a grid from never to always)")
     output: str | None = option(None, help="folder for curve.json (what is printed) and predictions.tsv")
+
+
+@dataclass(kw_only=True)
+class CalibrateOptions(TaskOptions):
+    """Choose exit thresholds with a guarantee: rarely another answer than the full model's."""
+
+    model: str = option(help="task checkpoint, or a folder that `python -m export` wrote", positional=True)
+    split: Literal["train", "dev", "test"] = option("dev", help="which split of the task to calibrate on")
+    texts: str | None = option(
+        None, help="calibrate on unlabelled texts: one a line (.txt), or a table (.tsv, .csv, .jsonl) with --text"
+    )
+    reference: str | None = option(
+        None,
+        help="the classifier whose answers count, folder or hub id (default: the full depth of what is calibrated)",
+    )
+    max_disagreement: float | None = option(None, help="bound of P(answer differs from the full model's)")
+    max_accuracy_loss: float | None = option(
+        None, help="bound of the accuracy lost: P(the full model is right and the answer is not); needs labels"
+    )
+    tolerance: float | None = option(None, help="regression: answers differ where they are further apart than this")
+    confidence: float = option(0.95, help="probability, over the calibration rows drawn, that the bound holds")
+    exit_policy: str | None = option(None, help="exit policy (default: that of the operating points there are)")
+    length_config: list[float] = option([], help="calibrate at these shares of the tokens, one a layer")
+    file: str | None = option(
+        None, help="of an exported folder: ONNX file, without .onnx (default: best for this CPU)"
+    )
+    drift: str | None = option(
+        None, help="compare instead: answers in service, a .tsv with a column exit_layer (`python -m export predict`)"
+    )
+    output: str | None = option(None, help="JSON file for the report")

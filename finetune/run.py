@@ -2,21 +2,26 @@
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from elastic_model import ElasticBertForSequenceClassification
 from elastic_model.folders import check_output
-from finetune.calibrate import policy_name
-from finetune.config import TrainOptions
-from finetune.data import Encoded, shuffled_batches
+from finetune.config import LoopOptions, TrainOptions
+from finetune.data import Encoded, encode, shuffled_batches
+from finetune.evaluate import answers_of, exit_logits, quality
+from finetune.examples import Examples, read_examples
+from finetune.kinds import KINDS
+from finetune.labels import Labels
+from finetune.policies import policy_name
 from finetune.prepare import (
-    Labels,
     chosen_task,
     encode_split,
     labels_of_training,
@@ -26,7 +31,8 @@ from finetune.prepare import (
     some_rows,
 )
 from finetune.recipe import Phase, find_recipe
-from finetune.tasks import Task, read_examples
+from finetune.tasks import Task
+from finetune.teacher import ask, check_tokenizer, final_logits, label_order, load_stock
 
 METRICS = "metrics.jsonl"
 
@@ -37,7 +43,7 @@ class Plan:
 
     lengths: tuple[int, ...]
     batch_size: int
-    epochs: int
+    epochs: tuple[int, ...]  # of each phase
     seed: int
 
     @property
@@ -46,9 +52,9 @@ class Plan:
         return math.ceil(len(self.lengths) / self.batch_size)
 
     @property
-    def updates_per_phase(self) -> int:
-        """Every phase of a recipe has as many epochs."""
-        return self.epochs * self.updates_per_epoch
+    def ends(self) -> list[int]:
+        """The updates after which each phase is over."""
+        return [epochs * self.updates_per_epoch for epochs in accumulate(self.epochs)]
 
     def rows(self, update: int) -> list[int]:
         """The rows of an update; updates are counted over the whole run."""
@@ -63,24 +69,34 @@ def _epoch(plan: Plan, epoch: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run works on; `folder` holds its log and state until the checkpoint is written."""
+    """What a training run works on; `folder` holds its log and state until the checkpoint is written.
 
-    options: TrainOptions
-    task: Task
+    splits: train, and what `measure` looks at; metric: which of its values decides; teacher: its logits (...) for each
+    row of train, where there is one.
+    """
+
+    options: LoopOptions
     accelerator: Accelerator
-    model: ElasticBertForSequenceClassification
+    model: Any
     tokenizer: PreTrainedTokenizerBase
-    labels: Labels
     splits: dict[str, Encoded]
     phases: tuple[Phase, ...]
     settings: dict[str, Any]
-    folder: Path
+    metric: str
+    measure: Callable[[Any], dict[int, dict[str, float]]]  # run -> exit layer -> metric -> value on held-out rows
+    teacher: list[np.ndarray] | None = None
 
     @property
     def plan(self) -> Plan:
         """The order of the rows."""
         options = self.options
-        return Plan(tuple(self.splits["train"].lengths), options.batch_size, options.epochs, options.seed)
+        epochs = tuple(options.phase_epochs) or (options.epochs,) * len(self.phases)
+        return Plan(tuple(self.splits["train"].lengths), options.batch_size, epochs, options.seed)
+
+    @property
+    def folder(self) -> Path:
+        """Beside the output, which appears whole at the end."""
+        return Path(self.options.output).with_name(f"{Path(self.options.output).name}.run")
 
     @property
     def exit_layers(self) -> list[int]:
@@ -93,29 +109,101 @@ class Run:
         return self.folder / "state"
 
     def log(self, record: dict[str, Any]) -> None:
-        """Add a line to the run's metrics."""
+        """Add a line to the run's metrics; a tracker gets the same numbers."""
         if self.accelerator.is_main_process:
             with (self.folder / METRICS).open("a") as lines:
                 lines.write(json.dumps(record) + "\n")
+        if self.options.tracker:
+            self.accelerator.log(_flat(record), step=record["update"])
 
 
-def _check_numbers(options: TrainOptions) -> None:
-    for name in ("epochs", "batch_size", "save_steps", "log_steps", "eval_batch_size"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
-    for name in ("micro_batch_size", "eval_steps", "train_rows"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise ValueError(f"{name} must be at least 1 or none, got {getattr(options, name)}")
-    if not 0 <= options.warmup <= 1:
-        raise ValueError(f"warmup is a share of the updates, from 0 to 1, got {options.warmup}")
-    if not options.learning_rate > 0:
-        raise ValueError(f"learning_rate must be above 0, got {options.learning_rate}")
+def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested numbers under names like dev/4/accuracy, as trackers want them."""
+    flat: dict[str, float] = {}
+    for name, value in record.items():
+        flat |= _flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
-def prepare(options: TrainOptions, accelerator: Accelerator) -> Run:
+@dataclass(frozen=True)
+class TaskRun(Run):
+    """A run on the labels of a task."""
+
+    options: TrainOptions
+    task: Task = field(kw_only=True)
+    labels: Labels = field(kw_only=True)
+
+
+AT_LEAST_ONE = (
+    *("epochs", "batch_size", "save_steps", "log_steps", "eval_batch_size", "exit_groups"),
+    *("micro_batch_size", "eval_steps", "patience"),
+)
+SHARES = ("warmup", "dropout", "length_drop", "layer_drop", "hard_weight")
+
+
+def check_numbers(options: LoopOptions, phases: tuple[Phase, ...]) -> None:
+    """ValueError that names the first option of the loop that is out of range."""
+    for name in AT_LEAST_ONE:
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    for name in SHARES:
+        if (value := getattr(options, name)) is not None and not 0 <= value <= 1:
+            raise ValueError(f"{name} must be from 0 to 1, got {value}")
+    for name in ("learning_rate", "temperature", "max_grad_norm"):
+        if not 0 < getattr(options, name) < math.inf:
+            raise ValueError(f"{name} must be above 0, got {getattr(options, name)}")
+    if options.length_drop == 1:
+        raise ValueError("length_drop must be below 1: at 1 no token is left")
+    if options.sampled < 0:
+        raise ValueError(f"sampled must be at least 0, got {options.sampled}")
+    given = options.phase_epochs
+    if given and (len(given) != len(phases) or min(given) < 0 or not sum(given)):
+        raise ValueError(
+            f"phase_epochs must be {len(phases)} numbers of at least 0, one a phase and not all 0, got {given}"
+        )
+
+
+def _quality_on_dev(run: TaskRun) -> dict[int, dict[str, float]]:
+    dev = run.splits["dev"]
+    logits = exit_logits(run.model, dev, run.tokenizer, run.options.eval_batch_size, run.accelerator)
+    answers = [answers_of(one, run.splits["dev"], run.labels) for one in logits]
+    return {layer: quality(one, dev, run.labels) for layer, one in zip(run.exit_layers, answers, strict=True)}
+
+
+def _decided_by(name: str, labels: Labels) -> Labels:
+    """The labels with `name` as their first metric, which decides."""
+    fitting = KINDS[labels.problem_type].metrics
+    if not set(name.split("+")) <= set(fitting):
+        raise ValueError(
+            f"metric {name!r} does not fit the type {labels.problem_type}; those that do: {', '.join(fitting)}"
+        )
+    return replace(labels, metrics=(name, *(one for one in labels.metrics if one != name)))
+
+
+def _taught(
+    options: TrainOptions,
+    labels: Labels,
+    train: Examples,
+    encoded: Encoded,
+    tokenizer: PreTrainedTokenizerBase,
+    order: list[int] | None,
+    accelerator: Accelerator,
+) -> list[np.ndarray]:
+    """The teacher's logits (...) for each row of train, its labels in our order; of whole texts in its own tokens."""
+    name, size = str(options.teacher), options.eval_batch_size
+    if labels.problem_type in ("token_classification", "question_answering"):
+        check_tokenizer(name, tokenizer)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        encoded = encode(train, encoded.labels, tokenizer, options.max_length)
+    logits = ask(load_stock(name, labels.problem_type), encoded, tokenizer, size, accelerator, final_logits)
+    return logits if order is None else [one[..., order] for one in logits]
+
+
+def prepare(options: TrainOptions, accelerator: Accelerator) -> TaskRun:
     """Everything read and checked; nothing is written yet."""
-    _check_numbers(options)
-    phases = find_recipe(options.recipe)
+    phases = find_recipe(options.recipe).phases
+    check_numbers(options, phases)
     check_output(Path(options.output))
     task, tokenizer = chosen_task(options), load_tokenizer(Path(options.model))
     train = some_rows(read_examples(task, "train"), options.train_rows, options.seed)
@@ -123,6 +211,9 @@ def prepare(options: TrainOptions, accelerator: Accelerator) -> Run:
         raise ValueError(f"the train split has {len(train)} rows, fewer than a batch ({options.batch_size})")
     labels = labels_of_training(options, task, train)
     policy_name(options.exit_policy, labels.problem_type)
+    if options.metric:
+        labels = _decided_by(options.metric, labels)
+    order = label_order(options.teacher, labels.names, labels.problem_type) if options.teacher else None
     others = [split for split in ("dev", "test") if split == "dev" or options.test]
     examples = {"train": train, **{split: read_examples(task, split) for split in others}}
     model = load_for_training(options, labels)
@@ -134,6 +225,17 @@ def prepare(options: TrainOptions, accelerator: Accelerator) -> Run:
         split: encode_split(rows, split, task, labels, tokenizer, options.max_length)
         for split, rows in examples.items()
     }
-    folder = Path(options.output).with_name(f"{Path(options.output).name}.run")
-    settings = settings_of(options, splits)
-    return Run(options, task, accelerator, model, tokenizer, labels, splits, phases, settings, folder)
+    return TaskRun(
+        options,
+        accelerator,
+        model,
+        tokenizer,
+        splits,
+        phases,
+        settings_of(options, splits),
+        labels.metrics[0],
+        _quality_on_dev,
+        _taught(options, labels, train, splits["train"], tokenizer, order, accelerator) if options.teacher else None,
+        task=task,
+        labels=labels,
+    )

@@ -17,9 +17,10 @@ Weights = dict[str, torch.Tensor]
 
 @dataclass
 class Progress:
-    """Where a run is: updates done, the best evaluation on dev so far, and its weights."""
+    """Where a run is: updates done, the best evaluation of the phase so far, evaluations since, and its weights."""
 
     update: int = 0
+    stale: int = 0
     best_update: int = 0
     best_quality: float | None = None
     best_weights: Weights = field(default_factory=dict)

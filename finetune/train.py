@@ -3,15 +3,15 @@
 import hashlib
 import json
 import math
-import os
 import random
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,13 +21,15 @@ from transformers import logging
 
 from elastic_model.folders import claim_folder, is_ours
 from finetune.checkpoint import REPORT, is_finished, write_checkpoint
-from finetune.config import TrainOptions
+from finetune.config import LoopOptions, TrainOptions
 from finetune.data import collate
-from finetune.evaluate import answers_of, exit_logits, quality
+from finetune.distributed import meeting, start_accelerator
 from finetune.recipe import Phase, Update
 from finetune.run import METRICS, Plan, Run, prepare
 from finetune.state import Progress, copy_weights, load_optimizer, load_progress, load_weights, save_state
+from finetune.teacher import stacked
 
+AnyRun = TypeVar("AnyRun", bound=Run)
 INTERRUPTED = 143  # exit code after SIGTERM: 128 + 15
 
 
@@ -37,7 +39,7 @@ def learning_rate(update: int, updates: int, peak: float, warmup: float) -> floa
     return peak * min((update + 1) / rising, (updates - update) / max(1, updates - rising))
 
 
-def make_optimizer(model: torch.nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, options: LoopOptions) -> torch.optim.Optimizer:
     """AdamW over what the phase trains, without decay on biases and norms."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trained if parameter.ndim > 1]
@@ -64,38 +66,37 @@ def _parts(rows: list[int], run: Run) -> list[tuple[list[int], float]]:
     return [(cut or rows[:1], len(cut) * processes / len(rows)) for cut in cuts]
 
 
-def backward(run: Run, phase: Phase, model: torch.nn.Module, update: int) -> float:
+def backward(run: Run, phase: Phase, model: torch.nn.Module, number: int) -> float:
     """Add up the gradients of an update; gradients are exchanged between processes once, in the last backward pass."""
-    accelerator, total = run.accelerator, 0.0
-    parts = _parts(run.plan.rows(update), run)
+    accelerator, options, total = run.accelerator, run.options, 0.0
+    parts, passes = _parts(run.plan.rows(number), run), phase.passes(options)
     for part, (rows, weight) in enumerate(parts, start=1):
         batch = collate(run.splits["train"], rows, run.tokenizer, accelerator.device)
-        draw = random.Random(f"{run.options.seed} {update}")  # of sub-networks: the same in every process and part
-        losses = phase.objective(model, run.model.config, batch, Update(update, draw))
-        for number in range(1, phase.passes + 1):
-            is_last = part == len(parts) and number == phase.passes
-            with nullcontext() if is_last else accelerator.no_sync(model):
+        draw = random.Random(f"{options.seed} {number}")  # of sub-networks: the same in every process and part
+        teacher = None if run.teacher is None else stacked([run.teacher[row] for row in rows], accelerator.device)
+        losses = phase.objective(model, run.model.config, batch, Update(number, draw, options, teacher))
+        for done in range(1, passes + 1):
+            with meeting(accelerator, model, is_last=part == len(parts) and done == passes):
                 with accelerator.autocast():
                     loss = next(losses) * weight
                 accelerator.backward(loss)
             total += loss.item()
     if not math.isfinite(total):
-        raise ValueError(f"the loss of update {update + 1} is {total}; a lower learning_rate may help")
+        raise ValueError(f"the loss of update {number + 1} is {total}; a lower learning_rate may help")
     return total
 
 
 def _evaluate(run: Run, progress: Progress) -> None:
     """Quality at every exit on dev; keeps the weights where they are the best so far (the later ones of equal)."""
-    dev = run.splits["dev"]
-    logits = exit_logits(run.model, dev, run.tokenizer, run.options.eval_batch_size, run.accelerator)
-    answers = [answers_of(one, run.labels.problem_type) for one in logits]
-    exits = {layer: quality(one, dev, run.labels) for layer, one in zip(run.exit_layers, answers, strict=True)}
-    deciding = [values[run.labels.metrics[0]] for values in exits.values()]
+    exits = run.measure(run)
+    deciding = [values[run.metric] for values in exits.values()]
     value = deciding[-1] if run.options.best_exit == "last" else float(np.mean(deciding))
     run.log({"update": progress.update, "dev": exits})
     shown = "  ".join(f"{layer}: {one:.4f}" for layer, one in zip(exits, deciding, strict=True))
-    run.accelerator.print(f"update {progress.update}: dev {run.labels.metrics[0]} by exit layer  {shown}")
-    if progress.best_quality is None or value >= progress.best_quality:
+    run.accelerator.print(f"update {progress.update}: dev {run.metric} by exit layer  {shown}")
+    improved = progress.best_quality is None or value > progress.best_quality
+    progress.stale = 0 if improved else progress.stale + 1
+    if improved or value == progress.best_quality:
         progress.best_quality, progress.best_update = value, progress.update
         progress.best_weights = copy_weights(run.model)
 
@@ -119,32 +120,33 @@ def _anyone(asked: bool, accelerator: Accelerator) -> bool:
 
 
 def _is_due(update: int, every: int | None, plan: Plan) -> bool:
-    return update % (every or plan.updates_per_epoch) == 0 or update % plan.updates_per_phase == 0
+    return update % (every or plan.updates_per_epoch) == 0 or update in plan.ends
 
 
 def fit_phase(run: Run, number: int, progress: Progress, asked: threading.Event, bar: tqdm) -> bool:
     """Train one phase from where `progress` is; False where the run was asked to stop (its state is then saved)."""
     phase, plan, options, accelerator = run.phases[number], run.plan, run.options, run.accelerator
-    start, stop = number * plan.updates_per_phase, (number + 1) * plan.updates_per_phase
+    start, stop = [0, *plan.ends][number], plan.ends[number]
     for name, parameter in run.model.named_parameters():
         parameter.requires_grad_(phase.trains(name, run.model.config))
     model, optimizer = accelerator.prepare(run.model, make_optimizer(run.model, options))
     if progress.update == start:
-        progress.best_quality = None  # the checkpoint kept is one of the last phase
+        progress.best_quality, progress.stale = None, 0  # the checkpoint kept is one of the last phase
     else:
         load_optimizer(run.state, optimizer)
     since, losses = time.monotonic(), []
-    for update in range(progress.update, stop):
+    while progress.update < stop:
         model.train()
-        _seed_update(options.seed, update, accelerator.process_index)
-        rate = learning_rate(update - start, stop - start, options.learning_rate, options.warmup)
+        _seed_update(options.seed, progress.update, accelerator.process_index)
+        peak = phase.learning_rate or options.learning_rate
+        rate = learning_rate(progress.update - start, stop - start, peak, options.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        losses.append(backward(run, phase, model, update))
+        losses.append(backward(run, phase, model, progress.update))
         accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        progress.update = update + 1
+        progress.update += 1
         bar.update()
         if _is_due(progress.update, options.log_steps, plan):
             run.log({"update": progress.update, "loss": float(np.mean(losses)), "learning_rate": rate,
@@ -152,6 +154,8 @@ def fit_phase(run: Run, number: int, progress: Progress, asked: threading.Event,
             since, losses = time.monotonic(), []
         if _is_due(progress.update, options.eval_steps, plan):
             _evaluate(run, progress)
+            if options.patience and progress.stale >= options.patience and progress.update < stop:
+                _end_early(run, progress, stop, bar)
         stopping = _anyone(asked.is_set(), accelerator)
         if (stopping or _is_due(progress.update, options.save_steps, plan)) and accelerator.is_main_process:
             save_state(run.state, run.model, optimizer, progress, run.settings)
@@ -160,14 +164,25 @@ def fit_phase(run: Run, number: int, progress: Progress, asked: threading.Event,
     return True
 
 
+def _end_early(run: Run, progress: Progress, stop: int, bar: tqdm) -> None:
+    """The phase is over, with its best weights; the updates that are left out are counted as done."""
+    run.accelerator.print(
+        f"update {progress.update}: no better for {progress.stale} evaluations; back to update {progress.best_update}"
+    )
+    run.model.load_state_dict(progress.best_weights)
+    bar.update(stop - progress.update)
+    progress.update = stop
+
+
 def fit(run: Run, progress: Progress) -> bool:
     """Train the phases of the recipe that are left; False where the run was asked to stop."""
-    total = len(run.phases) * run.plan.updates_per_phase
+    ends = run.plan.ends
     hidden = None if run.accelerator.is_main_process else True  # None: hidden where there is no terminal
-    with sigterm() as asked, tqdm(total=total, initial=progress.update, unit="update", disable=hidden) as bar:
-        for number in range(progress.update // run.plan.updates_per_phase, len(run.phases)):
-            if not fit_phase(run, number, progress, asked, bar):
+    with sigterm() as asked, tqdm(total=ends[-1], initial=progress.update, unit="update", disable=hidden) as bar:
+        for number, end in enumerate(ends):
+            if progress.update < end and not fit_phase(run, number, progress, asked, bar):
                 return False
+            run.accelerator.free_memory()
     return True
 
 
@@ -189,15 +204,20 @@ def start(run: Run) -> Progress:
     return progress
 
 
-def start_accelerator(options: TrainOptions) -> Accelerator:
-    """The accelerator; ValueError where a launcher started several processes that would each train alone."""
-    accelerator, launched = Accelerator(mixed_precision=options.mixed_precision), int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != launched:
-        raise ValueError(
-            f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}; "
-            "on CPUs set ACCELERATE_USE_CPU=true"
-        )
-    return accelerator
+def run_to_the_end(run: AnyRun, write: Callable[[AnyRun, Progress], None]) -> int:
+    """Train, from the saved state with --resume, then `write` the checkpoint; exit code 0, or 143 after SIGTERM."""
+    run.model.to(run.accelerator.device)
+    if run.options.tracker:
+        settings = {name: str(value) for name, value in vars(run.options).items()}
+        run.accelerator.init_trackers("finetune", config=settings)
+    progress = start(run)
+    finished = fit(run, progress)
+    if finished:
+        write(run, progress)
+    else:
+        run.accelerator.print(f"stopped at update {progress.update}, the state is saved; continue with --resume")
+    run.accelerator.end_training()
+    return 0 if finished else INTERRUPTED
 
 
 def train(options: TrainOptions) -> int:
@@ -206,7 +226,6 @@ def train(options: TrainOptions) -> int:
     logging.disable_progress_bar()
     accelerator = start_accelerator(options)
     run = prepare(options, accelerator)
-    run.model.to(accelerator.device)
     if options.resume and is_finished(run):
         accelerator.print(f"{options.output} is finished already:\n\n{(Path(options.output) / REPORT).read_text()}")
         return 0
@@ -214,9 +233,4 @@ def train(options: TrainOptions) -> int:
         f"{', '.join(f'{split}: {len(rows)} rows' for split, rows in run.splits.items())}; {run.labels.problem_type}"
         f" ({', '.join(run.labels.names)}); recipe {options.recipe}"
     )
-    progress = start(run)
-    if not fit(run, progress):
-        accelerator.print(f"stopped at update {progress.update}, the state is saved; continue with --resume")
-        return INTERRUPTED
-    write_checkpoint(run, progress.best_weights, progress.best_update)
-    return 0
+    return run_to_the_end(run, write_checkpoint)

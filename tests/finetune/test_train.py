@@ -197,13 +197,15 @@ def test_the_sandwich_is_the_mean_of_its_four_losses(options):
     run = prepare(options(recipe="sandwich"), Accelerator())
     phase, batch = run.phases[1], collate(run.splits["train"], list(range(8)), run.tokenizer, torch.device("cpu"))
     run.model.eval()  # no dropout, so that both ways see the same
-    losses = list(phase.objective(run.model, run.model.config, batch, Update(3, random.Random(0))))
+    losses = list(phase.objective(run.model, run.model.config, batch, Update(3, random.Random(0), run.options)))
     sum(losses).backward()
     summed = {name: one.grad.clone() for name, one in run.model.named_parameters()}
     run.model.zero_grad()
-    for loss in phase.objective(run.model, run.model.config, batch, Update(3, random.Random(0))):
+    for loss in phase.objective(run.model, run.model.config, batch, Update(3, random.Random(0), run.options)):
         loss.backward()
-    assert len(losses) == phase.passes == 4 and losses[0].item() == pytest.approx(run.model(**batch).loss.item() / 4)
+    assert len(losses) == phase.passes(run.options) == 4 and losses[0].item() == pytest.approx(
+        run.model(**batch).loss.item() / 4
+    )
     for name, one in run.model.named_parameters():
         torch.testing.assert_close(one.grad, summed[name], atol=1e-6, rtol=1e-4)
 

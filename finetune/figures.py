@@ -1,0 +1,54 @@
+"""Figures of a finished run: quality by exit, and which classes are taken for which."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+
+def plot_exits(image: Path, splits: Mapping[str, Mapping[int, Mapping[str, float]]], metric: str) -> None:
+    """One metric against the exit layer, a line a split; {split: {exit layer: {metric, low, high}}} with intervals."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for split, exits in splits.items():
+        values = np.array([[exits[layer][name] for name in (metric, "low", "high")] for layer in exits])
+        axes.plot(list(exits), values[:, 0], "o-", label=split)
+        axes.fill_between(list(exits), values[:, 1], values[:, 2], alpha=0.2)
+    axes.set(
+        xlabel="exit after layer",
+        ylabel=metric,
+        title="95 % intervals shaded",
+        xticks=list(next(iter(splits.values()))),
+    )
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(image, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def confusion(answers: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """How many rows of each class (row) were answered as each class (column); (classes, classes)."""
+    return np.bincount(labels.astype(int) * classes + answers.astype(int), minlength=classes**2).reshape(
+        classes, classes
+    )
+
+
+def plot_confusion(image: Path, counts: np.ndarray, names: list[str], title: str) -> None:
+    """A confusion matrix, shaded by the share of the true class; counts are written in where they fit."""
+    from matplotlib import pyplot
+
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    size = min(12.0, 2.5 + 0.6 * len(names))
+    figure, axes = pyplot.subplots(figsize=(size + 1, size))
+    shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    ticks = range(len(names))
+    axes.set(xticks=ticks, yticks=ticks, yticklabels=names, xlabel="answer", ylabel="label", title=title)
+    axes.set_xticklabels(names, rotation=45, ha="right")
+    if len(names) <= 20:
+        for row, column in np.ndindex(counts.shape):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour)
+    figure.colorbar(shown, label="share of the label's rows")
+    figure.savefig(image, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)

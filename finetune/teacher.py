@@ -1,0 +1,107 @@
+"""A teacher: any transformers classifier of the same labels, and what it says of every row, asked once."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+import elastic_model.auto  # noqa: F401  an elastic model may teach too
+from finetune.data import Encoded, collate, inputs_of, sorted_batches
+
+MODELS = {
+    "question_answering": AutoModelForQuestionAnswering,
+    "token_classification": AutoModelForTokenClassification,
+}
+
+
+def load_stock(name: str, problem_type: str) -> torch.nn.Module:
+    """A fine-tuned transformers model in evaluation mode, float32; ValueError where it has no head for the task."""
+    auto_class = MODELS.get(problem_type, AutoModelForSequenceClassification)
+    model, loading = auto_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(key for key in loading["missing_keys"] if "position_ids" not in key):
+        raise ValueError(f"{name} has no trained head for {problem_type}: it lacks {', '.join(missing[:3])}")
+    return model.eval().requires_grad_(False)
+
+
+def label_order(name: str, names: list[str], problem_type: str) -> list[int] | None:
+    """Where a teacher has each of the labels `names`; None where its answers have no names to match.
+
+    ValueError where it has other labels.
+    """
+    config = AutoConfig.from_pretrained(name)
+    if problem_type == "question_answering":
+        return None
+    theirs = [str(config.id2label[number]) for number in range(config.num_labels)]
+    if problem_type == "regression":
+        if len(theirs) != 1:
+            raise ValueError(
+                f"teacher {name} has the labels {', '.join(theirs)}; the task is regression, of one number"
+            )
+        return None
+    if sorted(theirs) != sorted(names):
+        raise ValueError(
+            f"teacher {name} has the labels {', '.join(theirs)}; the task has {', '.join(names)}: they must be the"
+            " same (rename the teacher's id2label and label2id in its config.json where only the names differ)"
+        )
+    return [theirs.index(one) for one in names]
+
+
+def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """ValueError where a teacher that answers per token cuts texts into other tokens."""
+    if AutoTokenizer.from_pretrained(name).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"teacher {name} has another vocabulary: one that answers per token must share the student's tokenizer"
+        )
+
+
+def final_logits(output: Any) -> torch.Tensor:
+    """What a model answers, (rows, labels) or (rows, tokens, labels); QA (rows, tokens, 2)."""
+    if "start_logits" in output:
+        return torch.stack([output.start_logits, output.end_logits], dim=-1)
+    return output.logits
+
+
+@torch.no_grad()
+def ask(
+    model: torch.nn.Module,
+    encoded: Encoded,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    accelerator: Accelerator,
+    read: Callable[[Any], torch.Tensor],
+) -> list[np.ndarray]:
+    """What `read` finds in a model's output, float32, for each row; of (..., tokens, labels) the real tokens alone.
+
+    In evaluation mode, whatever mode the model is in. Each process asks for its share of the rows.
+    """
+    was_training = model.training
+    model.eval().to(accelerator.device)
+    known = inspect.signature(model.forward).parameters
+    parts = []
+    for rows in sorted_batches(encoded.lengths, batch_size)[accelerator.process_index :: accelerator.num_processes]:
+        batch = inputs_of(collate(encoded, rows, tokenizer, accelerator.device))
+        found = read(model(**{name: tensor for name, tensor in batch.items() if name in known})).float().cpu().numpy()
+        per_token = found.shape[-2:-1] == batch["input_ids"].shape[1:]
+        for row, one in zip(rows, found, strict=True):
+            parts.append((row, one[..., : encoded.lengths[row], :] if per_token else one))
+    model.train(was_training)
+    return [one for _, one in sorted(gather_object(parts), key=lambda part: part[0])]
+
+
+def stacked(rows: list[np.ndarray], device: torch.device) -> torch.Tensor:
+    """Logits of some rows as one tensor, (rows, labels) or, padded with zeros, (rows, tokens, labels)."""
+    if rows[0].ndim == 1:
+        return torch.from_numpy(np.stack(rows)).to(device)
+    return torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True).to(device)

@@ -1,0 +1,49 @@
+"""Unlabelled texts: one a line, or the columns of a table."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.tables import OPENERS, form_of, read_table
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Unlabelled rows."""
+
+    texts: list[str]
+    pairs: list[str] | None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def select(self, rows: list[int]) -> "Texts":
+        """The texts at `rows`."""
+        return Texts([self.texts[row] for row in rows], [self.pairs[row] for row in rows] if self.pairs else None)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        with OPENERS.get(file.suffix.lower(), open)(file, "rt", encoding="utf-8-sig") as lines:
+            return [line.strip() for line in lines if line.strip()]
+    except (UnicodeDecodeError, EOFError) as error:
+        raise ValueError(f"{file}: not a readable text file in UTF-8 ({error})") from error
+
+
+def read_texts(file: Path, text: str | None, pair: str | None) -> Texts:
+    """The texts of a file, one a line, or of a table's columns; ValueError where there are none."""
+    if text is None:
+        if pair is not None:
+            raise ValueError("--pair is a column of a table: give the column of the first text with --text")
+        if file.suffixes[:1] != [".txt"] and form_of(file) != "tsv":
+            raise ValueError(f"{file} is a table: name the column of its text with --text")
+        found = Texts(_lines(file), None)
+    else:
+        rows = read_table(file)
+        cells = {column: [str(row[column] or "").strip() for row in rows] for column in (text, pair) if column}
+        empty = [row.place for number, row in enumerate(rows) if not all(cell[number] for cell in cells.values())]
+        if empty:
+            raise ValueError(f"{empty[0]}: there is no text in it ({len(empty)} such rows); remove them")
+        found = Texts(cells[text], cells[pair] if pair else None)
+    if not len(found):
+        raise ValueError(f"{file}: there are no texts in it")
+    return found

@@ -1,0 +1,157 @@
+"""elastify: exits for stock models that learn from the models themselves; the last exit stays what they are."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
+
+from elastic_model import ElasticBertForSequenceClassification, ElasticBertForTokenClassification
+from elastic_model.provenance import read_provenance
+from finetune.config import ElastifyOptions
+from finetune.elastify import agreement, elastify
+from finetune.texts import read_texts
+
+SIZES = {
+    "bert": {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64},
+    "distilbert": {"n_layers": 3, "dim": 32, "n_heads": 4, "hidden_dim": 64},
+}
+SIZES["roberta"] = {**SIZES["bert"], "type_vocab_size": 1}
+STOCK = {  # family, problem type -> class
+    ("bert", "single_label_classification"): "BertForSequenceClassification",
+    ("roberta", "multi_label_classification"): "RobertaForSequenceClassification",
+    ("distilbert", "regression"): "DistilBertForSequenceClassification",
+    ("distilbert", "token_classification"): "DistilBertForTokenClassification",
+}
+
+
+def stock_model(folder, tokenizer, family, problem_type):
+    """A stock model with weights that make its answers differ from text to text."""
+    labels = 1 if problem_type == "regression" else 3
+    settings = {"vocab_size": 200, "max_position_embeddings": 64, "initializer_range": 0.3, "num_labels": labels}
+    if problem_type != "token_classification":
+        settings["problem_type"] = problem_type
+    config = AutoConfig.for_model(family, **settings, **SIZES[family], pad_token_id=tokenizer.pad_token_id)
+    torch.manual_seed(0)
+    getattr(transformers, STOCK[family, problem_type])(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def texts(small_task, tmp_path):
+    """A file of 240 unlabelled texts, one a line."""
+    lines = (small_task / "more.tsv").read_text().splitlines()[1:]
+    (tmp_path / "texts.txt").write_text("".join(line.split("\t")[0] + "\n" for line in lines))
+    return tmp_path / "texts.txt"
+
+
+@pytest.fixture
+def options(texts, tmp_path):
+    """-> options(model, **changes): a short run."""
+    short = {"max_length": 32, "epochs": 3, "batch_size": 24, "log_steps": 1}
+    return lambda model, **changes: ElastifyOptions(
+        **{"model": str(model), "texts": str(texts), "output": str(tmp_path / "out"), **short, **changes}
+    )
+
+
+def answers(folder, auto_class, lines, elastic):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    batch = dict(tokenizer(lines, padding=True, return_tensors="pt"))
+    if not elastic and "distil" in AutoConfig.from_pretrained(folder).model_type:
+        del batch["token_type_ids"]
+    with torch.no_grad():
+        return auto_class.from_pretrained(folder).eval()(**batch), batch["attention_mask"].bool()
+
+
+@pytest.mark.parametrize(("family", "problem_type"), STOCK)
+def test_the_last_exit_is_the_original_and_the_others_learn_from_it(
+    tiny_tokenizer, tmp_path, texts, options, family, problem_type
+):
+    original = stock_model(tmp_path / "stock", tiny_tokenizer, family, problem_type)
+    assert elastify(options(original)) == 0
+    tags = problem_type == "token_classification"
+    stock = AutoModelForTokenClassification if tags else AutoModelForSequenceClassification
+    ours = ElasticBertForTokenClassification if tags else ElasticBertForSequenceClassification
+    lines = texts.read_text().splitlines()[:50]
+    (expected, mask), (found, _) = answers(original, stock, lines, False), answers(tmp_path / "out", ours, lines, True)
+    real = (lambda logits: logits[mask]) if tags else (lambda logits: logits)
+    torch.testing.assert_close(real(found.logits), real(expected.logits), atol=1e-5, rtol=0)
+    result = json.loads((tmp_path / "out" / "elastify.json").read_text())
+    assert result["largest_difference"] <= 1e-5 and result["held_out"] == 12 and result["texts"] == 228
+    assert list(result["exits"]) == ["1", "2", "3"] and result["exits"]["3"][result["metric"]] == pytest.approx(1)
+    log = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in log if "loss" in line]
+    assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.get("exit_policy") is None  # thresholds are left to calibration
+    assert read_provenance(tmp_path / "out")[-1].stage == "elastify"
+
+
+def test_the_backbone_may_train_too_then_lengths_learn_from_the_original(tiny_tokenizer, tmp_path, options, capsys):
+    original = stock_model(tmp_path / "stock", tiny_tokenizer, "bert", "single_label_classification")
+    changes = {"train_backbone": True, "epochs": 1, "backbone_learning_rate": 1e-3}
+    assert elastify(options(original, **changes)) == 0
+    assert "backbone trained" in capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "elastify.json").read_text())
+    assert result["largest_difference"] > 1e-4 and result["backbone"] == "trained"
+    assert elastify(options(original, **changes, resume=True)) == 0
+    assert "is finished already" in capsys.readouterr().out
+
+
+def test_a_learned_exit_head_learns_where_an_exit_differs(tiny_tokenizer, tmp_path, options):
+    original = stock_model(tmp_path / "stock", tiny_tokenizer, "bert", "single_label_classification")
+    assert elastify(options(original, learned_exit_head=True)) == 0
+    model = ElasticBertForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    output = model(input_ids=torch.tensor([[2, 9, 8, 3]]), exit_policy={"name": "learned", "threshold": 0.9})
+    assert output.exit_uncertainty is not None and model.config.learned_exit_head
+
+
+def test_texts_are_lines_or_columns(tmp_path):
+    (tmp_path / "t.tsv").write_text("a\tb\nfirst one\tsecond\nthird\tfourth\n")
+    found = read_texts(tmp_path / "t.tsv", "a", "b")
+    assert (found.texts, found.pairs) == (["first one", "third"], ["second", "fourth"])
+    (tmp_path / "t.txt").write_text("first\n\n second\tstill the second \n")
+    assert read_texts(tmp_path / "t.txt", None, None).texts == ["first", "second\tstill the second"]
+
+
+def test_agreement_on_known_answers():
+    import numpy as np
+
+    ours, reference = np.eye(3)[[0, 1, 2, 2]], np.eye(3)[[0, 1, 2, 0]]
+    assert agreement(list(ours), list(reference), "single_label_classification") == {"agreement": 0.75}
+    tags = agreement([ours[:3], ours[3:]], [reference[:3], reference[3:]], "token_classification")
+    assert tags == {"agreement": 0.75}
+    several = agreement(list(ours - 0.5), list(reference - 0.5), "multi_label_classification", seed=0)
+    assert several["agreement"] == 0.75 and several["low"] <= 0.75 <= several["high"]
+    numbers = agreement([np.array([1.0]), np.array([3.0])], [np.array([1.0]), np.array([2.0])], "regression")
+    assert numbers == {"r2": -1.0, "absolute_difference": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"texts": "missing.txt"}, "texts missing.txt is not a file"),
+        ({"pair": "b"}, "give the column of the first text with --text"),
+        ({"batch_size": 500}, "228 texts to train on, fewer than a batch"),
+        ({"distillation": "none"}, "nothing but the original's answers to learn from"),
+        ({"exit_layers": [3]}, "there is no exit below the last one"),
+        ({"max_length": 100}, "max_length must be 3 to 64"),
+        ({"phase_epochs": [1, 2]}, "phase_epochs must be 1 numbers"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_written(tiny_tokenizer, tmp_path, options, changes, message):
+    original = stock_model(tmp_path / "stock", tiny_tokenizer, "bert", "single_label_classification")
+    with pytest.raises(ValueError, match=message):
+        elastify(options(original, **changes))
+    assert not Path(options(original).output).exists()
+
+
+def test_a_model_without_a_head_is_named(tiny_tokenizer, tmp_path, options):
+    config = AutoConfig.for_model("bert", vocab_size=200, **SIZES["bert"])
+    transformers.BertModel(config).save_pretrained(tmp_path / "stock")
+    tiny_tokenizer.save_pretrained(tmp_path / "stock")
+    with pytest.raises(ValueError, match="holds BertModel; elastify takes a fine-tuned classifier or token tagger"):
+        elastify(options(tmp_path / "stock"))

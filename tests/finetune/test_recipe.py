@@ -1,0 +1,171 @@
+"""Recipes: what an update's gradient is, which exits take part, what the teacher's answers change."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from elastic_model.losses import inplace_distillation
+from finetune.data import collate, inputs_of
+from finetune.recipe import RECIPES, SANDWICH, Update, as_labels, find_recipe
+from finetune.run import prepare
+from finetune.train import backward
+
+CPU = torch.device("cpu")
+
+
+def prepared(options, **changes):
+    """A run whose model draws no dropout, and its gradient of an update of one phase."""
+    run = prepare(options(**changes), Accelerator())
+    run.model.eval()
+
+    def gradient(phase, number):
+        run.model.zero_grad()
+        backward(run, run.phases[phase], run.model, number)
+        return {name: one.grad.clone() for name, one in run.model.named_parameters() if one.grad is not None}
+
+    return run, gradient
+
+
+def assert_close(first, second):
+    assert first.keys() == second.keys()
+    for name, one in first.items():
+        torch.testing.assert_close(one, second[name], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "phase", "changes"),
+    [
+        ("joint", 0, {"exit_loss": "linear"}),
+        ("alternating", 0, {}),
+        ("learned", 0, {"exit_groups": 2}),
+        ("self_distillation", 1, {"learned_exit_head": True}),
+        ("sandwich", 1, {"exit_groups": 2, "layer_drop": 0.5}),
+    ],
+)
+def test_micro_batches_sum_to_the_gradient_of_the_batch(options, recipe, phase, changes):
+    """Whatever the recipe: what alternates does so by update, sub-networks are the same in every micro-batch."""
+    for number in (0, 1):
+        whole, parts = (
+            prepared(options, recipe=recipe, micro_batch_size=size, **changes)[1](phase, number) for size in (None, 3)
+        )
+        assert_close(whole, parts)
+
+
+def trained_exits(gradient):
+    return [layer for layer in (1, 2, 3, 4) if gradient[f"classifiers.{layer - 1}.weight"].abs().sum() > 0]
+
+
+def test_alternating_trains_the_last_exit_then_all_and_every_group_gets_its_turn(options):
+    _, gradient = prepared(options, recipe="alternating")
+    assert [trained_exits(gradient(0, number)) for number in range(3)] == [[4], [1, 2, 3, 4], [4]]
+    _, gradient = prepared(options, recipe="alternating", exit_groups=2)
+    assert [trained_exits(gradient(0, number)) for number in (1, 3)] == [[1, 3, 4], [2, 4]]
+
+
+def test_every_parameter_takes_part_in_every_update(options):
+    """Optimizers treat a missing gradient and a zero one differently; so does the exchange between processes."""
+    for recipe, row in RECIPES.items():
+        run, gradient = prepared(options, recipe=recipe, exit_groups=2)
+        for phase, one in enumerate(row.phases):
+            trained = {name for name, _ in run.model.named_parameters() if one.trains(name, run.model.config)}
+            for number in (0, 1):
+                assert trained <= gradient(phase, number).keys(), (recipe, phase, number)
+
+
+def test_the_learned_exit_head_learns_from_the_inner_exits(options):
+    run, gradient = prepared(options, recipe="learned")
+    assert run.model.config.learned_exit_head
+    last, everything = gradient(0, 0), gradient(0, 1)
+    assert last["exit_uncertainty.weight"].abs().sum() == 0 < everything["exit_uncertainty.weight"].abs().sum()
+
+
+def sandwich_losses(run, teacher=None):
+    batch = collate(run.splits["train"], list(range(8)), run.tokenizer, CPU)
+    update = Update(0, random.Random(0), run.options, teacher)
+    return batch, [loss.item() for loss in SANDWICH.objective(run.model, run.model.config, batch, update)]
+
+
+def test_what_an_ablation_changes(options):
+    """The drop rates, the direction of the divergence and labels in its place; 1 + smallest + sampled passes."""
+    runs = {
+        name: prepared(options, recipe="sandwich", **changes)[0]
+        for name, changes in {
+            "paper": {},
+            "reverse": {"distillation": "reverse"},
+            "labels": {"distillation": "none"},
+            "whole": {"length_drop": 0.0, "layer_drop": 0.0},
+            "more": {"sampled": 4},
+        }.items()
+    }
+    losses = {name: sandwich_losses(run)[1] for name, run in runs.items()}
+    batch = sandwich_losses(runs["whole"])[0]
+    full = runs["whole"].model(**batch)
+    task = full.loss.item() / 4
+    assert [len(one) for one in losses.values()] == [4, 4, 4, 4, 6]
+    assert losses["paper"][0] == losses["reverse"][0] == pytest.approx(task)
+    assert losses["more"][0] == pytest.approx(task * 4 / 6)
+    assert losses["paper"][1] != losses["reverse"][1] and losses["paper"][1] != losses["labels"][1]
+    teacher = full.logits.detach()
+    same = sum(inplace_distillation(one, teacher, "single_label_classification").item() for one in full.exit_logits)
+    assert losses["whole"][1:] == pytest.approx([same / 4] * 3)
+
+
+def test_a_teacher_is_everybodys(options):
+    run, _ = prepared(options, recipe="sandwich", hard_weight=0.0)
+    teacher = torch.randn(8, 3)
+    batch, losses = sandwich_losses(run, teacher)
+    exits = run.model(**inputs_of(batch), exit_policy={"name": "never"}).exit_logits
+    soft = sum(inplace_distillation(one, teacher, "single_label_classification").item() for one in exits)
+    assert losses[0] == pytest.approx(soft / 4, rel=1e-5)
+    run, _ = prepared(options, recipe="sandwich", hard_weight=1.0)
+    assert sandwich_losses(run, teacher)[1][0] == pytest.approx(run.model(**batch).loss.item() / 4, rel=1e-5)
+
+
+def test_temperature_softens_both_sides(options):
+    run, _ = prepared(options, temperature=2.0, hard_weight=0.0)
+    teacher, batch = torch.randn(8, 3), collate(run.splits["train"], list(range(8)), run.tokenizer, CPU)
+    update = Update(0, random.Random(0), run.options, teacher)
+    (loss,) = run.phases[0].objective(run.model, run.model.config, batch, update)
+    exits = run.model(**inputs_of(batch), exit_policy={"name": "never"}).exit_logits
+    soft = [inplace_distillation(one / 2, teacher / 2, "single_label_classification") for one in exits]
+    assert loss.item() == pytest.approx(4 * sum(soft).item(), rel=1e-5)
+
+
+def test_a_teachers_answers_as_labels():
+    mask = torch.tensor([[True, True, False]])
+    tags = as_labels(torch.tensor([[[0.0, 1.0], [2.0, 1.0], [0.0, 9.0]]]), "token_classification", mask)
+    assert tags.tolist() == [[1, 0, -100]]
+    spans = as_labels(torch.tensor([[[0.0, 2.0], [1.0, 1.0], [9.0, 9.0]]]), "question_answering", mask)
+    assert spans.tolist() == [[1, 0]]
+    assert as_labels(torch.tensor([[-1.0, 2.0]]), "multi_label_classification", None).tolist() == [[0.0, 1.0]]
+
+
+def test_phases_have_epochs_of_their_own(options):
+    run = prepare(options(recipe="sandwich", phase_epochs=[1, 2]), Accelerator())
+    assert run.plan.ends == [6, 18]
+    with pytest.raises(ValueError, match="phase_epochs must be 2 numbers of at least 0, one a phase and not all 0"):
+        prepare(options(recipe="sandwich", phase_epochs=[3]), Accelerator())
+
+
+def test_an_unknown_recipe_is_named():
+    with pytest.raises(ValueError, match="recipe 'jont' is unknown; allowed: joint, two_stage, alternating, learned"):
+        find_recipe("jont")
+
+
+def test_teacher_logits_are_asked_in_evaluation_mode_and_in_our_order(options, tiny_checkpoint, tmp_path):
+    """The teacher has the labels in another order; its logits come back in ours, the same at every asking."""
+    from elastic_model import ElasticBertForSequenceClassification
+    from finetune.teacher import ask, final_logits, label_order
+
+    model = ElasticBertForSequenceClassification.from_pretrained(tiny_checkpoint, hidden_dropout_prob=0.5).train()
+    run = prepare(options(), Accelerator())
+    first, second = (
+        ask(model, run.splits["train"], run.tokenizer, size, run.accelerator, final_logits) for size in (7, 64)
+    )
+    assert model.training and all(np.allclose(one, other, atol=1e-5) for one, other in zip(first, second, strict=True))
+    assert label_order(str(tiny_checkpoint), ["late", "early", "middle"], "single_label_classification") == [2, 0, 1]
+    with pytest.raises(ValueError, match="has the labels early, middle, late; the task has a, b"):
+        label_order(str(tiny_checkpoint), ["a", "b"], "single_label_classification")
