@@ -292,10 +292,9 @@ class PerExit(nn.Module):
         """The module of the exit after `layer`, from 1."""
         return getattr(self, str(layer - 1))
 
-    def zero_for_others(self, layers: list[int]) -> torch.Tensor:
-        """0, with a zero gradient for every parameter of the exits that are not in `layers`."""
-        others = [module for name, module in self.named_children() if int(name) + 1 not in layers]
-        return 0.0 * torch.stack([parameter.sum() for module in others for parameter in module.parameters()]).sum()
+    def others(self, layers: list[int]) -> Iterator[nn.Module]:
+        """The modules of the exits that are not in `layers`."""
+        return (module for name, module in self.named_children() if int(name) + 1 not in layers)
 
 
 def zero_for_others(model: nn.Module, layers: list[int]) -> torch.Tensor | float:
@@ -303,10 +302,13 @@ def zero_for_others(model: nn.Module, layers: list[int]) -> torch.Tensor | float
     parameters.
 
     Optimizers treat a missing gradient and a zero one differently, and distributed training wants every parameter to
-    take part.
+    take part. The modules are called, on no rows: where parameters are gathered for a call (ZeRO-3) they are not there
+    outside of one.
     """
+    width = next(module.config.hidden_size for module in model.modules() if isinstance(module, ElasticBertEncoder))
+    nothing = next(model.parameters()).new_zeros(0, width)
     per_exit = [module for module in model.modules() if isinstance(module, PerExit)]
-    return sum(module.zero_for_others(layers) for module in per_exit if len(list(module.children())) > len(layers))
+    return sum(module(nothing).sum() for one in per_exit for module in one.others(layers))
 
 
 class ElasticBertEncoder(nn.Module):

@@ -194,7 +194,7 @@ class Sharded(Replicated):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-        plugin = accelerator.state.fsdp_plugin or FullyShardedDataParallelPlugin()
+        plugin = getattr(accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
         if plugin.fsdp_version != 2:
             raise ValueError(f"fsdp_version must be 2, got {plugin.fsdp_version}; see pretrain/accelerate/fsdp2.yaml")
         reduced = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -263,7 +263,17 @@ class Partitioned:
         self.parameters = dict(self.model.module.named_parameters())
         for name, whole in weights.items():  # in bf16 the float32 masters were made from rounded weights
             self._set(name, whole)
-        self.updates = 0
+        self._start_optimizer()
+
+    def _start_optimizer(self) -> None:
+        """AdamW's state before its first step. DeepSpeed finds the state of a parameter by links that it makes in the
+        first step, when only the first group of parameters has a state: so it gets one for all of them before."""
+        stage3 = self.accelerator.deepspeed_plugin.zero_stage == 3
+        for flat in self.zero.fp32_partitioned_groups_flat if stage3 else self.zero.single_partition_of_fp32_groups:
+            moments = {key: torch.zeros_like(flat) for key in MOMENTS}
+            self.zero.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **moments}
+        if not stage3:
+            self.zero._lazy_init_hp_params_optimizer_state()
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -289,10 +299,8 @@ class Partitioned:
     def optimizer_tensors(self) -> Tensors:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        states = list(self.zero.optimizer.state.values())
-        if not states:  # no update yet
-            return {}
-        steps = ((f"{name}.step", states[0]["step"]) for name in self.parameters)
+        taken = next(iter(self.zero.optimizer.state.values()))["step"]
+        steps = ((f"{name}.step", taken) for name in self.parameters)
         moments = (
             (f"{name}.{key}", safe_get_full_optimizer_state(parameter, key))
             for name, parameter in self.parameters.items()
@@ -301,15 +309,10 @@ class Partitioned:
         return _gather(self.accelerator, steps) | _gather(self.accelerator, moments)
 
     def load_optimizer(self, tensors: Tensors) -> None:
-        steps = [tensors[name] for name in tensors if name.endswith(".step")]
-        if not steps:
+        if not tensors:  # of a run whose every update was skipped
             return
-        stage3 = self.accelerator.deepspeed_plugin.zero_stage == 3
-        for flat in self.zero.fp32_partitioned_groups_flat if stage3 else self.zero.single_partition_of_fp32_groups:
-            moments = {key: torch.zeros_like(flat) for key in MOMENTS}
-            self.zero.optimizer.state[flat] = {"step": steps[0].to(flat.device, copy=True), **moments}
-        if not stage3:
-            self.zero._lazy_init_hp_params_optimizer_state()  # DeepSpeed links names to states at the first update
+        for state in self.zero.optimizer.state.values():
+            state["step"].copy_(tensors[f"{next(iter(self.parameters))}.step"])
         for name in self.parameters:
             for key in MOMENTS:
                 self._set(name, tensors[f"{name}.{key}"], key)
