@@ -50,12 +50,12 @@ def chosen_task(options: TaskOptions) -> Task:
     """The task of the table, the user's own files or data set; ValueError for several of them, or for none."""
     files = {split: file for split in SPLITS if (file := getattr(options, split)) is not None}
     columns = {name: getattr(options, name) for name in ("text", "pair", "label")}
-    own = {**files, **columns, "dataset": options.dataset, "problem-type": options.problem_type}
+    own = {**files, **columns, "problem-type": options.problem_type}
     given = [f"--{name}" for name, value in own.items() if value]
     if options.task is not None:
         if given:
             raise ValueError(f"--task {options.task} has its own files and columns; {given[0]} is for your own data")
-        return find_task(options.task)
+        return find_task(options.task, options.dataset)
     if options.dataset is not None:
         return dataset_task(options.dataset, options.dataset_config, files, columns, options.problem_type)
     if not files:

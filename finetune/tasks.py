@@ -227,8 +227,8 @@ TASKS = {
 }
 
 
-def find_task(name: str) -> Task:
-    """The task of the table, from the local folder or from the hub.
+def find_task(name: str, dataset: str | None = None) -> Task:
+    """The task of the table, from the local folder or from the hub, or from a copy of its data set elsewhere.
 
     ValueError: no such task (the table is listed), or a task that has no local form and no hub; whether its data can
     be had is seen when they are read.
@@ -236,10 +236,18 @@ def find_task(name: str) -> Task:
     if name not in TASKS:
         raise ValueError(f"task {name!r} is unknown; allowed: {', '.join(TASKS)}, or --train, --dev, --text, --label")
     task = TASKS[name]
-    if task.hub is None or _is_local(task):
+    if task.hub is None and dataset:
+        raise ValueError(f"--dataset {dataset}: task {name} is no data set of the hub; its files are its own")
+    if task.hub is None or (dataset is None and _is_local(task)):
         return task
     splits = {
-        split: DatasetSource(task.hub.dataset, (theirs,), task.hub.config, task.hub.missing, task.hub.label)
+        split: DatasetSource(
+            dataset or task.hub.dataset,
+            (theirs,) if dataset is None else (theirs, *SPLIT_NAMES[split]),
+            None if dataset else task.hub.config,
+            task.hub.missing,
+            task.hub.label,
+        )
         for split, theirs in task.hub.splits.items()
     }
     return replace(task, splits=splits, text=task.hub.text, pair=task.hub.pair, label=task.hub.label, folder=Path)
