@@ -94,7 +94,7 @@ def table_of(config: ElasticBertConfig, outputs: int) -> CostTable:
     """
     config = ElasticBertConfig.from_dict({**config.to_dict(), "num_labels": outputs, "length_config": None})
     with torch.device("meta"):
-        sizes = _parameters(ElasticBertForSequenceClassification(config))
+        sizes = _parameters(ElasticBertForSequenceClassification(config), config.num_hidden_layers)
     counts = [{module.name: module.flops for module in cost.modules(config, tokens)} for tokens in (1, 2, 3)]
     width = config.hidden_size
     shapes = {"emb": "(n)", "exit": f"({width})"}
@@ -127,7 +127,7 @@ def _both(first: ModuleCost, second: ModuleCost) -> ModuleCost:
     )
 
 
-def _parameters(model: torch.nn.Module) -> dict[str, int]:
+def _parameters(model: torch.nn.Module, last: int) -> dict[str, int]:
     """Parameters by module; what belongs to no layer and no exit is `emb`'s."""
     sizes: dict[str, int] = {}
     patterns = {
@@ -135,7 +135,6 @@ def _parameters(model: torch.nn.Module) -> dict[str, int]:
         r"encoder\.layer\.(\d+)\.": "ffn",
         r"(?:encoder\.pooler|classifiers)\.(\d+)\.": "exit",
     }
-    last = len(model.elasticbert.encoder.layer)
     for name, parameter in model.named_parameters():
         found = next(((kind, hit) for pattern, kind in patterns.items() if (hit := re.search(pattern, name))), None)
         module = f"{found[0]}_{int(found[1][1]) + 1}" if found else "emb"

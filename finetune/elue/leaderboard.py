@@ -68,12 +68,19 @@ class Leaderboard:
     rows: dict[str, int]
     reference: str | None
     entries: list[Entry]
+    notes: list[str]
 
 
 def leaderboard_of(
-    results: Sequence[Result], reference: dict[str, list[Point]], reference_name: str | None
+    results: Sequence[Result],
+    reference: dict[str, list[Point]],
+    reference_name: str | None,
+    notes: Sequence[str] = (),
 ) -> Leaderboard:
-    """Score the results against the reference; ValueError where they were not made on the same test rows."""
+    """Score the results against the reference; ValueError where they were not made on the same test rows.
+
+    notes: what should stand beside the numbers, as the sizes of the run.
+    """
     rows: dict[str, int] = {}
     for result in results:
         for task, one in result.tasks.items():
@@ -84,7 +91,7 @@ def leaderboard_of(
     tasks = [task for task in ELUE_TASKS if task in rows]
     entries = [_entry(result, reference, tasks) for result in results]
     entries.sort(key=lambda entry: (entry.macro is None, -(entry.macro or 0.0), entry.name))
-    return Leaderboard(tasks, {task: rows[task] for task in tasks}, reference_name, entries)
+    return Leaderboard(tasks, {task: rows[task] for task in tasks}, reference_name, entries, list(notes))
 
 
 def _entry(result: Result, reference: dict[str, list[Point]], tasks: list[str]) -> Entry:
@@ -155,6 +162,11 @@ def head_and_cells(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
     return [*head, *(f"ELUE-{size}M" for size in sizes)], rows
 
 
+def methods_table(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
+    """What each submission is."""
+    return ["submission", "paper; training; policy; note"], [[entry.name, entry.note] for entry in board.entries]
+
+
 def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Text in columns, each as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
@@ -184,6 +196,8 @@ def text(board: Leaderboard) -> str:
         beyond = f"; {entries} points lie beyond" if entries else ""
         parts.append(f"ELUE scores, percent points against {board.reference}; {ENDS}{beyond}")
     parts.append(columns(*head_and_cells(board)))
+    parts += ["\n".join(board.notes)] if board.notes else []
+    parts += [columns(*methods_table(board))] if any(entry.note for entry in board.entries) else []
     parts.append(f"{TABLES['leaderboard']}, {SOURCE}:\n" + columns(*published("leaderboard")))
     parts.append(f"{TABLES['scores']}, {SOURCE}:\n" + columns(*published("scores")))
     parts.append(points_text(board))
@@ -198,6 +212,7 @@ def as_json(board: Leaderboard) -> dict[str, Any]:
         "test_rows": board.rows,
         "reference": board.reference,
         "ends": ENDS,
+        "notes": board.notes,
         "entries": entries,
         "warnings": split_warnings(board.rows),
         "published": {table: {"source": SOURCE, "rows": published(table)} for table in TABLES},
@@ -209,12 +224,15 @@ def write_board(board: Leaderboard, folder: Path) -> None:
     (folder / "leaderboard.txt").write_text(text(board) + "\n", encoding="utf-8")
     (folder / "leaderboard.json").write_text(json.dumps(as_json(board), indent=1) + "\n", encoding="utf-8")
     tables = [(f"{title}, {SOURCE}", *published(table)) for table, title in TABLES.items()]
+    methods = [("Submissions", *methods_table(board))] if any(entry.note for entry in board.entries) else []
     curves = {
         ELUE_TASKS[task]: {entry.name: _series(entry.tasks[task]) for entry in board.entries if task in entry.tasks}
         for task in board.tasks
     }
-    notes = [f"Scores are percent points against {board.reference}; {ENDS}.", *split_warnings(board.rows)]
-    (folder / "leaderboard.html").write_text(page(*head_and_cells(board), tables, curves, notes), encoding="utf-8")
+    scored = "no reference: no scores" if board.reference is None else f"percent points against {board.reference}"
+    notes = [f"ELUE scores: {scored}; {ENDS}.", *board.notes, *split_warnings(board.rows)]
+    html = page(*head_and_cells(board), [*methods, *tables], curves, notes)
+    (folder / "leaderboard.html").write_text(html, encoding="utf-8")
 
 
 def _series(task: TaskScore) -> list[tuple[str, float, float, bool]]:

@@ -79,6 +79,13 @@ class Method:
         """Whether the method can be run on a task of this problem type."""
         return self.settings is not None or self.policy_for(problem_type) is not None
 
+    def describe(self) -> str:
+        """The method in a line: paper, training, what its points are."""
+        training = ", ".join(f"{name} {value}" for name, value in self.training.items())
+        static = "static" if self.settings is not None else ""
+        policies = ", ".join(dict.fromkeys(filter(None, (self.policy, self.regression_policy)))) or static
+        return "; ".join(filter(None, (self.paper, training, policies, self.note)))
+
 
 ELASTICBERT = {"recipe": "joint"}
 LAST_EXIT = "last exit only"  # of the model, whatever its depth: `exit_layers` is set when the depth is known

@@ -16,7 +16,7 @@ from finetune.examples import read_examples
 from finetune.labels import encode_labels
 from finetune.metrics import metric
 from finetune.tables import read_table
-from finetune.tasks import TASKS, find_task
+from finetune.tasks import find_task
 
 
 def true_labels(task: str, folder: Path | None) -> np.ndarray:
@@ -24,7 +24,7 @@ def true_labels(task: str, folder: Path | None) -> np.ndarray:
     kind = answers_to(task)
     if folder is None:
         found = find_task(task)
-        return encode_labels(found, read_examples(found, "test"), list(kind.classes), TASKS[task].problem_type or "")
+        return encode_labels(found, read_examples(found, "test"), list(kind.classes), kind.problem_type)
     return _read_labels(folder / f"{task}.tsv", kind)
 
 

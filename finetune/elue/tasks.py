@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from finetune.tasks import TASKS, Task
+from finetune.tasks import TASKS, ProblemType
 
 # task of finetune's table -> its name in the paper
 ELUE_TASKS = {
@@ -20,6 +20,7 @@ class Answers:
     """What a prediction of a task may be: classes in the order of their numbers (none: numbers), and the metric."""
 
     task: str
+    problem_type: ProblemType
     classes: tuple[str, ...]
     metric: str
 
@@ -44,7 +45,7 @@ def task_called(name: str) -> str:
 
 def answers_to(task: str) -> Answers:
     """What predictions of a task of the table look like; ELUE scores MRPC and STS-B by the mean of two metrics."""
-    row: Task = TASKS[task]
+    row = TASKS[task]
     if row.problem_type == "regression":
-        return Answers(task, (), row.metrics[0] if row.metrics else "pearson+spearman")
-    return Answers(task, tuple((row.labels or {}).values()), row.metrics[0])
+        return Answers(task, "regression", (), "pearson+spearman")
+    return Answers(task, "single_label_classification", tuple((row.labels or {}).values()), row.metrics[0])
