@@ -25,7 +25,8 @@ from elastic_model import ElasticBertConfig, ElasticBertForSequenceClassificatio
 from elastic_model.folders import new_file
 from elastic_model.processor import cpu_flags, fitting_files
 from export.arithmetic import ARITHMETICS
-from export.graph import build_graph, task_of
+from export.graph import build_graph
+from export.task import task_of
 
 SIZES = {"tiny": (4, 192, 4), "small": (6, 384, 12), "base": (12, 768, 12)}  # layers, width, heads
 VOCABULARY = 8000

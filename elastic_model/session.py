@@ -1,7 +1,12 @@
 """The client of an exported folder: numpy, onnxruntime and tokenizers, no torch."""
 
+import ctypes
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,96 +14,189 @@ import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
 
+from elastic_model.answers import PER_TOKEN, label_and_score
 from elastic_model.operating_points import FILE, OperatingPoint, OperatingPoints
 from elastic_model.processor import ONNX_FILES, available_cores, cpu_flags, fitting_files
 
-Text = str | tuple[str, str]
-CHUNK = 4096  # texts tokenised at a time: bounds the memory for any number of them
+Text = str | tuple[str, str] | list[str]  # a list: the words of one text, for tags
+FORMAT = 1  # of the metadata in an ONNX file
+REPORT = "export_report.json"
+CHUNK = 4096  # texts tokenised at a time, and their characters: they bound the memory for any number of them
+CHUNK_CHARACTERS = 4_000_000
+BATCH_TOKENS = 4096  # rows times the longest of them: bounds the memory of one batch
+STRIDE = 128  # tokens that neighbouring windows of a long text share
 
 # thresholds at which no row leaves: nothing is below an entropy of 0 or above a probability of 1; counts elsewhere
 _NEVER = {"entropy": 0.0, "learned": 0.0, "confidence": 1.0, "margin": 1.0, "patience": 1e9, "voting": 1e9}
 
 
+@dataclass(frozen=True)
+class _Window:
+    """Token ids and types of one row, beside the tokenizer's encoding; `text`: its place in the chunk."""
+
+    text: int
+    encoding: Any
+
+
 class ElasticSession:
-    """Answers texts with an exported ONNX file; the budget is chosen call by call. Threads may share one session."""
+    """Answers texts with an exported ONNX file; the budget is chosen call by call.
+
+    Threads may share one session; a forked process makes its own of it, and it can be pickled.
+    """
 
     def __init__(
         self, model: Path, tokenizer: Path, points: OperatingPoints | None = None, threads: int | None = None
     ):
         self.file = model
-        self.session = _load_graph(model, threads or available_cores())
+        self.threads = threads or available_cores()
+        self._arguments = (model, tokenizer, points, self.threads)
+        self._lock = threading.Lock()
+        self._loaded: tuple[int, onnxruntime.InferenceSession] = (os.getpid(), _load_graph(model, self.threads))
         metadata = _metadata(self.session, model)
         self.exit_layers: list[int] = metadata["exit_layers"]
+        self.layers: int = metadata["layers"]
         self.labels: list[str] = metadata["labels"]
         self.problem_type: str = metadata["problem_type"]
-        self.policy: dict[str, Any] = metadata["policy"]
+        self.policy: dict[str, Any] | None = metadata["policy"]
         self.thresholds: list[float] = metadata["thresholds"]
+        self.lengths: list[float] = metadata["length_config"]
         self.max_tokens: int = metadata["max_tokens"]
-        nobody = 0.0 if self.problem_type == "regression" else _NEVER[self.policy["name"]]  # |y_i - y_(i-1)| < 0
-        self.never = [nobody] * len(self.exit_layers)  # thresholds at which no row leaves before the last exit
+        self._flops: list[dict[str, float]] = metadata["flops"]
+        # |y_i - y_(i-1)| is never below 0
+        nobody = 0.0 if self.policy is None or self.problem_type == "regression" else _NEVER[self.policy["name"]]
+        self.never = [nobody] * len(self.thresholds)  # thresholds at which no row leaves before the last exit
         self.points = points
-        self.tokenizer = _load_tokenizer(tokenizer, self.max_tokens)
+        self.tokenizer = load_tokenizer(tokenizer, self.max_tokens, self.problem_type)
         defaulted = self.session.get_overridable_initializers()
         self.inputs = {one.name for one in [*self.session.get_inputs(), *defaulted]}
-        if points is not None and points.points and len(points.points[0].thresholds) != len(self.exit_layers):
-            raise ValueError(
-                f"{model.parent.parent / FILE}: {len(points.points[0].thresholds)} thresholds per point for the "
-                f"{len(self.exit_layers)} exits of {model.name}; export the checkpoint again"
-            )
+        self.outputs = [one.name for one in self.session.get_outputs()]
+        _check_points(points, self)
 
     @classmethod
     def from_pretrained(
-        cls, folder: Path | str, file: str | None = None, threads: int | None = None
+        cls, folder: Path | str, file: str | None = None, threads: int | None = None, revision: str | None = None
     ) -> "ElasticSession":
-        """The session of a folder that `python -m export` wrote.
+        """The session of a folder that `python -m export` wrote, or of such a folder on the hub.
 
         file: a name under `onnx/` (without .onnx); default the best of those present for this CPU. threads: default
-        what the container and the affinity allow. Raises ValueError where the folder or the file is not one of ours.
+        what the container and the affinity allow. revision: of a hub id, its branch, tag or commit. Nothing but data
+        is read, no code. Raises ValueError where the folder or the file is not one of ours, or was damaged.
         """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is not a folder; give one that `python -m export CHECKPOINT FOLDER` wrote")
-        points = OperatingPoints.load(folder) if (folder / FILE).exists() else None
-        return cls(_choose_file(folder, file), folder / "tokenizer.json", points, threads)
+        path = Path(folder)
+        if not path.is_dir():
+            path = _download(str(folder), file, revision)
+        points = OperatingPoints.load(path) if (path / FILE).exists() else None
+        model = _choose_file(path, file)
+        _check_hash(path, model)
+        return cls(model, path / "tokenizer.json", points, threads)
+
+    @property
+    def session(self) -> onnxruntime.InferenceSession:
+        """onnxruntime's session of this process: its threads do not survive a fork."""
+        if self._loaded[0] != os.getpid():
+            with self._lock:
+                if self._loaded[0] != os.getpid():
+                    # never freed: its end would wait for threads that this process does not have
+                    ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._loaded[1]))
+                    self._loaded = (os.getpid(), _load_graph(self.file, self.threads))
+        return self._loaded[1]
+
+    def __reduce__(self):
+        return type(self), self._arguments
 
     def __call__(
         self,
-        texts: Text | Sequence[Text],
+        texts: Text | Iterable[Text],
         budget: str | dict[str, float] | None = None,
         max_layer: int | None = None,
         batch_size: int = 32,
-    ) -> list[dict[str, Any]]:
-        """One {"label", "score", "exit_layer", "point"} per text (or pair of texts), in their order.
+        *,
+        cost: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> Any:
+        """One {"label", "score", "exit_layer", "point"} per text (or pair of texts), in their order: a list, or for an
+        iterator of texts an iterator, which reads some thousands at a time.
 
+        Tags of words are lists in "label" and "score", the words in "words"; a text may be a list of words. The answer
+        to a (question, context) is the "label", its characters "start" and "end". The bare model answers "embedding".
         budget: an operating point's name or {"speedup" | "latency_ms" | "flops" | "max_drop": x}, default the file's
-        own thresholds; max_layer: no row goes above it. Texts longer than the model are cut; an empty one is a
-        ValueError.
+        own; max_layer: no row goes above it; cost: adds "flops", what the row cost; progress: called with the number
+        of texts answered so far. Texts longer than the model are cut, or read window by window where the task answers
+        per token; an empty one is a ValueError.
         """
         point = None if budget is None else self.point(budget)
+        if max_layer is not None:
+            self._checked_layer(max_layer)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        answers = self._answers(self._many(texts), point, max_layer, batch_size, cost, progress)
+        return answers if isinstance(texts, Iterator) else list(answers)
+
+    def _answers(
+        self,
+        texts: Iterable[Text],
+        point: OperatingPoint | None,
+        max_layer: int | None,
+        batch_size: int,
+        cost: bool,
+        progress: Callable[[int], None] | None,
+    ) -> Iterator[dict[str, Any]]:
         name = self.default_point() if point is None else point.name
         thresholds = None if point is None else point.thresholds
-        results: list[dict[str, Any]] = []
-        for rows in self._chunks(texts):
-            found: list[dict[str, Any] | None] = [None] * len(rows)
-            for places, outputs in self._batches(rows, thresholds, max_layer, batch_size):
-                for place, logits, layer in zip(places, outputs["logits"], outputs["exit_layer"], strict=True):
-                    found[place] = {**self._answer(logits), "exit_layer": int(layer), "point": name}
-            results.extend(one for one in found if one is not None)
-        return results
+        lengths = None if point is None else point.length_config or [1.0] * self.layers
+        done = 0
+        for chunk in self._chunks(texts):
+            windows = self._windows(chunk)
+            found: list[list[dict[str, np.ndarray]]] = [[] for _ in chunk]
+            of_text: list[list[Any]] = [[] for _ in chunk]
+            values: list[dict[str, np.ndarray]] = [{} for _ in windows]
+            for places, outputs in self._batches(windows, thresholds, max_layer, lengths, batch_size):
+                for row, place in enumerate(places):
+                    values[place] = self._row(outputs, row, len(windows[place].encoding.ids))
+            for window, value in zip(windows, values, strict=True):
+                found[window.text].append(value)
+                of_text[window.text].append(window.encoding)
+            for text, encodings, rows in zip(chunk, of_text, found, strict=True):
+                layer = max(int(row["exit_layer"]) for row in rows)
+                result = {**self._answer(text, encodings, rows), "exit_layer": layer, "point": name}
+                if cost:
+                    pairs = zip(encodings, rows, strict=True)
+                    result["flops"] = sum(
+                        self.flops(len(one.ids), int(row["exit_layer"]), lengths) for one, row in pairs
+                    )
+                yield result
+            done += len(chunk)
+            if progress is not None:
+                progress(done)
 
-    def exit_logits(self, texts: Text | Sequence[Text], batch_size: int = 32) -> np.ndarray:
-        """Every exit's logits, (exits, texts, labels) float32, in one pass: what calibration needs."""
+    def exit_logits(
+        self, texts: Text | Iterable[Text], batch_size: int = 32, length_config: Sequence[float] | None = None
+    ) -> np.ndarray:
+        """Every exit's logits, (exits, texts, labels) float32, in one pass: what calibration needs.
+
+        Where the task answers per token, (exits, windows, tokens, labels), NaN at padding; the last axis of question
+        answering is start and end. length_config: a share per layer, default the file's own.
+        """
+        if self.problem_type == "embedding":
+            raise ValueError(f"{self.file}: the bare model has no exits with logits")
         parts = []
-        for rows in self._chunks(texts):
-            part = np.empty((len(self.exit_layers), len(rows), len(self.labels)), np.float32)
-            for places, outputs in self._batches(rows, self.never, self.exit_layers[-1], batch_size):
-                part[:, places] = outputs["exit_logits"]
-            parts.append(part)
-        return (
-            np.concatenate(parts, axis=1)
-            if parts
-            else np.empty((len(self.exit_layers), 0, len(self.labels)), np.float32)
-        )
+        for chunk in self._chunks(self._many(texts)):
+            windows = self._windows(chunk)
+            rows: list[np.ndarray] = [np.empty(0)] * len(windows)
+            for places, outputs in self._batches(windows, self.never, self.exit_layers[-1], length_config, batch_size):
+                every = exit_values(outputs)
+                for row, place in enumerate(places):
+                    rows[place] = (
+                        every[:, row, : len(windows[place].encoding.ids)] if every.ndim > 3 else every[:, row]
+                    )
+            parts.extend(rows)
+        per_token = self.problem_type in PER_TOKEN
+        if not per_token:
+            empty = np.empty((len(self.exit_layers), 0, len(self.labels)), np.float32)
+            return np.stack(parts, axis=1) if parts else empty
+        longest = max((part.shape[1] for part in parts), default=0)
+        padded = [np.pad(one, ((0, 0), (0, longest - one.shape[1]), (0, 0)), constant_values=np.nan) for one in parts]
+        return np.stack(padded, axis=1) if padded else np.empty((len(self.exit_layers), 0, 0, 0), np.float32)
 
     def point(self, budget: str | dict[str, float]) -> OperatingPoint:
         """The operating point that a budget means; ValueError where none was measured or none fits."""
@@ -111,12 +209,31 @@ class ElasticSession:
     def default_point(self) -> str:
         """The name of the operating point at which the file runs by itself."""
         for point in self.points.points if self.points else []:
-            if np.allclose(point.thresholds[:-1], self.thresholds[:-1], rtol=0, atol=1e-7):
+            lengths = point.length_config or [1.0] * self.layers
+            if np.allclose(point.thresholds[:-1], self.thresholds[:-1], rtol=0, atol=1e-7) and np.allclose(
+                lengths, self.lengths, rtol=0, atol=1e-7
+            ):
                 return point.name
         return "default"
 
+    def flops(self, tokens: int, exit_layer: int, lengths: Sequence[float] | None = None) -> float:
+        """What a row of so many tokens cost up to the layer it left at, as `elastic_model.cost` counts."""
+        shares = np.asarray(self.lengths if lengths is None else lengths, np.float32)
+        inside, total = tokens, 0.0
+        for layer, one in enumerate(self._flops[:exit_layer]):
+            kept = max(2, int(np.ceil(shares[layer] * np.float32(tokens))))
+            kept = inside if shares[layer] == 1 else min(inside, kept)
+            total += one["attention"] * inside + one["pairs"] * inside**2 + one["feed_forward"] * kept
+            total += one["exit"] + one["exit_tokens"] * tokens
+            inside = kept
+        return total
+
     def run(
-        self, encodings: Sequence[Any], thresholds: Sequence[float] | None = None, max_layer: int | None = None
+        self,
+        encodings: Sequence[Any],
+        thresholds: Sequence[float] | None = None,
+        max_layer: int | None = None,
+        length_config: Sequence[float] | None = None,
     ) -> dict[str, np.ndarray]:
         """The graph's outputs by name for one batch of the tokenizer's encodings; None: the file's own default."""
         feed = _pad(encodings)
@@ -124,52 +241,118 @@ class ElasticSession:
             feed["exit_threshold"] = self._checked_thresholds(thresholds)
         if max_layer is not None:
             feed["max_layer"] = np.array([self._checked_layer(max_layer)], np.int64)
-        names = ["logits", "exit_layer", "exit_logits"]
-        outputs = self.session.run(names, {name: value for name, value in feed.items() if name in self.inputs})
-        return dict(zip(names, outputs, strict=True))
+        if length_config is not None:
+            feed["length_config"] = self._checked_lengths(length_config)
+        outputs = self.session.run(self.outputs, {name: value for name, value in feed.items() if name in self.inputs})
+        return self._completed(dict(zip(self.outputs, outputs, strict=True)), len(encodings))
 
-    def _chunks(self, texts: Text | Sequence[Text]) -> Iterator[list[Any]]:
-        """Encodings of the texts, a few thousand at a time."""
-        many = [texts] if isinstance(texts, str | tuple) else list(texts)
-        for number, text in enumerate(many):
-            _check_text(text, number)
-        for start in range(0, len(many), CHUNK):
-            yield self.tokenizer.encode_batch(many[start : start + CHUNK])
+    def _completed(self, outputs: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
+        """What the plain file of one exit leaves out."""
+        if "exit_layer" not in outputs:
+            names = {"logits": "exit_logits", "start_logits": "exit_start_logits", "end_logits": "exit_end_logits"}
+            outputs |= {names[name]: value[None] for name, value in outputs.items() if name in names}
+            outputs["exit_layer"] = np.full(rows, self.exit_layers[-1])
+        return outputs
+
+    def _many(self, texts: Text | Iterable[Text]) -> Iterable[Text]:
+        """The texts; where they are all there, they are checked before any is answered."""
+        many = [texts] if isinstance(texts, str | tuple) else texts
+        if not isinstance(many, Iterator):
+            many = list(many)
+            for number, text in enumerate(many):
+                _check_text(text, number, self.problem_type)
+        return many
+
+    def _chunks(self, texts: Iterable[Text]) -> Iterator[list[Text]]:
+        """The texts, checked, as many at a time as memory is set aside for."""
+        chunk: list[Text] = []
+        characters = 0
+        for number, text in enumerate(texts):
+            _check_text(text, number, self.problem_type)
+            chunk.append(text)
+            characters += len(text) if isinstance(text, str) else sum(map(len, text))
+            if len(chunk) == CHUNK or characters > CHUNK_CHARACTERS:
+                yield chunk
+                chunk, characters = [], 0
+        if chunk:
+            yield chunk
+
+    def encode(self, texts: Iterable[Text]) -> list[Any]:
+        """The tokenizer's encodings, which `run` takes: one per text, or per window of a text."""
+        return [window.encoding for chunk in self._chunks(texts) for window in self._windows(chunk)]
+
+    def _windows(self, texts: list[Text]) -> list[_Window]:
+        """Encodings of the texts: one each, or where the task answers per token as many as it takes."""
+        if self.problem_type == "token_classification":
+            words = [isinstance(text, list) for text in texts]
+            encodings = [
+                self.tokenizer.encode(text, is_pretokenized=split) for text, split in zip(texts, words, strict=True)
+            ]
+        else:
+            encodings = self.tokenizer.encode_batch(texts)
+        windows = [_Window(number, encoding) for number, encoding in enumerate(encodings)]
+        if self.problem_type not in ("token_classification", "question_answering"):
+            return windows
+        return [
+            _Window(one.text, encoding) for one in windows for encoding in (one.encoding, *one.encoding.overflowing)
+        ]
 
     def _batches(
-        self, encodings: list[Any], thresholds: Sequence[float] | None, max_layer: int | None, batch_size: int
+        self,
+        windows: Sequence[_Window],
+        thresholds: Sequence[float] | None,
+        max_layer: int | None,
+        lengths: Sequence[float] | None,
+        batch_size: int,
     ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """Places and outputs batch by batch, rows of like length together."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        order = np.argsort([len(encoding.ids) for encoding in encodings], kind="stable")
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            yield places, self.run([encodings[place] for place in places], thresholds, max_layer)
+        sizes = np.array([len(window.encoding.ids) for window in windows], int)
+        order = np.argsort(sizes, kind="stable")
+        start = 0
+        while start < len(order):
+            stop = start + 1
+            while (
+                stop < min(start + batch_size, len(order)) and sizes[order[stop]] * (stop + 1 - start) <= BATCH_TOKENS
+            ):
+                stop += 1
+            places = order[start:stop]
+            yield places, self.run([windows[place].encoding for place in places], thresholds, max_layer, lengths)
+            start = stop
 
-    def _answer(self, logits: np.ndarray) -> dict[str, Any]:
-        """Label and score of one row's logits (labels,): several labels as lists, a regression's value as the
-        score."""
-        if self.problem_type == "regression":
-            return (
-                {"label": self.labels[0], "score": float(logits[0])}
-                if len(logits) == 1
-                else {"label": self.labels, "score": logits.tolist()}
-            )
-        if self.problem_type == "multi_label_classification":
-            scores = 1 / (1 + np.exp(-logits.astype(np.float64)))
-            chosen = np.flatnonzero(scores > 0.5)
-            return {"label": [self.labels[one] for one in chosen], "score": scores[chosen].tolist()}
-        shares = np.exp(logits.astype(np.float64) - logits.max())
-        best = int(logits.argmax())
-        return {"label": self.labels[best], "score": float(shares[best] / shares.sum())}
+    def _row(self, outputs: dict[str, np.ndarray], row: int, tokens: int) -> dict[str, np.ndarray]:
+        """One row's answer by name, its real tokens where it has values per token."""
+        names = ("logits", "start_logits", "end_logits", "last_hidden_state", "exit_layer")
+        values = {name: outputs[name][row] for name in names if name in outputs}
+        per_token = self.problem_type in PER_TOKEN
+        return {
+            name: np.array(value[:tokens]) if per_token and value.ndim else value for name, value in values.items()
+        }
+
+    def _answer(self, text: Text, encodings: list[Any], rows: list[dict[str, np.ndarray]]) -> dict[str, Any]:
+        if self.problem_type in PER_TOKEN:
+            return PER_TOKEN[self.problem_type](text, encodings, rows, self.labels)
+        return label_and_score(rows[0]["logits"], self.labels, self.problem_type)
 
     def _checked_thresholds(self, thresholds: Sequence[float]) -> np.ndarray:
         values = np.asarray(thresholds, np.float32)
-        if values.shape != (len(self.exit_layers),) or not np.isfinite(values).all():
+        if values.shape != (len(self.thresholds),) or not np.isfinite(values).all():
             raise ValueError(
-                f"thresholds must be {len(self.exit_layers)} finite numbers, one per exit, got {thresholds!r}"
+                f"thresholds must be {len(self.thresholds)} finite numbers, one per exit, got {thresholds!r}"
             )
+        return values
+
+    def _checked_lengths(self, lengths: Sequence[float]) -> np.ndarray:
+        values = np.asarray(lengths, np.float32)
+        fits = values.shape == (self.layers,) and bool((values > 0).all() and (values <= 1).all())
+        if not fits or (np.diff(values) > 0).any():
+            raise ValueError(
+                f"length_config must be {self.layers} shares in (0, 1], one per layer, that do not rise, "
+                f"got {lengths!r}"
+            )
+        if "length_config" not in self.inputs and not (values == values.dtype.type(1)).all():
+            raise ValueError(f"{self.file} is a plain graph: it drops no tokens, got length_config {lengths!r}")
         return values
 
     def _checked_layer(self, max_layer: int) -> int:
@@ -178,12 +361,29 @@ class ElasticSession:
         return max_layer
 
 
-def _check_text(text: Any, number: int) -> None:
+def exit_values(outputs: dict[str, np.ndarray]) -> np.ndarray:
+    """Every exit's logits, (exits, rows, labels) or (exits, rows, tokens, labels); start and end as two labels."""
+    if "exit_logits" in outputs:
+        return outputs["exit_logits"]
+    return np.stack([outputs["exit_start_logits"], outputs["exit_end_logits"]], axis=-1)
+
+
+def _check_text(text: Any, number: int, problem_type: str) -> None:
+    words = problem_type == "token_classification" and isinstance(text, list)
     parts = text if isinstance(text, tuple | list) else (text,)
-    if not all(isinstance(part, str) for part in parts) or len(parts) not in (1, 2):
-        raise ValueError(f"text {number} must be a string or a pair of strings, got {text!r}")
-    if not all(part.strip() for part in parts):
-        raise ValueError(f"text {number} is empty ({text!r}); leave such rows out")
+    if not all(isinstance(part, str) for part in parts) or not (words or len(parts) in (1, 2)):
+        raise ValueError(f"text {number} must be a string or a pair of strings, got {_shown(text)}")
+    if problem_type == "question_answering" and len(parts) != 2:
+        raise ValueError(f"text {number} must be a pair of question and context, got {_shown(text)}")
+    if problem_type == "token_classification" and isinstance(text, tuple):
+        raise ValueError(f"text {number} must be a string or a list of words, got {_shown(text)}")
+    if not parts or not all(part.strip() for part in parts):
+        raise ValueError(f"text {number} is empty ({_shown(text)}); leave such rows out")
+
+
+def _shown(text: Any) -> str:
+    shown = repr(text)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 def _pad(encodings: Sequence[Any]) -> dict[str, np.ndarray]:
@@ -201,6 +401,37 @@ def _pad(encodings: Sequence[Any]) -> dict[str, np.ndarray]:
     return feed
 
 
+def _download(name: str, file: str | None, revision: str | None) -> Path:
+    """The folder in the hub's cache with what a session needs of a repository, the ONNX file for this CPU alone."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    def fetch(path: str, revision: str | None) -> Path | None:
+        try:
+            return Path(hf_hub_download(name, path, revision=revision))
+        except EntryNotFoundError:
+            return None
+
+    try:
+        tokenizer = fetch("tokenizer.json", revision)
+        if tokenizer is None:
+            raise ValueError(f"{name} is neither a folder nor an exported model on the hub: it has no tokenizer.json")
+        folder = tokenizer.parent
+        commit = folder.name  # everything else of the same commit
+        for path in (FILE, REPORT):
+            fetch(path, commit)
+        for wanted in [file] if file else fitting_files(cpu_flags()):
+            if fetch(f"onnx/{wanted}.onnx", commit) is not None:
+                break
+    except (HFValidationError, HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{name} is not a folder; give one that `python -m export CHECKPOINT FOLDER` wrote, or a model on the hub "
+            f"({reason})"
+        ) from error
+    return folder
+
+
 def _choose_file(folder: Path, file: str | None) -> Path:
     present = [name for name in ONNX_FILES if (folder / "onnx" / f"{name}.onnx").is_file()]
     fitting = [name for name in fitting_files(cpu_flags()) if name in present] if file is None else [file]
@@ -210,6 +441,24 @@ def _choose_file(folder: Path, file: str | None) -> Path:
             f"{folder}/onnx has no {wanted}; present: {', '.join(present) or 'none'}; export the checkpoint again"
         )
     return folder / "onnx" / f"{fitting[0]}.onnx"
+
+
+def _check_hash(folder: Path, model: Path) -> None:
+    """ValueError where a file is not the one that the export's report speaks of."""
+    report = folder / REPORT
+    if not report.is_file():
+        return
+    try:
+        expected = json.loads(report.read_text(encoding="utf-8"))["files"][model.stem]["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{report} does not state the sha256 of {model.name}: export the checkpoint again") from error
+    with model.open("rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    if found != expected:
+        raise ValueError(
+            f"{model} is damaged or was changed: its sha256 is {found[:12]}..., {REPORT} says {expected[:12]}...; "
+            "fetch it again or export the checkpoint again"
+        )
 
 
 def _load_graph(model: Path, threads: int) -> onnxruntime.InferenceSession:
@@ -225,16 +474,36 @@ def _load_graph(model: Path, threads: int) -> onnxruntime.InferenceSession:
 
 def _metadata(session: onnxruntime.InferenceSession, model: Path) -> dict[str, Any]:
     found = session.get_modelmeta().custom_metadata_map
+    names = ("exit_layers", "layers", "labels", "problem_type", "policy", "thresholds", "length_config", "max_tokens")
     try:
-        names = ("exit_layers", "labels", "problem_type", "policy", "thresholds", "max_tokens")
-        return {name: json.loads(found[f"elastic_{name}"]) for name in names}
-    except (KeyError, ValueError) as error:
+        written = json.loads(found["elastic_format"])
+        if written != FORMAT:
+            raise ValueError(f"{model}: written in format {written}, this version reads format {FORMAT}")
+        return {name: json.loads(found[f"elastic_{name}"]) for name in (*names, "flops")}
+    except KeyError as error:
         raise ValueError(
-            f"{model}: not a file that `python -m export` wrote: no elastic metadata ({error})"
+            f"{model}: not a file that `python -m export` of this version wrote: no elastic metadata ({error})"
         ) from error
 
 
-def _load_tokenizer(file: Path, max_tokens: int) -> Tokenizer:
+def _check_points(points: OperatingPoints | None, session: ElasticSession) -> None:
+    """ValueError where the operating points are not this file's."""
+    for point in points.points if points else []:
+        file = session.file.parent.parent / FILE
+        if len(point.thresholds) != len(session.thresholds):
+            raise ValueError(
+                f"{file}: {len(point.thresholds)} thresholds per point for the {len(session.thresholds)} exits of "
+                f"{session.file.name}; export the checkpoint again"
+            )
+        if point.length_config is not None and len(point.length_config) != session.layers:
+            raise ValueError(
+                f"{file}: point {point.name!r} has {len(point.length_config)} lengths for the {session.layers} layers "
+                f"of {session.file.name}; export the checkpoint again"
+            )
+
+
+def load_tokenizer(file: Path, max_tokens: int, problem_type: str) -> Tokenizer:
+    """The tokenizer of a file as a session uses it: no padding, texts cut or taken apart as the task needs."""
     if not file.is_file():
         raise ValueError(f"{file} is missing; export the checkpoint again")
     try:
@@ -242,5 +511,11 @@ def _load_tokenizer(file: Path, max_tokens: int) -> Tokenizer:
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"{file}: not a tokenizer: {error}") from error
     tokenizer.no_padding()
-    tokenizer.enable_truncation(max_tokens)
+    stride = min(STRIDE, max_tokens // 4)
+    if problem_type == "question_answering":
+        tokenizer.enable_truncation(max_tokens, stride=stride, strategy="only_second")
+    elif problem_type == "token_classification":
+        tokenizer.enable_truncation(max_tokens, stride=stride)
+    else:
+        tokenizer.enable_truncation(max_tokens)
     return tokenizer

@@ -1,11 +1,12 @@
-"""How a file computes: matrix products and embedding look-ups in float32 or int8. Nothing else differs between the
-files."""
+"""How a file computes: matrix products and embedding look-ups in float32, int8 or from halved weights. Nothing else
+differs between the files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from onnx import TensorProto
 
 from export.builder import GraphBuilder
 from export.quantization import LARGEST, quantize_channels, quantize_rows
@@ -16,10 +17,14 @@ SMALLEST_SCALE = 1e-30  # a token of zeros is divided by this instead of by zero
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How a file multiplies and looks up: both take (graph, input, name of the weight, weight) and return a value."""
+    """How a file multiplies and looks up: both take (graph, input, name of the weight, weight) and return a value.
+
+    smooth: whether products of tokens with outlying channels gain from evening them out.
+    """
 
     product: Callable[[GraphBuilder, str, str, np.ndarray], str]
     lookup: Callable[[GraphBuilder, str, str, np.ndarray], str]
+    smooth: bool = False
 
 
 def product_float32(graph: GraphBuilder, tokens: str, name: str, weight: np.ndarray) -> str:
@@ -64,6 +69,45 @@ def product_int8(graph: GraphBuilder, tokens: str, name: str, weight: np.ndarray
     return graph.op("Mul", product, graph.op("Unsqueeze", scale, graph.integers(1)))
 
 
+def product_int8_tensor(graph: GraphBuilder, tokens: str, name: str, weight: np.ndarray, *, pairs: bool) -> str:
+    """As `product_int8`, with one scale for all tokens, found when it runs: faster, but a row's answer then depends a
+    little on its batch mates."""
+    channels, channel_scale = quantize_channels(weight, pairs=pairs)
+    return graph.contrib(
+        "DynamicQuantizeMatMul",
+        tokens,
+        graph.initializer(f"{name}_int8", channels),
+        graph.initializer(f"{name}_scale", channel_scale),
+    )
+
+
+def product_int8_static(
+    graph: GraphBuilder,
+    tokens: str,
+    name: str,
+    weight: np.ndarray,
+    *,
+    pairs: bool,
+    ranges: Mapping[str, tuple[float, float]],
+) -> str:
+    """As `product_int8`, with one scale for all tokens, fixed from the range seen on sample rows; beyond it values
+    are cut."""
+    low, high = ranges[name.split("+")[0]]
+    low, high = min(low, 0.0), max(high, 0.0)
+    step = max((high - low) / 255, SMALLEST_SCALE)
+    scale = graph.constant(step, np.float32)
+    zero_point = graph.constant(round(-low / step), np.uint8)
+    channels, channel_scale = quantize_channels(weight, pairs=pairs)
+    return graph.contrib(
+        "MatMulIntegerToFloat",
+        graph.op("QuantizeLinear", tokens, scale, zero_point),
+        graph.initializer(f"{name}_int8", channels),
+        scale,
+        graph.initializer(f"{name}_scale", channel_scale),
+        zero_point,
+    )
+
+
 def lookup_int8(graph: GraphBuilder, ids: str, name: str, table: np.ndarray) -> str:
     """Rows of an int8 table with a scale per entry -> float32 (ids, width)."""
     entries, scale = quantize_rows(table)
@@ -72,9 +116,45 @@ def lookup_int8(graph: GraphBuilder, ids: str, name: str, table: np.ndarray) -> 
     return graph.op("DequantizeLinear", rows, scales, axis=0)
 
 
+def product_half(graph: GraphBuilder, tokens: str, name: str, weight: np.ndarray, *, kind: int) -> str:
+    """tokens (tokens, inputs) times weight (inputs, channels), kept in 16 bits; computed in float32."""
+    return graph.op("MatMul", tokens, graph.half(name, weight, kind))
+
+
+def lookup_half(graph: GraphBuilder, ids: str, name: str, table: np.ndarray, *, kind: int) -> str:
+    """Rows of a table kept in 16 bits, as float32 (ids, width)."""
+    return graph.op("Gather", graph.half(name, table, kind), ids)
+
+
+def _half(kind: int) -> Arithmetic:
+    return Arithmetic(partial(product_half, kind=kind), partial(lookup_half, kind=kind))
+
+
+def _int8(pairs: bool) -> Arithmetic:
+    return Arithmetic(partial(product_int8, pairs=pairs), lookup_int8, smooth=True)
+
+
 # file name under onnx/ -> its arithmetic; the names are those that users of sentence-transformers know
 ARITHMETICS = {
     "model": Arithmetic(product_float32, lookup_float32),
-    "model_qint8_avx512_vnni": Arithmetic(partial(product_int8, pairs=False), lookup_int8),
-    "model_quint8_avx2": Arithmetic(partial(product_int8, pairs=True), lookup_int8),
+    "model_qint8_avx512_vnni": _int8(pairs=False),
+    "model_quint8_avx2": _int8(pairs=True),
+    "model_qint8_arm64": _int8(pairs=False),
+    "model_fp16": _half(TensorProto.FLOAT16),
+    "model_bf16": _half(TensorProto.BFLOAT16),
 }
+INT8 = tuple(name for name, arithmetic in ARITHMETICS.items() if arithmetic.smooth)
+
+
+def arithmetic_of(
+    file: str, activations: str = "token", ranges: Mapping[str, tuple[float, float]] | None = None
+) -> Arithmetic:
+    """How a file computes; activations: "token", "tensor" or "static", which needs the `ranges` of the products'
+    inputs by the name of the linear layer."""
+    if file not in INT8 or activations == "token":
+        return ARITHMETICS[file]
+    pairs = file == "model_quint8_avx2"
+    if activations == "tensor":
+        return Arithmetic(partial(product_int8_tensor, pairs=pairs), lookup_int8, smooth=True)
+    assert ranges is not None
+    return Arithmetic(partial(product_int8_static, pairs=pairs, ranges=ranges), lookup_int8)

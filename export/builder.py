@@ -3,12 +3,48 @@
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
 CONTRIB = "com.microsoft"  # operators of onnxruntime's CPU build, beside the standard ones
+
+GRAPH, INITIALIZER = 7, 5  # numbers of the fields of ModelProto and GraphProto in onnx.proto
+
+
+def save_model(model: onnx.ModelProto, file: Path) -> None:
+    """Write a model as protobuf does, but one weight at a time: `onnx.save` holds all of them twice."""
+    weights = model.graph.initializer
+    graph = _without(model.graph, "initializer").SerializeToString()
+    sizes = [weight.ByteSize() for weight in weights]
+    total = len(graph) + sum(len(_header(INITIALIZER, size)) + size for size in sizes)
+    with file.open("wb") as output:
+        output.write(_without(model, "graph").SerializeToString())
+        output.write(_header(GRAPH, total) + graph)
+        for weight, size in zip(weights, sizes, strict=True):
+            output.write(_header(INITIALIZER, size))
+            output.write(weight.SerializeToString())
+
+
+def _without(message: Any, left_out: str) -> Any:
+    """A copy of a protobuf message without one of its fields."""
+    copy = type(message)()
+    for field, value in message.ListFields():
+        if field.name != left_out:
+            copy.MergeFrom(type(message)(**{field.name: value}))
+    return copy
+
+
+def _header(field: int, size: int) -> bytes:
+    """The tag and the length before a field of `size` bytes (protobuf encoding, wire type 2)."""
+    header = [field << 3 | 2]
+    while size >= 0x80:
+        header.append(size & 0x7F | 0x80)
+        size >>= 7
+    return bytes([*header, size])
 
 
 class GraphBuilder:
@@ -23,6 +59,7 @@ class GraphBuilder:
         self._numbers: Iterator[int] = parent._numbers if parent else itertools.count()
         self._constants: dict[tuple, str] = parent._constants if parent else {}
         self.initializers: list[onnx.TensorProto] = parent.initializers if parent else []
+        self._outermost: GraphBuilder = parent._outermost if parent else self
 
     @contextmanager
     def scope(self, name: str) -> Iterator["GraphBuilder"]:
@@ -67,6 +104,18 @@ class GraphBuilder:
         """A weight under its own name."""
         self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
         return name
+
+    def half(self, name: str, array: np.ndarray, kind: int) -> str:
+        """A weight kept in float16 or bfloat16, as float32: onnxruntime widens it once, when it loads the file."""
+        if kind == onnx.TensorProto.FLOAT16:
+            self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(array, np.float16), name))
+        else:  # the upper half of float32, rounded to the nearest, even of two as near
+            bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+            bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+            self.initializers.append(helper.make_tensor(name, kind, array.shape, bits.tobytes(), raw=True))
+        wide = f"{name}_float32"
+        self._outermost.nodes.append(helper.make_node("Cast", [name], [wide], name=wide, to=onnx.TensorProto.FLOAT))
+        return wide
 
     def if_else(
         self, condition: str, then: "GraphBuilder", otherwise: "GraphBuilder", results: list[tuple[str, str]]

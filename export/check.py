@@ -1,5 +1,5 @@
-"""What is checked before an artefact is kept: float32 against PyTorch at every exit, rows that leave, int8 against
-float32."""
+"""What is checked before an artefact is kept: float32 against PyTorch at every exit and several lengths, rows that
+leave, the other files against float32."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,15 +12,16 @@ import onnx
 import torch
 
 from elastic_model.exit_policies import simulate
-from elastic_model.session import ElasticSession, Text
+from elastic_model.session import ElasticSession, exit_values
 from export.checkpoint import Checkpoint
-from export.graph import Task
+from export.task import EMBEDDING, MULTI_LABEL, QUESTIONS, REGRESSION, SINGLE_LABEL, Task
 
 TOLERANCE = 1e-4  # of float32 logits, absolute and relative
 NEAR = 1e-3  # of a threshold: rounding may decide there
-LARGEST_ERROR = 0.3  # of int8 logits without rows to compare on: mean difference over root mean square
+LARGEST_ERROR = 0.3  # of logits without rows to compare on: mean difference over root mean square
 SHAPES = ((1, 3), (1, 40), (5, 24), (16, 64))  # rows and the longest of them, cut to the model's longest input
-Feed = dict[str, np.ndarray]
+SIMILAR = 0.98  # cosine of two mean vectors that count as the same answer
+BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,16 @@ class Encoding:
 
     ids: list[int]
     type_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What PyTorch says of a batch under a length configuration: for each row every exit's values, (exits, labels) or
+    (exits, tokens, labels)."""
+
+    rows: list[Encoding]
+    lengths: list[float]
+    values: list[np.ndarray]
 
 
 def random_rows(checkpoint: Checkpoint) -> list[list[Encoding]]:
@@ -49,168 +60,260 @@ def _random_row(rng: np.random.Generator, tokens: int, config) -> Encoding:
     return Encoding(ids, types.astype(int).tolist())
 
 
-def reference_logits(checkpoint: Checkpoint, rows: list[Encoding]) -> np.ndarray:
-    """PyTorch's logits of every exit, (exits, rows, labels), each row by itself: without padding."""
-    logits = []
-    with torch.inference_mode():
-        for row in rows:
-            types = {"token_type_ids": torch.tensor([row.type_ids])} if checkpoint.config.type_vocab_size > 1 else {}
-            ids = torch.tensor([row.ids])
-            output = checkpoint.model(input_ids=ids, **types, exit_policy={"name": "never"}, length_config=1.0)
-            logits.append(torch.stack(output.exit_logits).numpy())
-    return np.concatenate(logits, axis=1)
+def references(checkpoint: Checkpoint, task: Task, exit_layers: list[int]) -> list[Reference]:
+    """PyTorch at some exits on random rows: all lengths kept, falling from layer to layer, and halved at once."""
+    layers = checkpoint.config.num_hidden_layers
+    falling = [round(1 - 0.7 * (layer + 1) / layers, 3) for layer in range(layers)]
+    halved = [1.0] * (layers // 4) + [0.5] * (layers - layers // 4)
+    batches = random_rows(checkpoint)
+    plans = [(rows, [1.0] * layers) for rows in batches] + [(batches[2], falling), (batches[3], halved)]
+    if task.lengths != [1.0] * layers:
+        plans.append((batches[2], task.lengths))
+    return [
+        Reference(rows, lengths, [_pytorch(checkpoint, task, row, lengths, exit_layers) for row in rows])
+        for rows, lengths in plans
+    ]
 
 
-def check_float32(session: ElasticSession, checkpoint: Checkpoint, task: Task) -> dict[str, Any]:
+@torch.inference_mode()
+def _pytorch(
+    checkpoint: Checkpoint, task: Task, row: Encoding, lengths: list[float], exit_layers: list[int]
+) -> np.ndarray:
+    """One row by itself, without padding."""
+    types = {"token_type_ids": torch.tensor([row.type_ids])} if checkpoint.config.type_vocab_size > 1 else {}
+    given = {"input_ids": torch.tensor([row.ids]), **types, "length_config": lengths}
+    if task.problem_type == EMBEDDING:
+        states = [
+            checkpoint.model(**given, exit_policy={"name": "constant", "layer": layer}).last_hidden_state
+            for layer in exit_layers
+        ]
+        return torch.stack(states)[:, 0].numpy()
+    output = checkpoint.model(**given, exit_policy={"name": "never"})
+    sides = [torch.stack(output[name])[:, 0] for name in task.head.exit_outputs]
+    every = sides[0] if len(sides) == 1 else torch.stack(sides, dim=-1)
+    return every[[checkpoint.config.exit_layers.index(layer) for layer in exit_layers]].numpy()
+
+
+def all_exits(session: ElasticSession, rows: Sequence[Any], lengths: Sequence[float] | None) -> list[np.ndarray]:
+    """The graph's values of every exit, for each row (exits, labels) or (exits, tokens, labels)."""
+    if session.problem_type == EMBEDDING:
+        runs = [session.run(rows, None, layer, lengths)["last_hidden_state"] for layer in session.exit_layers]
+        every = np.stack(runs)
+    else:
+        every = exit_values(session.run(rows, session.never, session.exit_layers[-1], lengths))
+    return [every[:, place, : len(row.ids)] if every.ndim > 3 else every[:, place] for place, row in enumerate(rows)]
+
+
+def check_float32(session: ElasticSession, task: Task, expected: list[Reference]) -> dict[str, Any]:
     """The largest difference from PyTorch at each exit; ValueError where one is too large or a row leaves
     elsewhere."""
     worst = np.zeros(len(session.exit_layers))
-    for rows in random_rows(checkpoint):
-        expected = reference_logits(checkpoint, rows)
-        found = all_exits(session, rows)
-        difference = np.abs(found - expected)
-        allowed = TOLERANCE * np.maximum(1, np.abs(expected))
-        wrong = (difference > allowed) | ~np.isfinite(found)
-        worst = np.maximum(worst, difference.max(axis=(1, 2)))
-        if wrong.any():
-            layer = session.exit_layers[int(wrong.any(axis=(1, 2)).argmax())]
-            raise ValueError(
-                f"check failed: {session.file.name} differs from PyTorch by {difference.max():.2g} on {len(rows)} "
-                f"rows (allowed is {TOLERANCE:g}); the exit after layer {layer} is the first to"
-            )
-        _check_leaving(session, task, rows, found)
-    return {"largest_difference": dict(zip(map(str, session.exit_layers), worst.tolist(), strict=True))}
+    droppable = "length_config" in session.inputs
+    for one in expected:
+        if not droppable and min(one.lengths) < 1:
+            continue
+        found = all_exits(session, one.rows, one.lengths if droppable else None)
+        for row, (ours, theirs) in enumerate(zip(found, one.values, strict=True)):
+            difference = np.abs(ours - theirs).reshape(len(worst), -1)
+            allowed = TOLERANCE * np.maximum(1, np.abs(theirs)).reshape(len(worst), -1)
+            wrong = ~(difference <= allowed).all(axis=1)
+            worst = np.maximum(worst, difference.max(axis=1))
+            if wrong.any():
+                raise ValueError(
+                    f"check failed: {session.file.name} differs from PyTorch by {difference.max():.2g} in row {row} "
+                    f"of {len(one.rows)} (allowed is {TOLERANCE:g}; length_config {one.lengths}); the exit after "
+                    f"layer {session.exit_layers[int(wrong.argmax())]} is the first to"
+                )
+        if task.policy is not None and min(one.lengths) == 1:
+            _check_leaving(session, task, one.rows)
+    lengths = sorted({tuple(one.lengths) for one in expected}, reverse=True) if droppable else []
+    return {
+        "largest_difference": dict(zip(map(str, session.exit_layers), worst.tolist(), strict=True)),
+        "length_configs": [list(one) for one in lengths],
+        "batch_shapes": [[len(one.rows), max(len(row.ids) for row in one.rows)] for one in expected],
+    }
 
 
-def all_exits(session: ElasticSession, rows: Sequence[Any]) -> np.ndarray:
-    """The graph's logits of every exit, (exits, rows, labels)."""
-    return session.run(rows, session.never, session.exit_layers[-1])["exit_logits"]
-
-
-def _check_leaving(session: ElasticSession, task: Task, rows: list[Encoding], logits: np.ndarray) -> None:
+def _check_leaving(session: ElasticSession, task: Task, rows: list[Encoding]) -> None:
     """Rows leave where the policy's definition says, with the logits they have when nobody leaves."""
+    assert task.policy is not None
     if task.policy["name"] == "learned" or len(session.exit_layers) == 1:
         return  # the uncertainty is no output: its policy is compared with PyTorch in the tests
+    whole = [1.0] * session.layers
+    logits = exit_values(session.run(rows, session.never, session.exit_layers[-1], whole))
+    mask = np.arange(max(len(row.ids) for row in rows)) < np.array([len(row.ids) for row in rows])[:, None]
     for thresholds in (task.thresholds, *_other_thresholds(task, logits)):
-        found = session.run(rows, thresholds)
-        layers = [_leaves_at(task, thresholds, logits, session.exit_layers, shift) for shift in (-NEAR, 0, NEAR)]
+        found = session.run(rows, thresholds, None, whole)
+        layers = [_leaves_at(task, thresholds, logits, mask, session.exit_layers, shift) for shift in (-NEAR, 0, NEAR)]
         sure = (layers[0] == layers[1]) & (layers[1] == layers[2])
         capped = np.minimum(layers[1], task.max_layer)
         wrong = sure & (found["exit_layer"] != capped)
         places = [session.exit_layers.index(layer) for layer in found["exit_layer"]]
         expected = logits[places, np.arange(len(rows))]
-        wrong |= (np.abs(found["logits"] - expected) > TOLERANCE * np.maximum(1, np.abs(expected))).any(axis=1)
+        said = found["logits"] if "logits" in found else np.stack([found["start_logits"], found["end_logits"]], -1)
+        far = np.abs(said - expected) > TOLERANCE * np.maximum(1, np.abs(expected))
+        wrong |= far.reshape(len(rows), -1).any(axis=1)
         if wrong.any():
             row = int(wrong.argmax())
             raise ValueError(
                 f"check failed: {session.file.name}, thresholds {thresholds}: row {row} leaves after layer "
-                f"{found['exit_layer'][row]} with {found['logits'][row]}, expected {capped[row]}, {expected[row]}"
+                f"{found['exit_layer'][row]} with {said[row].ravel()[:4]}, expected {capped[row]}, "
+                f"{expected[row].ravel()[:4]}"
             )
 
 
 def _other_thresholds(task: Task, logits: np.ndarray) -> list[list[float]]:
     """Thresholds that make some rows leave early; counts are part of the policy."""
-    if "threshold" not in task.policy or task.problem_type == "regression":
+    assert task.policy is not None
+    if "threshold" not in task.policy or task.problem_type == REGRESSION:
         return []
     return [[value] * len(logits) for value in (0.2, 0.5, 0.8, 0.95)]
 
 
 def _leaves_at(
-    task: Task, thresholds: Sequence[float], logits: np.ndarray, exit_layers: list[int], shift: float
+    task: Task,
+    thresholds: Sequence[float],
+    logits: np.ndarray,
+    mask: np.ndarray,
+    exit_layers: list[int],
+    shift: float,
 ) -> np.ndarray:
-    policy = dict(task.policy)
+    policy = dict(task.policy or {})
     if "threshold" in policy:
-        highest = np.inf if task.problem_type == "regression" else 1.0
+        highest = np.inf if task.problem_type == REGRESSION else 1.0
         policy["threshold"] = [float(np.clip(value + shift, 0.0, highest)) for value in thresholds]
-    _, layers = simulate(policy, logits, exit_layers, task.problem_type)
+    _, layers = simulate(policy, logits, exit_layers, task.problem_type, None if task.head.pools else mask)
     return layers.numpy()
 
 
-def check_int8(
-    session: ElasticSession, float32: ElasticSession, checkpoint: Checkpoint, texts: list[Text] | None, least: float
-) -> dict[str, Any]:
-    """How far int8 is from float32 at each exit, at full depth and as the file runs by itself.
+@dataclass(frozen=True)
+class Answers:
+    """What one file says of some rows: for each every exit's values, its answer as the file runs by itself, and the
+    layer it then leaves at."""
 
-    ValueError where fewer than the share `least` of the texts get the same answer, at full depth or at the default;
-    without texts (rows of random tokens, whose answers mean little) where the logits of an exit differ too much.
+    exits: list[np.ndarray]
+    default: list[np.ndarray]
+    layers: np.ndarray
+
+
+def answers_of(session: ElasticSession, rows: Sequence[Any]) -> Answers:
+    """A file's answers, batch by batch in order of length."""
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place].ids))
+    exits: list[np.ndarray] = [np.empty(0)] * len(rows)
+    default, layers = list(exits), np.zeros(len(rows), int)
+    for start in range(0, len(order), BATCH):
+        places = order[start : start + BATCH]
+        batch = [rows[place] for place in places]
+        outputs = session.run(batch)
+        if "start_logits" in outputs:
+            said = np.stack([outputs["start_logits"], outputs["end_logits"]], axis=-1)
+        else:
+            said = outputs["logits" if "logits" in outputs else "last_hidden_state"]
+        found = zip(places, all_exits(session, batch, None), said, outputs["exit_layer"], strict=True)
+        for place, every, one, layer in found:
+            tokens = len(rows[place].ids)
+            exits[place], layers[place] = every, layer
+            default[place] = (one[:tokens] if every.ndim > 2 else one)[None]
+    return Answers(exits, default, layers)
+
+
+def check_against_float32(
+    session: ElasticSession, ours: Answers, float32: Answers, real_rows: bool, least: float
+) -> dict[str, Any]:
+    """How far a file is from float32 at each exit, at full depth and as it runs by itself.
+
+    ValueError where fewer than the share `least` of real rows get the same answer, at full depth or at the default;
+    on rows of random tokens, whose answers mean little, where the values of an exit differ too much.
     """
-    batches: list[Sequence[Any]] = [*random_rows(checkpoint)]
-    if texts is not None:
-        batches = [float32.tokenizer.encode_batch(texts[start : start + 32]) for start in range(0, len(texts), 32)]
-    ours, theirs = (np.concatenate([all_exits(one, rows) for rows in batches], axis=1) for one in (session, float32))
-    error = np.abs(ours - theirs).mean(axis=(1, 2)) / np.sqrt(np.square(theirs).mean(axis=(1, 2)))
-    agreement = same_answers(ours, theirs, session.problem_type).mean(axis=1)
+    kind, names = session.problem_type, [str(layer) for layer in session.exit_layers]
+    flat = [
+        np.concatenate([one.reshape(len(names), -1) for one in answers.exits], axis=1) for answers in (ours, float32)
+    ]
+    error = np.abs(flat[0] - flat[1]).mean(axis=1) / np.sqrt(np.square(flat[1]).mean(axis=1) + 1e-12)
+    same = same_answers(ours.exits, float32.exits, kind)
+    default = float(same_answers(ours.default, float32.default, kind).mean())
+    agreement = dict(zip(names, same.mean(axis=1).tolist(), strict=True))
     result = {
-        "rows": ours.shape[1],
-        "real_rows": texts is not None,
-        "error": dict(zip(map(str, session.exit_layers), error.tolist(), strict=True)),
-        "agreement": dict(zip(map(str, session.exit_layers), agreement.tolist(), strict=True)),
-        **default_agreement(session, float32, batches),
+        "rows": len(ours.exits),
+        "real_rows": real_rows,
+        "relative_error": dict(zip(names, error.tolist(), strict=True)),
+        "agreement": agreement,
+        "default_agreement": default,
+        "exit_layer_agreement": float((ours.layers == float32.layers).mean()),
     }
-    _refuse_far(session.file.name, result, least)
+    file, full = session.file.name, float(same[-1].mean())
+    if real_rows and not min(full, default) >= least:
+        first = next((name for name, one in agreement.items() if one < least), names[-1])
+        where = f"the exit after layer {first} is the first below it" if full < least else "as the file runs by itself"
+        raise ValueError(
+            f"check failed: {file} answers {min(full, default):.3f} of {len(ours.exits)} rows like float32, expected "
+            f"{least:g}; {where}"
+        )
+    if not real_rows and not error.max() <= LARGEST_ERROR:
+        first = names[int(np.argmax(~(error <= LARGEST_ERROR)))]
+        raise ValueError(
+            f"check failed: {file} differs from float32 by {error.max():.3f} of the values, allowed is "
+            f"{LARGEST_ERROR:g}; the exit after layer {first} is the first to"
+        )
     return result
 
 
-def _refuse_far(file: str, result: dict[str, Any], least: float) -> None:
-    """A shallow exit may hover between answers: of real rows, those at full depth and at the default must agree."""
-    agreement, error = result["agreement"], result["error"]
-    answered = min([*agreement.values()][-1], result["default_agreement"])
-    if result["real_rows"] and answered < least:
-        first = next((layer for layer, share in agreement.items() if share < least), None)
-        where = f"; the exit after layer {first} is the first below that" if first else " as the file runs by itself"
-        raise ValueError(
-            f"check failed: {file} answers {answered:.3f} of {result['rows']} rows like float32, expected {least:g}"
-            f"{where}"
-        )
-    if not result["real_rows"] and not max(error.values()) <= LARGEST_ERROR:
-        first = next(layer for layer, one in error.items() if not one <= LARGEST_ERROR)
-        raise ValueError(
-            f"check failed: {file} differs from float32 by {max(error.values()):.3f} of the logits, allowed is "
-            f"{LARGEST_ERROR:g}; the exit after layer {first} is the first to"
-        )
+def same_answers(ours: list[np.ndarray], theirs: list[np.ndarray], kind: str) -> np.ndarray:
+    """Which rows, or tokens, get the same answer, (exits, rows): a class, a set of labels, a span, a vector of nearly
+    the same direction; for a regression, one within a tenth of the spread between rows."""
+    both = list(zip(ours, theirs, strict=True))
+    if kind == QUESTIONS:
+        return np.stack([(a.argmax(axis=1) == b.argmax(axis=1)).all(axis=-1) for a, b in both], axis=1)
+    if kind == EMBEDDING:
+        return np.stack([_cosine(a.mean(axis=1), b.mean(axis=1)) > SIMILAR for a, b in both], axis=1)
+    tokens = ours[0].ndim > 2
+    a, b = (np.concatenate(one, axis=1) if tokens else np.stack(one, axis=1) for one in (ours, theirs))
+    if kind == MULTI_LABEL:
+        return ((a > 0) == (b > 0)).all(axis=-1)
+    if kind == REGRESSION:
+        return (np.abs(a - b) <= 0.1 * b.std(axis=1, keepdims=True)).all(axis=-1)
+    return a.argmax(axis=-1) == b.argmax(axis=-1)
 
 
-def default_agreement(
-    session: ElasticSession, float32: ElasticSession, batches: list[Sequence[Any]]
-) -> dict[str, float]:
-    """Shares of rows with the same answer and with the same exit layer, as the files run by themselves."""
-    ours, theirs = ([one.run(rows) for rows in batches] for one in (session, float32))
-    logits, layers = (
-        [np.concatenate([output[name] for output in outputs]) for outputs in (ours, theirs)]
-        for name in ("logits", "exit_layer")
-    )
-    answers = same_answers(logits[0][None], logits[1][None], session.problem_type)
-    return {"default_agreement": float(answers.mean()), "exit_layer_agreement": float((layers[0] == layers[1]).mean())}
+def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a * b).sum(axis=-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1) + 1e-12)
 
 
-def same_answers(ours: np.ndarray, theirs: np.ndarray, problem_type: str) -> np.ndarray:
-    """Which rows get the same answer, (exits, rows); for a regression, one within a tenth of the spread between
-    rows."""
-    if problem_type == "multi_label_classification":
-        return ((ours > 0) == (theirs > 0)).all(axis=-1)
-    if problem_type == "regression":
-        return (np.abs(ours - theirs) <= 0.1 * theirs.std(axis=1, keepdims=True)).all(axis=-1)
-    return ours.argmax(axis=-1) == theirs.argmax(axis=-1)
+def quality(session: ElasticSession, answers: Answers, labels: list[str]) -> dict[str, float]:
+    """What a file scores on labelled rows, at full depth and as it runs by itself: accuracy, or for a regression
+    Pearson's correlation."""
+    said = {
+        "full": np.stack([row[-1] for row in answers.exits]),
+        "default": np.stack([row[0] for row in answers.default]),
+    }
+    if session.problem_type == SINGLE_LABEL:
+        places = {label: place for place, label in enumerate(session.labels)}
+        right = np.array([places.get(label, -1) for label in labels])
+        return {name: float((logits.argmax(axis=-1) == right).mean()) for name, logits in said.items()}
+    values = np.array([float(label) for label in labels])
+    return {name: float(np.corrcoef(logits[:, 0], values)[0, 1]) for name, logits in said.items()}
 
 
 def check_model_file(file: Path) -> dict[str, Any]:
     """The ONNX checker's consent, and how many matrix products by weights are int8; those that are not are listed."""
     onnx.checker.check_model(file)
     model = onnx.load(file)
-    weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    converted: list[tuple[str, int]] = []
+    weights = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    weights |= {f"{name}_float32": size for name, size in weights.items()}  # those widened when the file is loaded
+    int8: list[tuple[str, int]] = []
     kept: list[tuple[str, int]] = []
     for node in _nodes(model.graph):
-        used = [name for name in node.input if name in weights and len(weights[name].dims) == 2]
-        if node.op_type in ("MatMul", "Gemm", "MatMulIntegerToFloat") and used:
-            (converted if node.op_type == "MatMulIntegerToFloat" else kept).append(
-                (used[0], math.prod(weights[used[0]].dims))
-            )
-    sizes = [sum(size for _, size in products) for products in (converted, kept)]
+        used = [name for name in node.input if name in weights]
+        if node.op_type in INTEGER_PRODUCTS + ("MatMul", "Gemm") and used:
+            (int8 if node.op_type in INTEGER_PRODUCTS else kept).append((used[0], weights[used[0]]))
+    sizes = [sum(size for _, size in products) for products in (int8, kept)]
     return {
-        "int8_share": sizes[0] / sum(sizes),
+        "int8_share": sizes[0] / max(sum(sizes), 1),
         "float32_products": [*(name for name, _ in kept), "attention: queries by keys, probabilities by values"],
     }
+
+
+INTEGER_PRODUCTS = ("MatMulIntegerToFloat", "DynamicQuantizeMatMul")
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:

@@ -1,4 +1,4 @@
-"""The checkpoint to export: a fine-tuned sequence classifier of ours, complete."""
+"""The checkpoint to export: one of ours with a head that has a graph, complete."""
 
 import json
 from dataclasses import dataclass
@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from elastic_model import ElasticBertConfig, ElasticBertForSequenceClassification
+import elastic_model
+from elastic_model import ElasticBertConfig
+from export.task import HEADS
 
-ARCHITECTURE = "ElasticBertForSequenceClassification"
 # what travels into the artefact as it is; nothing else of a training folder does
 CARRIED = (
     "config.json",
@@ -28,17 +30,28 @@ CARRIED = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder, its configuration, the PyTorch model, and that model's tensors as arrays (no copies)."""
+    """A folder, its configuration, the PyTorch model, and that model's tensors as arrays (no copies), all under the
+    names that they have below a task's head."""
 
     folder: Path
     config: ElasticBertConfig
-    model: ElasticBertForSequenceClassification
+    model: PreTrainedModel
     tensors: dict[str, np.ndarray]
 
     @property
+    def architecture(self) -> str:
+        """The name of the model's class."""
+        return type(self.model).__name__
+
+    @property
     def max_tokens(self) -> int:
-        """The longest input, in tokens."""
-        return self.config.max_position_embeddings - self.config.position_offset
+        """The longest input, in tokens: what the position table and the tokenizer's own settings allow."""
+        positions = self.config.max_position_embeddings - self.config.position_offset
+        settings = self.folder / "tokenizer_config.json"
+        longest = (
+            json.loads(settings.read_text(encoding="utf-8")).get("model_max_length") if settings.exists() else None
+        )
+        return min(positions, int(longest)) if longest else positions
 
     def files(self) -> list[Path]:
         """The files that travel into the artefact."""
@@ -46,11 +59,11 @@ class Checkpoint:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """A fine-tuned classifier with tokenizer; ValueError where the folder is not one, or a weight is missing from
+    """A checkpoint with its tokenizer; ValueError where the folder is not one, or a weight is missing from
     it."""
     if not folder.is_dir():
         raise ValueError(f"checkpoint {folder} is not a folder")
-    _check_config(folder)
+    kind = _architecture(folder)
     if not list(folder.glob("*.safetensors")):
         raise ValueError(f"checkpoint {folder} has no weights: expected model.safetensors (save_pretrained writes it)")
     if not (folder / "tokenizer.json").is_file():
@@ -59,7 +72,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     transformers_logging.set_verbosity_error()  # what is missing is an error below, not a warning
     transformers_logging.disable_progress_bar()
     try:
-        model, found = ElasticBertForSequenceClassification.from_pretrained(
+        model, found = getattr(elastic_model, kind).from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # safetensors and transformers raise errors of many classes for a damaged file
@@ -70,14 +83,16 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise ValueError(
             f"checkpoint {folder} lacks weights: {', '.join(sorted(found['missing_keys'])[:5])}; fine-tune it first"
         )
-    tensors = {name: tensor.numpy() for name, tensor in model.eval().state_dict().items()}
+    prefix = "elasticbert." if kind == "ElasticBertModel" else ""
+    tensors = {f"{prefix}{name}": tensor.numpy() for name, tensor in model.eval().state_dict().items()}
     broken = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
     if broken:
         raise ValueError(f"checkpoint {folder}: weights that are not finite: {', '.join(broken[:5])}")
     return Checkpoint(folder, model.config, model, tensors)
 
 
-def _check_config(folder: Path) -> None:
+def _architecture(folder: Path) -> str:
+    """The class that the folder's configuration names, one of HEADS."""
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"checkpoint {folder} has no config.json")
@@ -90,8 +105,10 @@ def _check_config(folder: Path) -> None:
         raise ValueError(
             f"checkpoint {folder}: model_type {kind!r} is not exported, only elasticbert; fine-tune one first"
         )
-    if ARCHITECTURE not in architectures:
+    known = [name for name in architectures if name in HEADS]
+    if not known:
         raise ValueError(
-            f"checkpoint {folder}: {', '.join(architectures) or 'no architecture'} is not exported, "
-            f"only {ARCHITECTURE}"
+            f"checkpoint {folder}: {', '.join(architectures) or 'no architecture'} is not exported, only "
+            f"{', '.join(HEADS)}"
         )
+    return known[0]

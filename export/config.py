@@ -2,23 +2,36 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from elastic_model.arguments import option
 
 
 @dataclass
 class ExportOptions:
-    """A fine-tuned checkpoint as a folder of ONNX files that answer at every exit, each checked before it is kept."""
+    """A checkpoint as a folder of ONNX files that answer at every exit, each checked before it is kept."""
 
-    checkpoint: Path = option(help="folder of a fine-tuned sequence classifier", positional=True)
+    checkpoint: Path = option(help="folder of a fine-tuned checkpoint, or of a bare encoder", positional=True)
     output: Path = option(help="folder to write", positional=True)
     files: list[str] = option(
         [],
-        help="int8 files, model_qint8_avx512_vnni or model_quint8_avx2 (default: the one for this CPU)",
+        help="beside float32: model_qint8_avx512_vnni, model_quint8_avx2, model_qint8_arm64, model_fp16 or model_bf16 "
+        "(weights alone, for size); default the int8 file for this CPU",
+    )
+    at: str | None = option(
+        None, help="operating point whose settings are the files' defaults: a name, or speedup=4, max_drop=0.5, ..."
+    )
+    exit: int | None = option(None, help="a plain graph without control flow, cut after the exit at this layer")
+    to: Literal["bert"] | None = option(
+        None, help="bert: a stock BERT folder of the layers up to --exit (default: all), which needs no code of ours"
+    )
+    activations: Literal["token", "tensor", "static"] = option(
+        "token", help="scales of int8 activations: one per token, one per tensor, or fixed ones found on --rows"
     )
     rows: Path | None = option(None, help="texts to compare int8 with float32 on (.tsv with a header, .txt; .gz, .xz)")
     text: str = option("text", help="column of --rows that holds the text")
     pair: str | None = option(None, help="column of --rows that holds the second text")
+    label: str | None = option(None, help="column of --rows that holds the label: quality is measured too")
     max_rows: int = option(256, help="rows of --rows to compare on")
     min_agreement: float = option(0.95, help="share of --rows that int8 must answer like float32")
 

@@ -4,13 +4,15 @@ Legend of shapes: rows, longest (the longest row's tokens), tokens (all rows' re
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from elastic_model import ElasticBertConfig
 from export.arithmetic import Arithmetic
 from export.builder import GraphBuilder
+from export.lengths import Inside, Lengths, drop
+from export.quantization import smoothing
 
 # config.hidden_act -> (fused operator that adds the bias first, or None; operator without)
 ACTIVATIONS = {
@@ -22,6 +24,9 @@ ACTIVATIONS = {
 }
 
 
+REACH = 3.0  # standard deviations that a normalised channel reaches
+
+
 @dataclass(frozen=True)
 class Weights:
     """The checkpoint's configuration and its tensors by name, and how to compute with them."""
@@ -30,13 +35,24 @@ class Weights:
     tensors: Mapping[str, np.ndarray]
     arithmetic: Arithmetic
 
-    def product(self, graph: GraphBuilder, tokens: str, *names: str, scale: float | None = None) -> str:
+    def product(
+        self, graph: GraphBuilder, tokens: str, *names: str, scale: float | None = None, norm: str | None = None
+    ) -> str:
         """tokens (tokens, inputs) times the matrices of linear layers side by side, without bias; `scale` is of the
-        first."""
+        first. norm: the LayerNorm whose output `tokens` is."""
         weights = [np.asarray(self.tensors[f"{name}.weight"], np.float32) for name in names]
         if scale is not None:
             weights[0] = weights[0] * np.float32(scale)
         weight = np.concatenate(weights).T if len(weights) > 1 else weights[0].T
+        if norm is not None and self.arithmetic.smooth:
+            # not into the LayerNorm itself: BERT's residual connection reads its output too
+            gain, bias = (
+                np.abs(np.asarray(self.tensors[f"{norm}.{part}"], np.float32)) for part in ("weight", "bias")
+            )
+            factors = smoothing(REACH * gain + bias, weight)
+            if factors is not None:
+                tokens = graph.op("Mul", tokens, graph.initializer(f"{names[0]}_smoothing", 1 / factors))
+                weight = weight * factors[:, None]
         return self.arithmetic.product(graph, tokens, "+".join(names), weight)
 
     def vector(self, graph: GraphBuilder, name: str) -> str:
@@ -48,27 +64,30 @@ class Weights:
 class Layout:
     """Where the tokens of packed rows lie: what attention and the exits need to know."""
 
-    lengths: str  # (rows,) real tokens of each row
-    starts: str  # (rows,) place of each row's first token
+    longest: str  # scalar
+    columns: str  # (longest,) 0, 1, 2, ...
+    inside: str  # (rows, longest) booleans, true at tokens
     slots: str  # (rows, longest) place of the token of each slot; 0 where there is none
     tokens: str  # (tokens,) slot of each token, counted through all rows
-    rows: str  # (tokens,) row of each token
     mask: str  # (rows, 1, 1, longest) 0 at real tokens, minus infinity elsewhere
+
+
+def starts_of(graph: GraphBuilder, lengths: str) -> str:
+    """Place of each row's first token among the packed ones; (rows,)."""
+    return graph.op("Sub", graph.op("CumSum", lengths, graph.constant(0, np.int64)), lengths)
 
 
 def layout_of(graph: GraphBuilder, lengths: str) -> Layout:
     """The layout of rows with these lengths (at least one row)."""
-    starts = graph.op("Sub", graph.op("CumSum", lengths, graph.constant(0, np.int64)), lengths)
     longest = graph.op("ReduceMax", lengths, keepdims=0)
     columns = graph.op("Range", graph.constant(0, np.int64), longest, graph.constant(1, np.int64))
     inside = graph.op("Less", columns, graph.op("Unsqueeze", lengths, graph.integers(1)))  # (rows, longest)
-    places = graph.op("Add", columns, graph.op("Unsqueeze", starts, graph.integers(1)))
+    places = graph.op("Add", columns, graph.op("Unsqueeze", starts_of(graph, lengths), graph.integers(1)))
     slots = graph.op("Where", inside, places, graph.constant(0, np.int64))
     flat = graph.op("NonZero", graph.op("Reshape", inside, graph.integers(-1)))
     tokens = graph.op("Squeeze", flat, graph.integers(0))
     mask = graph.op("Where", inside, graph.constant(0, np.float32), graph.constant(-np.inf, np.float32))
-    mask = graph.op("Unsqueeze", mask, graph.integers(1, 2))
-    return Layout(lengths, starts, slots, tokens, graph.op("Div", tokens, longest), mask)
+    return Layout(longest, columns, inside, slots, tokens, graph.op("Unsqueeze", mask, graph.integers(1, 2)))
 
 
 def embeddings(graph: GraphBuilder, weights: Weights, positions: str, ids: str, types: str | None = None) -> str:
@@ -100,17 +119,27 @@ def add_and_norm(graph: GraphBuilder, weights: Weights, name: str, *terms: str) 
     return graph.op("LayerNormalization", total, *norm, axis=-1, epsilon=weights.config.layer_norm_eps)
 
 
-def attention(graph: GraphBuilder, weights: Weights, layer: int, hidden: str, layout: Layout) -> str:
-    """Self-attention of layer `layer` (from 1), before the output's bias: (tokens, width) -> (tokens, width).
+def norm_before(layer: int) -> str:
+    """The LayerNorm whose output layer `layer` (from 1) reads."""
+    below = "embeddings" if layer == 1 else f"encoder.layer.{layer - 2}.output"
+    return f"elasticbert.{below}.LayerNorm"
 
-    The factor 1/sqrt(head) is folded into the query's weights.
+
+def attention(
+    graph: GraphBuilder, weights: Weights, layer: int, inside: Inside, layout: Layout, lengths: Lengths | None
+) -> tuple[str, str, Inside]:
+    """Self-attention of layer `layer` (from 1), before the output's bias: (tokens, width) of the tokens that stay,
+    their rows (tokens,), and what is inside after it.
+
+    Tokens are dropped before the output's projection, so that they cost no more than attention. The factor
+    1/sqrt(head) is folded into the query's weights.
     """
     prefix = f"elasticbert.encoder.layer.{layer - 1}.attention"
     heads, head = weights.config.num_attention_heads_per_layer[layer - 1], weights.config.attention_head_size
     names = [f"{prefix}.self.{part}" for part in ("query", "key", "value")]
     biases = [np.asarray(weights.tensors[f"{name}.bias"], np.float32) for name in names]
     biases[0] = biases[0] * np.float32(head**-0.5)
-    projected = weights.product(graph, hidden, *names, scale=head**-0.5)
+    projected = weights.product(graph, inside.hidden, *names, scale=head**-0.5, norm=norm_before(layer))
     projected = graph.op("Add", projected, graph.initializer("+".join(names) + ".bias", np.concatenate(biases)))
     padded = graph.op("Gather", projected, layout.slots)  # (rows, longest, 3 heads head)
     padded = graph.op("Reshape", padded, graph.integers(0, 0, 3, heads, head))
@@ -120,8 +149,12 @@ def attention(graph: GraphBuilder, weights: Weights, layer: int, hidden: str, la
     probabilities = graph.op("Softmax", graph.op("Add", scores, layout.mask), axis=-1)
     context = graph.op("Transpose", graph.op("MatMul", probabilities, value), perm=[0, 2, 1, 3])
     context = graph.op("Reshape", context, graph.integers(-1, heads * head))
-    context = graph.op("Gather", context, layout.tokens)  # packed again
-    return weights.product(graph, context, f"{prefix}.output.dense")
+    tokens = layout.tokens
+    if lengths is not None:
+        inside, tokens = drop(graph, lengths, layer, inside, layout, probabilities)
+    context = graph.op("Gather", context, tokens)  # packed again
+    rows = graph.op("Div", tokens, layout.longest)
+    return weights.product(graph, context, f"{prefix}.output.dense"), rows, inside
 
 
 def activate(graph: GraphBuilder, name: str, tokens: str, bias: str) -> str:
@@ -138,25 +171,39 @@ def feed_forward(graph: GraphBuilder, weights: Weights, layer: int, hidden: str)
     """The feed-forward block of layer `layer` (from 1), before the output's bias: (tokens, width) -> (tokens,
     width)."""
     prefix = f"elasticbert.encoder.layer.{layer - 1}"
-    inner = weights.product(graph, hidden, f"{prefix}.intermediate.dense")
+    norm = f"{prefix}.attention.output.LayerNorm"
+    inner = weights.product(graph, hidden, f"{prefix}.intermediate.dense", norm=norm)
     bias = weights.vector(graph, f"{prefix}.intermediate.dense.bias")
     inner = activate(graph, weights.config.hidden_act, inner, bias)
     return weights.product(graph, inner, f"{prefix}.output.dense")
 
 
 def encoder_layer(
-    graph: GraphBuilder, weights: Weights, layer: int, hidden: str, layout: Layout
-) -> tuple[str, Layout]:
-    """Layer `layer` (from 1) on packed tokens (tokens, width).
+    graph: GraphBuilder, weights: Weights, layer: int, inside: Inside, layout: Layout, lengths: Lengths | None
+) -> tuple[Inside, str]:
+    """Layer `layer` (from 1) on packed tokens: what is inside after it, and the row of each token (tokens,).
 
-    Returns the layout too: tokens dropped after attention (`length_config`) make a new one, here, before the
-    feed-forward block.
+    lengths: None = nothing is ever dropped.
     """
     prefix = f"elasticbert.encoder.layer.{layer - 1}"
     with graph.scope(f"layer_{layer}"):
-        context = attention(graph, weights, layer, hidden, layout)
+        context, rows, inside = attention(graph, weights, layer, inside, layout, lengths)
         bias = weights.vector(graph, f"{prefix}.attention.output.dense.bias")
-        hidden = add_and_norm(graph, weights, f"{prefix}.attention.output.LayerNorm", context, hidden, bias)
+        hidden = add_and_norm(graph, weights, f"{prefix}.attention.output.LayerNorm", context, inside.hidden, bias)
         inner = feed_forward(graph, weights, layer, hidden)
         bias = weights.vector(graph, f"{prefix}.output.dense.bias")
-        return add_and_norm(graph, weights, f"{prefix}.output.LayerNorm", inner, hidden, bias), layout
+        hidden = add_and_norm(graph, weights, f"{prefix}.output.LayerNorm", inner, hidden, bias)
+        return replace(inside, hidden=hidden), rows
+
+
+def encode(
+    graph: GraphBuilder, weights: Weights, layers: range, inside: Inside, lengths: Lengths | None
+) -> tuple[Inside, str]:
+    """Some layers (from 1) one after another: what is inside after them, and the row of each token (tokens,)."""
+    layout = layout_of(graph, inside.lengths)
+    rows = ""
+    for layer in layers:
+        if lengths is not None and layer != layers[0]:
+            layout = layout_of(graph, inside.lengths)
+        inside, rows = encoder_layer(graph, weights, layer, inside, layout, lengths)
+    return inside, rows

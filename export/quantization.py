@@ -17,6 +17,22 @@ SHARES = (
 )  # of the range, tried for each channel; 0.504 leaves pairs as they are
 
 
+OUTLYING = 6.0  # a channel so many times the median one is an outlier, which costs all others their precision
+
+
+def smoothing(largest: np.ndarray, weight: np.ndarray) -> np.ndarray | None:
+    """Factors (inputs,) by which channels of the input are divided and rows of the weight (inputs, channels)
+    multiplied, so that no channel outlies; None where none does.
+
+    SmoothQuant (Xiao et al. 2023, eq. 4) with strength 0.5. largest (inputs,): the size that each channel reaches.
+    """
+    largest = np.maximum(largest, 1e-6)
+    if largest.max() < OUTLYING * np.median(largest):
+        return None
+    factors = np.sqrt(largest / np.maximum(np.abs(weight).max(axis=1), 1e-6))
+    return (factors / np.exp(np.log(factors).mean())).astype(np.float32)
+
+
 def quantize_rows(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """An embedding table (entries, width) as int8 with one scale per entry: table is about int8 * scale[:, None]."""
     scale = _scale(table, axis=1)

@@ -17,16 +17,27 @@ def read_texts(file: Path, text: str, pair: str | None = None, limit: int | None
 
     Raises ValueError for a missing column, a line with too few cells, text that is not UTF-8, or a file without texts.
     """
-    try:
-        with OPENERS.get(file.suffix, open)(shipped(file), "rt", encoding="utf-8", newline="\n") as content:
-            lines = [line.rstrip("\r\n") for line in content]
-    except (UnicodeDecodeError, lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{file}: not readable as UTF-8 text: {error}") from error
+    lines = _lines(file)
     plain = ".tsv" not in file.suffixes
     texts: list[Text] = [line for line in lines if line.strip()] if plain else _columns(file, lines, text, pair)
     if not texts:
         raise ValueError(f"{file} has no texts")
     return texts[:limit]
+
+
+def read_column(file: Path, name: str, limit: int | None = None) -> list[str]:
+    """One column of a .tsv file; at most `limit` cells."""
+    if ".tsv" not in file.suffixes:
+        raise ValueError(f"{file}: a column {name!r} needs a .tsv file with a header")
+    return [str(cell) for cell in _columns(file, _lines(file), name, None)][:limit]
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        with OPENERS.get(file.suffix, open)(shipped(file), "rt", encoding="utf-8", newline="\n") as content:
+            return [line.rstrip("\r\n") for line in content]
+    except (UnicodeDecodeError, lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{file}: not readable as UTF-8 text: {error}") from error
 
 
 def _columns(file: Path, lines: list[str], text: str, pair: str | None) -> list[Text]:

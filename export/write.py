@@ -1,112 +1,227 @@
 """The artefact: one folder that `from_pretrained`, onnxruntime and ElasticSession understand, kept only if it
 passes."""
 
+import gc
+import hashlib
 import json
 import shutil
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import onnx
+from tokenizers import Tokenizer
 
+from elastic_model import ElasticBertConfig
 from elastic_model.card import write_card
 from elastic_model.folders import check_output, new_folder
-from elastic_model.operating_points import FILE, OperatingPoints, checkpoint_hash
+from elastic_model.operating_points import FILE, OperatingPoints
 from elastic_model.processor import ONNX_FILES, cpu_flags, fitting_files
 from elastic_model.provenance import append_stage
-from elastic_model.session import ElasticSession, Text
-from export.arithmetic import ARITHMETICS
+from elastic_model.session import REPORT, ElasticSession, Text, load_tokenizer
+from export.arithmetic import ARITHMETICS, INT8, arithmetic_of
+from export.builder import save_model
 from export.card import card_notes
-from export.check import check_float32, check_int8, check_model_file
+from export.check import (
+    Answers,
+    Reference,
+    answers_of,
+    check_against_float32,
+    check_float32,
+    check_model_file,
+    quality,
+    random_rows,
+    references,
+)
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.config import ExportOptions
-from export.graph import REQUIRES, Task, build_graph, metadata, task_of
-from export.rows import read_texts
+from export.graph import REQUIRES, build_graph, build_plain_graph
+from export.predict import read_budget
+from export.ranges import input_ranges
+from export.rows import read_column, read_texts
+from export.stock import write_stock
+from export.task import REGRESSION, SINGLE_LABEL, Task, cut_config, metadata, task_of
 
 FLOAT32 = "model"
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Rows to compare files on; labels: None where they are not known."""
+
+    texts: list[Text]
+    labels: list[str] | None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is known of the ONNX files before they are checked: the task, what PyTorch says, what to compare on."""
+
+    task: Task
+    expected: list[Reference]
+    rows: list[Any]
+
+
 def export_checkpoint(options: ExportOptions) -> dict[str, Any]:
     """Write the artefact of a checkpoint to `options.output` and return its report; ValueError, and nothing written,
-    where a check fails."""
+    where an option or a check fails."""
     check_output(options.output)
-    files = chosen_files(options.files)
-    checkpoint = load_checkpoint(options.checkpoint)
-    texts = read_texts(options.rows, options.text, options.pair, options.max_rows) if options.rows else None
+    files = chosen_files(options)
+    sample = read_sample(options)
     with new_folder(options.output) as folder:
-        for file in checkpoint.files():
-            shutil.copyfile(file, folder / file.name)
-        points = carry_points(checkpoint, folder)
-        report = write_files(checkpoint, files, folder, points, texts, options.min_agreement)
-        (folder / "export_report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        append_stage(folder, "export", parent=checkpoint.folder, settings={"files": files})
+        (folder / "onnx").mkdir()
+        written, report = write_all(options, files, sample, folder)  # PyTorch's copy of the weights ends with it
+        gc.collect()
+        report |= {
+            "versions": versions(),
+            "requires": REQUIRES,
+            "policy": written.task.policy,
+            "thresholds": written.task.thresholds,
+            "length_config": written.task.lengths,
+            "files": check_files(options, written, files, sample, folder),
+        }
+        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        append_stage(folder, "export", parent=options.checkpoint, settings={"files": files})
         write_card(folder, name=options.output.resolve().name, notes=card_notes(report))
     return report
 
 
-def chosen_files(names: list[str]) -> list[str]:
-    """The float32 file and the int8 files asked for, by default the one for this CPU."""
-    unknown = [name for name in names if name not in ARITHMETICS]
+def chosen_files(options: ExportOptions) -> list[str]:
+    """The float32 file and those asked for, by default the int8 one for this CPU; ValueError for options that do not
+    go together."""
+    unknown = [name for name in options.files if name not in ARITHMETICS]
     if unknown:
         raise ValueError(f"--files {' '.join(unknown)}: unknown; allowed: {', '.join(ARITHMETICS)}")
-    best = names or [name for name in fitting_files(cpu_flags()) if name != FLOAT32][:1]
+    for flag, value in (("--label", options.label), ("--activations static", options.activations == "static")):
+        if value and options.rows is None:
+            raise ValueError(f"{flag} needs --rows, a file of texts")
+    if options.at and (options.exit or options.to):
+        raise ValueError("--at chooses defaults of a file with exits; a plain file (--exit, --to) has none")
+    if options.exit is not None and options.exit < 1:
+        raise ValueError(f"--exit must be a layer from 1, got {options.exit}")
+    best = options.files or [name for name in fitting_files(cpu_flags()) if name in INT8][:1]
     return list(dict.fromkeys([FLOAT32, *best]))
 
 
-def carry_points(checkpoint: Checkpoint, folder: Path) -> OperatingPoints | None:
-    """The checkpoint's operating points, copied; ValueError where they were measured on other weights."""
-    if not (checkpoint.folder / FILE).is_file():
+def read_sample(options: ExportOptions) -> Sample | None:
+    """The rows to compare on, where they are given."""
+    if options.rows is None:
         return None
-    points = OperatingPoints.load(checkpoint.folder)
-    if points.checkpoint != checkpoint_hash(checkpoint.folder):
-        raise ValueError(
-            f"{checkpoint.folder / FILE} belongs to other weights; evaluate the checkpoint again, or delete the file"
-        )
-    points.save(folder)
-    return points
+    texts = read_texts(options.rows, options.text, options.pair, options.max_rows)
+    labels = read_column(options.rows, options.label, options.max_rows) if options.label else None
+    return Sample(texts, labels)
 
 
-def write_files(
-    checkpoint: Checkpoint,
-    files: list[str],
-    folder: Path,
-    points: OperatingPoints | None,
-    texts: list[Text] | None,
-    min_agreement: float,
-) -> dict[str, Any]:
-    """Build, write and check each ONNX file; the report."""
-    task = task_of(checkpoint.config, points.policy if points else None)
-    (folder / "onnx").mkdir()
+def write_all(
+    options: ExportOptions, files: list[str], sample: Sample | None, folder: Path
+) -> tuple[Written, dict[str, Any]]:
+    """The checkpoint's files and the ONNX files, not yet checked; and what the report says of the checkpoint."""
+    checkpoint = load_checkpoint(options.checkpoint)
+    config = checkpoint.config
+    points = OperatingPoints.load(checkpoint.folder) if (checkpoint.folder / FILE).is_file() else None
+    plain = plain_layer(options, config)
+    if options.at:
+        apply_point(config, points, options.at)
+    task = task_of(config, points.policy if points else None, checkpoint.architecture)
+    if sample and sample.labels and task.problem_type not in (SINGLE_LABEL, REGRESSION):
+        raise ValueError(f"--label: quality is measured for classification and regression, not {task.problem_type}")
+    report: dict[str, Any] = {"activations": options.activations}
+    for file in checkpoint.files():
+        if options.to is None or file.name.startswith(("tokenizer", "vocab", "merges", "special", "provenance")):
+            shutil.copyfile(file, folder / file.name)
+    exit_layers = config.exit_layers
+    if plain is not None:
+        exit_layers, config = [plain], cut_config(config, plain)
+        report["exit"] = plain
+        if options.to:
+            report["stock_difference"] = write_stock(checkpoint, plain, folder)
+        else:
+            patch_config(folder, {"exit_policy": {"name": "constant", "layer": plain}, "length_config": None})
+    elif options.at:
+        patch_config(folder, {"exit_policy": config.exit_policy, "length_config": config.length_config})
+    if points is not None and plain is None:
+        points.save(folder)
+    expected = references(checkpoint, task, exit_layers)
+    tokenizer = load_tokenizer(options.checkpoint / "tokenizer.json", checkpoint.max_tokens, task.problem_type)
+    rows = sample_rows(checkpoint, sample, tokenizer)
+    ranges = input_ranges(checkpoint, rows) if options.activations == "static" else None
     for name in files:
-        write_graph(checkpoint, task, name, folder / "onnx" / f"{name}.onnx", points)
-    float32 = ElasticSession.from_pretrained(folder, FLOAT32, threads=1)
-    checks = {FLOAT32: check_float32(float32, checkpoint, task)}
-    for name in files[1:]:
+        arithmetic = arithmetic_of(name, options.activations, ranges)
+        if plain is None:
+            model = build_graph(config, checkpoint.tensors, task, arithmetic)
+        else:
+            model = build_plain_graph(config, checkpoint.tensors, task, arithmetic, plain)
+        entries = metadata(config, task, checkpoint.max_tokens, versions(), REQUIRES, plain)
+        if points is not None and plain is None:
+            entries["elastic_operating_points"] = json.dumps(points.to_dict())
+        onnx.helper.set_model_props(model, entries)
+        save_model(model, folder / "onnx" / f"{name}.onnx")
+    return Written(task, expected, rows), report
+
+
+def sample_rows(checkpoint: Checkpoint, sample: Sample | None, tokenizer: Tokenizer) -> list[Any]:
+    """Encodings of the sample's texts, windows beyond the first left out; without one, rows of random tokens."""
+    if sample is None:
+        return [row for rows in random_rows(checkpoint) for row in rows]
+    return tokenizer.encode_batch(sample.texts)
+
+
+def check_files(
+    options: ExportOptions, written: Written, files: list[str], sample: Sample | None, folder: Path
+) -> dict[str, Any]:
+    """What was found of every file, one after another, so that one is in memory at a time; ValueError where a check
+    fails."""
+    checks: dict[str, Any] = {}
+    float32: Answers | None = None
+    for name in files:
+        path = folder / "onnx" / f"{name}.onnx"
         missing = ONNX_FILES[name] and not ONNX_FILES[name] & cpu_flags()
         if missing:
             checks[name] = {"unchecked": f"this CPU has none of {', '.join(sorted(ONNX_FILES[name]))}"}
         else:
-            session = ElasticSession.from_pretrained(folder, name, threads=1)
-            checks[name] = check_int8(session, float32, checkpoint, texts, min_agreement)
-    for name in files:
-        checks[name] |= check_model_file(folder / "onnx" / f"{name}.onnx")
-    return {
-        "versions": versions(),
-        "requires": REQUIRES,
-        "policy": task.policy,
-        "thresholds": task.thresholds,
-        "files": checks,
-    }
+            session = ElasticSession(path, folder / "tokenizer.json", threads=1)
+            if name == FLOAT32:
+                checks[name] = check_float32(session, written.task, written.expected)
+            answers = answers_of(session, written.rows)
+            if float32 is None:
+                float32 = answers
+            else:
+                checks[name] = check_against_float32(
+                    session, answers, float32, sample is not None, options.min_agreement
+                )
+            if sample and sample.labels:
+                checks[name]["quality"] = quality(session, answers, sample.labels)
+            del session
+        checks[name] |= check_model_file(path) | {"bytes": path.stat().st_size}
+        with path.open("rb") as content:
+            checks[name]["sha256"] = hashlib.file_digest(content, "sha256").hexdigest()
+    return checks
 
 
-def write_graph(checkpoint: Checkpoint, task: Task, name: str, file: Path, points: OperatingPoints | None) -> None:
-    """One ONNX file with its metadata."""
-    model = build_graph(checkpoint.config, checkpoint.tensors, task, ARITHMETICS[name])
-    entries = metadata(checkpoint.config, task, checkpoint.max_tokens, versions())
-    if points is not None:
-        entries["elastic_operating_points"] = json.dumps(points.to_dict())
-    onnx.helper.set_model_props(model, entries)
-    onnx.save(model, file)
+def plain_layer(options: ExportOptions, config: ElasticBertConfig) -> int | None:
+    """The exit that a plain file is cut after, or None; ValueError where there is no such exit."""
+    if options.exit is None:
+        return config.num_hidden_layers if options.to else None
+    if options.exit not in config.exit_layers:
+        raise ValueError(f"--exit {options.exit}: the exits are after layers {config.exit_layers}")
+    return options.exit
+
+
+def apply_point(config: ElasticBertConfig, points: OperatingPoints | None, at: str) -> None:
+    """Make an operating point the configuration's default."""
+    if points is None:
+        raise ValueError(f"--at {at}: the checkpoint has no {FILE}; measure some first (python -m finetune evaluate)")
+    budget = read_budget(at)
+    assert budget is not None
+    config.exit_policy, config.length_config = points.at(budget)
+
+
+def patch_config(folder: Path, fields: dict[str, Any]) -> None:
+    """Set fields of config.json, so that the PyTorch model runs as the ONNX files do."""
+    file = folder / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**content, **fields}, indent=2) + "\n", encoding="utf-8")
 
 
 def versions() -> dict[str, str]:

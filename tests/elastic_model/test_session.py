@@ -179,12 +179,16 @@ def test_a_damaged_file_is_named(exported, tmp_path, case):
     file = tmp_path / "out/onnx/model.onnx"
     content = {"truncated": file.read_bytes()[:5000], "empty": b"", "not onnx": b"hello"}[case]
     file.write_bytes(content)
+    with pytest.raises(ValueError, match="model.onnx is damaged or was changed: its sha256"):
+        ElasticSession.from_pretrained(tmp_path / "out", "model")
+    (tmp_path / "out/export_report.json").unlink()
     with pytest.raises(ValueError, match="model.onnx: (onnxruntime .* cannot load it|not a file that)"):
         ElasticSession.from_pretrained(tmp_path / "out", "model")
 
 
 def test_an_artefact_without_its_tokenizer_or_with_other_points(exported, tmp_path):
     shutil.copytree(exported, tmp_path / "out")
+    (tmp_path / "out/model.safetensors").unlink()  # a session reads no weights but the ONNX file's
     OperatingPoints("", {}, [OperatingPoint("two exits", [0.1, 0.1], 1.0)]).save(tmp_path / "out")
     with pytest.raises(ValueError, match="2 thresholds per point for the 4 exits"):
         ElasticSession.from_pretrained(tmp_path / "out")
@@ -202,7 +206,8 @@ def test_an_artefact_without_its_tokenizer_or_with_other_points(exported, tmp_pa
 def test_the_file_fits_the_cpu(monkeypatch, tmp_path):
     assert processor.fitting_files({"avx2", "avx512_vnni"})[0] == "model_qint8_avx512_vnni"
     assert processor.fitting_files({"avx2", "avx512f"})[0] == "model_quint8_avx2"  # it would saturate with the other
-    assert processor.fitting_files(set()) == ["model"]
+    assert processor.fitting_files({"asimd", "asimddp"})[0] == "model_qint8_arm64"
+    assert processor.fitting_files(set()) == ["model", "model_fp16", "model_bf16"]
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu avx2 avx_vnni\n")
     monkeypatch.setattr(processor, "CPUINFO", cpuinfo)

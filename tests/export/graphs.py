@@ -6,13 +6,14 @@ import torch
 
 from elastic_model import ElasticBertForSequenceClassification
 from export.arithmetic import ARITHMETICS
-from export.graph import build_graph, task_of
+from export.graph import build_graph
+from export.task import task_of
 
 
-def lively(config, seed=0):
-    """A random classifier whose logits are spread as a trained one's are."""
+def lively(config, seed=0, kind=ElasticBertForSequenceClassification):
+    """A random model whose logits are spread as a trained one's are."""
     generator = torch.Generator().manual_seed(seed)
-    model = ElasticBertForSequenceClassification(config).eval()
+    model = kind(config).eval()
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             if name.endswith("bias"):
@@ -27,7 +28,10 @@ def lively(config, seed=0):
 def session_of(model, file="model", level=onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL):
     """A plain onnxruntime session of a model's graph."""
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    graph = build_graph(model.config, tensors, task_of(model.config), ARITHMETICS[file])
+    if type(model).__name__ == "ElasticBertModel":
+        tensors = {f"elasticbert.{name}": tensor for name, tensor in tensors.items()}
+    task = task_of(model.config, architecture=type(model).__name__)
+    graph = build_graph(model.config, tensors, task, ARITHMETICS[file])
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3

@@ -9,7 +9,8 @@ import torch
 from elastic_model import ElasticBertConfig
 from elastic_model.exit_policies import simulate
 from export.arithmetic import ARITHMETICS
-from export.graph import IR_VERSION, OPSET, build_graph, task_of
+from export.graph import IR_VERSION, OPSET, build_graph
+from export.task import task_of
 from tests.export.graphs import batch_of, lively, session_of, torch_output
 
 LENGTHS = [9, 2, 30, 17, 5, 30, 11, 3]

@@ -1,7 +1,8 @@
-"""Exits of the graph: the heads, and the policies that say which rows leave.
+"""Exit policies in the graph: which rows leave, from the logits of the exits that they have passed.
 
-Legend of shapes: exits (passed so far), rows (still inside), labels, groups (of classes: one, or one per label of
-several).
+As in elastic_model.exit_policies, which defines them on tensors, every task is read as groups of classes: one group
+per row, per label of several, or per token; or two, where an answer starts and ends. The worst group decides. Legend
+of shapes: exits (passed so far), rows (still inside), sequence, labels, groups, classes.
 """
 
 import math
@@ -12,87 +13,82 @@ import numpy as np
 from onnx import TensorProto
 
 from export.builder import GraphBuilder
-from export.encoder import Layout, Weights, activate
+from export.task import MULTI_LABEL, QUESTIONS, REGRESSION, TOKENS, Task
 
-MULTI_LABEL, REGRESSION = "multi_label_classification", "regression"
+NO_TOKEN = -1e30  # the logit of padding, which cannot start or end an answer; its exponential is 0, times it 0
 
 
 @dataclass(frozen=True)
 class Passed:
     """What a policy may look at: the exit just computed and the ones before it."""
 
-    policy: dict
-    problem_type: str
-    labels: int
-    thresholds: list[str]  # scalars, one per exit so far
-    history: list[str]  # logits (rows, labels) of each exit so far
+    task: Task
+    thresholds: list[str]  # scalars, one per exit in `history`
+    history: list[str]  # logits of each exit so far: (rows, labels), of tokens (rows, sequence, labels)
     uncertainty: str | None  # (rows,) of the learned exit head
+    real: str | None  # (rows, sequence) booleans: which tokens are real; None where a head reads the pooled [CLS]
 
 
-def pooled_output(graph: GraphBuilder, weights: Weights, layer: int, hidden: str, layout: Layout) -> str:
-    """The pooled first token of each row at the exit after layer `layer` (from 1): (rows, width)."""
-    pooler = f"elasticbert.encoder.pooler.{layer - 1}.dense"
-    first = graph.op("Gather", hidden, layout.starts)
-    bias = weights.vector(graph, f"{pooler}.bias")
-    return activate(graph, weights.config.pooler_act, weights.product(graph, first, pooler), bias)
-
-
-def exit_logits(graph: GraphBuilder, weights: Weights, layer: int, pooled: str) -> str:
-    """(rows, labels). float32 in every file: a few columns that decide the answer and take no time."""
-    name = "classifier" if weights.config.num_output_layers == 1 else f"classifiers.{layer - 1}"
-    return graph.op(
-        "Gemm", pooled, weights.vector(graph, f"{name}.weight"), weights.vector(graph, f"{name}.bias"), transB=1
-    )
-
-
-def exit_uncertainty(graph: GraphBuilder, weights: Weights, pooled: str) -> str:
-    """BERxiT's learned exit head, one for all exits: (rows,)."""
-    matrix = graph.constant(weights.tensors["exit_uncertainty.weight"], np.float32)
-    bias = graph.constant(weights.tensors["exit_uncertainty.bias"], np.float32)
-    return graph.op(
-        "Squeeze", graph.op("Sigmoid", graph.op("Gemm", pooled, matrix, bias, transB=1)), graph.integers(1)
-    )
+def grouped(graph: GraphBuilder, passed: Passed, logits: str) -> str:
+    """An exit's logits as (rows, groups, classes). With several labels each is a group of two classes, logits 0 and
+    its own."""
+    kind = passed.task.problem_type
+    if kind == MULTI_LABEL:
+        pair = [graph.op("Unsqueeze", part, graph.integers(2)) for part in (graph.op("Sub", logits, logits), logits)]
+        return graph.op("Concat", *pair, axis=2)
+    if kind == QUESTIONS:
+        assert passed.real is not None
+        sides = graph.op("Transpose", logits, perm=[0, 2, 1])
+        real = graph.op("Unsqueeze", passed.real, graph.integers(1))
+        return graph.op("Where", real, sides, graph.constant(NO_TOKEN, np.float32))
+    return logits if kind == TOKENS else graph.op("Unsqueeze", logits, graph.integers(1))
 
 
 def log_probabilities(graph: GraphBuilder, passed: Passed) -> str:
-    """Of the last exit: (rows, groups, classes). With several labels each is a group of two classes, logits 0 and its
-    own."""
-    logits = passed.history[-1]
-    if passed.problem_type == MULTI_LABEL:
-        classes = [
-            graph.op("Unsqueeze", part, graph.integers(2)) for part in (graph.op("Sub", logits, logits), logits)
-        ]
-        log_probs = graph.op("LogSoftmax", graph.op("Concat", *classes, axis=2), axis=-1)
-    else:
-        log_probs = graph.op("Unsqueeze", graph.op("LogSoftmax", logits, axis=-1), graph.integers(1))
+    """Of the last exit: (rows, groups, classes)."""
+    log_probs = graph.op("LogSoftmax", grouped(graph, passed, passed.history[-1]), axis=-1)
     # onnxruntime's may be above 0 by a rounding: a certain row would then leave at a threshold that lets nobody leave
     return graph.op("Min", log_probs, graph.constant(0, np.float32))
 
 
+def least(graph: GraphBuilder, passed: Passed, scores: str) -> str:
+    """The smallest of each row's (rows, groups) scores, over real tokens only; (rows,)."""
+    if passed.task.problem_type == TOKENS:
+        assert passed.real is not None
+        scores = graph.op("Where", passed.real, scores, graph.constant(np.inf, np.float32))
+    return graph.op("ReduceMin", scores, axes=[1], keepdims=0)
+
+
 def entropy(graph: GraphBuilder, passed: Passed) -> str:
     """The normalised entropy of the least certain group is below the threshold (FastBERT, eq. 7)."""
-    classes = 2 if passed.problem_type == MULTI_LABEL else passed.labels
     log_probs = log_probabilities(graph, passed)
-    negative = graph.op(
-        "ReduceSum", graph.op("Mul", graph.op("Exp", log_probs), log_probs), graph.integers(-1), keepdims=0
-    )
-    scaled = graph.op("Mul", negative, graph.constant(-1 / math.log(classes), np.float32))  # (rows, groups)
-    return graph.op("Less", graph.op("ReduceMax", scaled, axes=[1], keepdims=0), passed.thresholds[-1])
+    product = graph.op("Mul", graph.op("Exp", log_probs), log_probs)
+    negative = graph.op("ReduceSum", product, graph.integers(-1), keepdims=0)  # (rows, groups)
+    if passed.task.problem_type == QUESTIONS:
+        assert passed.real is not None
+        tokens = graph.op("ReduceSum", graph.op("Cast", passed.real, to=TensorProto.FLOAT), graph.integers(1))
+        largest = graph.op("Log", graph.op("Max", tokens, graph.constant(2, np.float32)))  # (rows, 1)
+        scaled = graph.op("Div", negative, largest)
+    else:
+        classes = 2 if passed.task.problem_type == MULTI_LABEL else max(passed.task.labels, 2)
+        scaled = graph.op("Mul", negative, graph.constant(1 / math.log(classes), np.float32))
+    return graph.op("Less", graph.op("Neg", least(graph, passed, scaled)), passed.thresholds[-1])
 
 
 def confidence(graph: GraphBuilder, passed: Passed) -> str:
     """The top probability of the least certain group is above the threshold."""
     top = graph.op("Exp", graph.op("ReduceMax", log_probabilities(graph, passed), axes=[2], keepdims=0))
-    return graph.op("Greater", graph.op("ReduceMin", top, axes=[1], keepdims=0), passed.thresholds[-1])
+    return graph.op("Greater", least(graph, passed, top), passed.thresholds[-1])
 
 
 def margin(graph: GraphBuilder, passed: Passed) -> str:
     """The top probability leads the next by more than the threshold, in every group."""
     probabilities = graph.op("Exp", log_probabilities(graph, passed))
+    none = graph.constant(0, np.float32)  # the next of a single class
+    probabilities = graph.op("Pad", probabilities, graph.integers(0, 0, 0, 0, 0, 1), none)
     top, _ = graph.ops("TopK", probabilities, graph.integers(2), outputs=2, axis=-1)
     first, second = (graph.op("Gather", top, graph.constant(place, np.int64), axis=2) for place in range(2))
-    lead = graph.op("ReduceMin", graph.op("Sub", first, second), axes=[1], keepdims=0)
-    return graph.op("Greater", lead, passed.thresholds[-1])
+    return graph.op("Greater", least(graph, passed, graph.op("Sub", first, second)), passed.thresholds[-1])
 
 
 def learned(graph: GraphBuilder, passed: Passed) -> str:
@@ -103,7 +99,7 @@ def learned(graph: GraphBuilder, passed: Passed) -> str:
 
 def patience(graph: GraphBuilder, passed: Passed) -> str:
     """The last `threshold` + 1 exits agree (PABEE, Zhou et al. 2020)."""
-    if passed.problem_type == REGRESSION:
+    if passed.task.problem_type == REGRESSION:
         return regression_patience(graph, passed)
     said = votes(graph, passed)
     last = graph.op("Slice", said, graph.integers(-1), graph.integers(np.iinfo(np.int64).max), graph.integers(0))
@@ -113,12 +109,13 @@ def patience(graph: GraphBuilder, passed: Passed) -> str:
     )  # differences from here to the last exit
     agreeing = graph.op("Cast", graph.op("Equal", since, graph.constant(0, np.int32)), to=TensorProto.FLOAT)
     run = graph.op("ReduceSum", agreeing, graph.integers(0), keepdims=0)  # (rows, groups)
-    return graph.op("Greater", graph.op("ReduceMin", run, axes=[1], keepdims=0), passed.thresholds[-1])
+    return graph.op("Greater", least(graph, passed, run), passed.thresholds[-1])
 
 
 def regression_patience(graph: GraphBuilder, passed: Passed) -> str:
     """The last `patience` steps from exit to exit are each smaller than that exit's threshold (PABEE)."""
-    steps = passed.policy["patience"]
+    assert passed.task.policy is not None
+    steps = passed.task.policy["patience"]
     values = passed.history[-steps - 1 :]
     if len(values) <= steps:
         return nobody(graph, passed)
@@ -136,16 +133,13 @@ def voting(graph: GraphBuilder, passed: Passed) -> str:
     pairs = [graph.op("Unsqueeze", said, graph.integers(axis)) for axis in range(2)]
     same = graph.op("Cast", graph.op("Equal", *pairs), to=TensorProto.FLOAT)  # (exits, exits, rows, groups)
     most = graph.op("ReduceMax", graph.op("ReduceSum", same, graph.integers(0), keepdims=0), axes=[0], keepdims=0)
-    return graph.op("GreaterOrEqual", graph.op("ReduceMin", most, axes=[1], keepdims=0), passed.thresholds[-1])
+    return graph.op("GreaterOrEqual", least(graph, passed, most), passed.thresholds[-1])
 
 
 def votes(graph: GraphBuilder, passed: Passed) -> str:
     """The class that each exit so far chose: (exits, rows, groups)."""
-    logits = [graph.op("Unsqueeze", logits, graph.integers(0)) for logits in passed.history]
-    stacked = graph.op("Concat", *logits, axis=0)
-    if passed.problem_type == MULTI_LABEL:
-        return graph.op("Cast", graph.op("Greater", stacked, graph.constant(0, np.float32)), to=TensorProto.INT64)
-    return graph.op("ArgMax", stacked, axis=2, keepdims=1)
+    chosen = [graph.op("ArgMax", grouped(graph, passed, logits), axis=2, keepdims=0) for logits in passed.history]
+    return graph.op("Concat", *(graph.op("Unsqueeze", one, graph.integers(0)) for one in chosen), axis=0)
 
 
 def nobody(graph: GraphBuilder, passed: Passed) -> str:
@@ -154,7 +148,6 @@ def nobody(graph: GraphBuilder, passed: Passed) -> str:
     return graph.op("Expand", graph.constant(False, np.bool_), rows)
 
 
-# as in elastic_model.exit_policies, which defines them on tensors
 POLICIES: dict[str, Callable[[GraphBuilder, Passed], str]] = {
     "entropy": entropy,
     "confidence": confidence,

@@ -1,0 +1,160 @@
+"""What a checkpoint answers, and at which operating point its file runs by itself."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from elastic_model import ElasticBertConfig
+from elastic_model.checks import check_exit_policy, check_length_config, thresholds_of
+from elastic_model.session import FORMAT
+
+EMBEDDING, QUESTIONS, TOKENS = "embedding", "question_answering", "token_classification"
+REGRESSION, MULTI_LABEL, SINGLE_LABEL = "regression", "multi_label_classification", "single_label_classification"
+STAY: dict[str, Any] = {"name": "entropy", "threshold": 0.0}  # nothing is below an entropy of 0
+STAY_REGRESSION: dict[str, Any] = {"name": "patience", "patience": 1, "threshold": 0.0}
+
+
+@dataclass(frozen=True)
+class Head:
+    """Where a kind of model keeps its heads, what they read, and the outputs that a graph of it has.
+
+    module: the name of the heads' weights, one per exit, and of the only one in static use.
+    """
+
+    module: str
+    static_module: str
+    pools: bool  # the head reads the pooled [CLS]; else every token's state
+    problem_type: str | None  # None: the configuration says
+    outputs: tuple[str, ...] = ("logits",)
+    exit_outputs: tuple[str, ...] = ("exit_logits",)
+
+
+HEADS = {
+    "ElasticBertForSequenceClassification": Head("classifiers", "classifier", True, None),
+    "ElasticBertForTokenClassification": Head("classifiers", "classifier", False, TOKENS),
+    "ElasticBertForQuestionAnswering": Head(
+        "qa_outputs",
+        "qa_outputs",
+        False,
+        QUESTIONS,
+        ("start_logits", "end_logits"),
+        ("exit_start_logits", "exit_end_logits"),
+    ),
+    "ElasticBertModel": Head("", "", False, EMBEDDING, ("last_hidden_state", "pooler_output"), ()),
+}
+CLASSIFIER = "ElasticBertForSequenceClassification"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the graph answers and where its defaults lie: `policy` as in a configuration (None: rows never leave by
+    themselves), a threshold per exit, the layer that no row goes above, a share of tokens per layer."""
+
+    head: Head
+    problem_type: str
+    policy: dict | None
+    thresholds: list[float]
+    max_layer: int
+    lengths: list[float]
+    labels: int  # outputs of a head
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the policy looks at the exits before the last."""
+        return self.policy is not None and self.policy["name"] in ("patience", "voting")
+
+
+def task_of(config: ElasticBertConfig, measured: dict[str, Any] | None = None, architecture: str = CLASSIFIER) -> Task:
+    """The task and the default operating point of a configuration.
+
+    measured: the policy of the checkpoint's operating points. Where the configuration names none, that one is built
+    in, or without points one whose default threshold lets nobody leave. ValueError where the two are of different
+    kinds, and for lengths in tokens, which mean another share for every text.
+    """
+    head, exits = HEADS[architecture], config.exit_layers
+    problem_type = head.problem_type or config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE_LABEL)
+    lengths = check_length_config(config.length_config, config.num_hidden_layers) or [1.0] * config.num_hidden_layers
+    if any(isinstance(length, int) for length in lengths):
+        raise ValueError(
+            f"length_config in tokens cannot be exported, the graph takes shares of each text; got {lengths}: state "
+            "shares in config.json, or null"
+        )
+    labels = {QUESTIONS: 2, EMBEDDING: config.hidden_size}.get(problem_type, config.num_labels)
+    if problem_type == EMBEDDING:
+        return Task(head, problem_type, None, [], exits[-1], [float(one) for one in lengths], labels)
+    policy, thresholds, max_layer = _policy_of(config, measured, problem_type)
+    return Task(head, problem_type, policy, thresholds, max_layer, [float(one) for one in lengths], labels)
+
+
+def _policy_of(config, measured: dict[str, Any] | None, problem_type: str) -> tuple[dict, list[float], int]:
+    """The policy built in, its thresholds, and the layer that no row goes above."""
+    exits = config.exit_layers
+    policy, max_layer = check_exit_policy(config.exit_policy, len(exits), problem_type), exits[-1]
+    if policy is not None and policy["name"] == "constant":
+        max_layer, policy = policy["layer"], None
+    if policy is None:
+        policy = measured or (STAY_REGRESSION if problem_type == REGRESSION else STAY)
+    if measured and measured.get("name") != policy["name"]:
+        raise ValueError(
+            f"the configuration's exit policy is {policy['name']!r}, but the operating points were measured with "
+            f"{measured.get('name')!r}; evaluate the checkpoint again"
+        )
+    counts = {"patience": policy.get("patience"), "voting": policy.get("votes")}
+    settings = policy if "threshold" in policy else {"threshold": counts[policy["name"]]}
+    return policy, thresholds_of(settings, len(exits)), max_layer
+
+
+def metadata(
+    config: ElasticBertConfig,
+    task: Task,
+    max_tokens: int,
+    versions: Mapping[str, str],
+    requires: Mapping[str, Any],
+    plain: int | None = None,
+) -> dict[str, str]:
+    """What a client needs to know, as ONNX metadata: keys `elastic_*`, values JSON. plain: the exit of a plain
+    file."""
+    names = config.id2label or {}
+    labels = [names[number] for number in range(config.num_labels or 0)]
+    values = {
+        "format": FORMAT,
+        "exit_layers": config.exit_layers if plain is None else [plain],
+        "layers": config.num_hidden_layers,
+        "labels": [] if task.problem_type in (EMBEDDING, QUESTIONS) else labels,
+        "problem_type": task.problem_type,
+        "policy": task.policy if plain is None else None,
+        "thresholds": task.thresholds if plain is None else [],
+        "length_config": task.lengths if plain is None else [1.0] * plain,
+        "max_layer": task.max_layer if plain is None else plain,
+        "max_tokens": max_tokens,
+        "flops": [_flops(config, task, layer) for layer in range(1, config.num_hidden_layers + 1)],
+        "requires": requires,
+        "versions": versions,
+        "config": config.to_diff_dict(),
+    }
+    return {f"elastic_{name}": json.dumps(value) for name, value in values.items()}
+
+
+def cut_config(config: ElasticBertConfig, layer: int) -> ElasticBertConfig:
+    """The configuration of the layers up to an exit, that exit alone."""
+    fields = config.to_dict() | {"num_hidden_layers": layer, "exit_layers": [layer], "max_output_layers": None}
+    static = config.num_output_layers == 1
+    fields |= {"num_output_layers": 1 if static else None, "exit_policy": None, "length_config": None}
+    return ElasticBertConfig(**fields)
+
+
+def _flops(config: ElasticBertConfig, task: Task, layer: int) -> dict[str, int]:
+    """What layer `layer` (from 1) costs, as `elastic_model.cost` counts: per token before and pair of tokens,
+    per token kept, per row at its exit, and there per token of the row."""
+    width, heads = config.hidden_size, config.head_sizes[layer - 1]
+    head = width * task.labels
+    pooled = width * width + head if task.head.pools else 0
+    asked = layer in config.exit_layers and task.problem_type != EMBEDDING
+    return {
+        "attention": 8 * width * heads,
+        "pairs": 4 * heads,
+        "feed_forward": 4 * width * config.intermediate_size_per_layer[layer - 1],
+        "exit": asked * 2 * (pooled + width * config.learned_exit_head),
+        "exit_tokens": asked * 2 * head * (not task.head.pools),
+    }
