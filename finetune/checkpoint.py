@@ -18,6 +18,7 @@ from finetune.evaluate import (
     Score,
     exit_logits,
     exit_table,
+    exit_uncertainty,
     mean_flops_of,
     outcome,
     outcome_table,
@@ -28,7 +29,7 @@ from finetune.evaluate import (
 )
 from finetune.figures import confusion, plot_confusion, plot_exits
 from finetune.kinds import kind_of
-from finetune.policies import candidates, choose, never, policy_name, thresholds
+from finetune.policies import candidates, choose, never, thresholds
 from finetune.prepare import rows_hash
 from finetune.run import METRICS, Run, TaskRun
 from finetune.state import Progress
@@ -40,16 +41,16 @@ Scored = dict[str, dict[int, list[Score]]]  # split -> exit layer -> a score a m
 POINTS = 12  # operating points spread over the sweep, beside full depth and the calibrated one
 
 
-def sweep(run: TaskRun, logits: np.ndarray) -> list[Outcome]:
+def sweep(run: TaskRun, logits: np.ndarray, uncertainty: np.ndarray | None = None) -> list[Outcome]:
     """What the settings of the exit policy give on dev, from strict to loose; nothing where there is one exit only.
 
     Of settings that dev cannot tell apart the strictest stands for all: a looser one would go beyond what was seen.
     """
-    name = policy_name(run.options.exit_policy, run.labels.problem_type)
+    name = run.policy
     policies = candidates(name, logits, run.labels.problem_type) if len(run.exit_layers) > 1 else []
     outcomes: list[Outcome] = []
     for policy in policies:
-        one = outcome(policy, logits, run.exit_layers, run.splits["dev"], run.labels)
+        one = outcome(policy, logits, run.exit_layers, run.splits["dev"], run.labels, uncertainty)
         if not outcomes or one.mean_exit_layer != outcomes[-1].mean_exit_layer:
             outcomes.append(one)
     return outcomes
@@ -65,7 +66,7 @@ def calibrate(run: TaskRun, full: Outcome, outcomes: list[Outcome]) -> Outcome:
 
 def _point(run: TaskRun, name: str, one: Outcome) -> OperatingPoint:
     score, dev = score_of(one.answers, run.splits["dev"], run.labels, run.options.seed), run.splits["dev"]
-    policy = policy_name(run.options.exit_policy, run.labels.problem_type)
+    policy = run.policy
     return OperatingPoint(
         name,
         thresholds(policy, one.policy, len(run.exit_layers), run.labels.problem_type),
@@ -79,7 +80,7 @@ def operating_points(
     run: TaskRun, weights: str, full: Outcome, chosen: Outcome, outcomes: list[Outcome]
 ) -> OperatingPoints:
     """Full depth, the calibrated point, and points spread evenly over the mean exit layers of the sweep."""
-    name = policy_name(run.options.exit_policy, run.labels.problem_type)
+    name = run.policy
     policy = chosen.policy or never(name, len(run.exit_layers), run.labels.problem_type)
     points = [_point(run, "full", full)]
     if chosen.mean_exit_layer < full.mean_exit_layer:
@@ -93,7 +94,7 @@ def operating_points(
     return OperatingPoints(weights, policy, points + [_point(run, name, one) for name, one in named.items()])
 
 
-def report(run: TaskRun, full: Outcome, chosen: Outcome, logits: dict[str, np.ndarray], scored: Scored) -> str:
+def report(run: TaskRun, full: Outcome, chosen: Outcome, test: Outcome | None, scored: Scored) -> str:
     """The text that ends a run: quality by exit on dev (and on test, where that was given), the exit policy chosen."""
     lines = []
     for split, per_exit in scored.items():
@@ -106,8 +107,7 @@ def report(run: TaskRun, full: Outcome, chosen: Outcome, logits: dict[str, np.nd
         f"(the loosest setting before {deciding} on dev first falls more than {permitted} below full depth)",
     ]
     outcomes = {"dev, full depth": full, "dev, with exits": chosen}
-    if "test" in logits:
-        test = outcome(chosen.policy, logits["test"], run.exit_layers, run.splits["test"], run.labels)
+    if test is not None:
         outcomes["test, with exits"] = test
     return "\n".join([*lines, outcome_table(outcomes)])
 
@@ -157,21 +157,24 @@ def _evaluation(full: Outcome, chosen: Outcome, scored: Scored) -> dict[str, Any
 def write_checkpoint(run: TaskRun, progress: Progress) -> None:
     """The best weights with their exit policy and operating points as the run's output; its folder is removed."""
     run.model.load_state_dict(progress.best_weights)
-    logits = {
-        split: exit_logits(run.model, rows, run.tokenizer, run.options.eval_batch_size, run.accelerator)
-        for split, rows in run.splits.items()
-        if split != "train"
-    }
+    held_out = {split: rows for split, rows in run.splits.items() if split != "train"}
+    how = (run.tokenizer, run.options.eval_batch_size, run.accelerator)
+    logits = {split: exit_logits(run.model, rows, *how) for split, rows in held_out.items()}
+    doubts = {split: exit_uncertainty(run.model, rows, *how) for split, rows in held_out.items()}
     if not run.accelerator.is_main_process:
         return
     run = replace(run, labels=kind_of(run.labels).tune(logits["dev"][-1], run.splits["dev"], run.labels))
     run.model.config.no_answer_threshold = run.labels.no_answer_threshold
     scored = {split: _scores_by_exit(run, split, values) for split, values in logits.items()}
     full = outcome(None, logits["dev"], run.exit_layers, run.splits["dev"], run.labels)
-    outcomes = sweep(run, logits["dev"])
+    outcomes = sweep(run, logits["dev"], doubts["dev"])
     chosen = calibrate(run, full, outcomes)
     run.model.config.exit_policy = chosen.policy
-    text = report(run, full, chosen, logits, scored)
+    test = None
+    if "test" in logits:
+        rows = run.splits["test"]
+        test = outcome(chosen.policy, logits["test"], run.exit_layers, rows, run.labels, doubts["test"])
+    text = report(run, full, chosen, test, scored)
     with new_folder(Path(run.options.output)) as folder:
         run.model.save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)

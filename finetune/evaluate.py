@@ -25,6 +25,7 @@ from finetune.labels import Labels
 from finetune.metrics import interval, metric
 from finetune.policies import Policy, candidates, policy_name
 from finetune.prepare import chosen_task, encode_split, labels_of_model, load_classifier, load_tokenizer
+from finetune.teacher import ask
 
 LINES = 20  # of a sweep that are printed
 
@@ -86,6 +87,20 @@ def exit_logits(
     return logits
 
 
+def exit_uncertainty(
+    model: ElasticBertExitModel,
+    encoded: Encoded,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> np.ndarray | None:
+    """What a learned exit head says at every exit, float32 (exits, rows), in a pass of its own; None without one."""
+    if not model.config.learned_exit_head:
+        return None
+    rows = ask(model, encoded, tokenizer, batch_size, accelerator, lambda output: output.exit_uncertainty.T)
+    return np.stack(rows, axis=1)
+
+
 def stacked_exits(output: Any) -> torch.Tensor:
     """What the exits of one forward pass said: (exits, rows, ..., labels); of a span model, start and end last."""
     if "exit_start_logits" in output:
@@ -128,10 +143,16 @@ def exit_table(per_exit: dict[int, list[Score]], config: ElasticBertConfig, enco
 
 
 def outcome(
-    policy: Policy | None, logits: np.ndarray, exit_layers: list[int], encoded: Encoded, labels: Labels
+    policy: Policy | None,
+    logits: np.ndarray,
+    exit_layers: list[int],
+    encoded: Encoded,
+    labels: Labels,
+    uncertainty: np.ndarray | None = None,
 ) -> Outcome:
-    """What a policy gives, from the logits of all exits (exits, rows, ..., labels)."""
-    chosen, left_at = simulate(policy, logits, exit_layers, labels.problem_type, encoded.mask)
+    """What a policy gives, from the logits of all exits (exits, rows, ..., labels), and `learned` from uncertainty
+    (exits, rows)."""
+    chosen, left_at = simulate(policy, logits, exit_layers, labels.problem_type, encoded.mask, uncertainty)
     answers = answers_of(chosen.numpy(), encoded, labels)
     return Outcome(policy, answers, left_at.numpy(), quality(answers, encoded, labels))
 
@@ -159,6 +180,15 @@ def _policies(options: EvaluateOptions, logits: np.ndarray, labels: Labels, save
         return [{"name": name, "patience": int(value)} for value in options.thresholds]
     steps = {"patience": 1} if name == "patience" else {}
     return [{"name": name, **steps, "threshold": value} for value in options.thresholds]
+
+
+def check_learned(policy: Policy, config: ElasticBertConfig) -> None:
+    """ValueError where a policy asks a learned exit head of a model that has none."""
+    if policy["name"] == "learned" and not config.learned_exit_head:
+        raise ValueError(
+            "exit policy 'learned' asks a learned exit head, which this model has not: train it with --recipe learned "
+            "or --learned_exit_head"
+        )
 
 
 def policy_text(policy: Policy | None) -> str:
@@ -212,8 +242,11 @@ def evaluate(options: EvaluateOptions) -> None:
     logits = exit_logits(model, encoded, tokenizer, options.eval_batch_size, accelerator)
     layers, saved = list(model.config.exit_layers), model.config.exit_policy
     exits = {layer: scores(one, encoded, labels, options.seed) for layer, one in zip(layers, logits, strict=True)}
-    swept = [outcome(policy, logits, layers, encoded, labels) for policy in _policies(options, logits, labels, saved)]
-    own = outcome(saved, logits, layers, encoded, labels)
+    doubts = exit_uncertainty(model, encoded, tokenizer, options.eval_batch_size, accelerator)
+    policies = _policies(options, logits, labels, saved)
+    check_learned(policies[0], model.config)
+    swept = [outcome(policy, logits, layers, encoded, labels, doubts) for policy in policies]
+    own = outcome(saved, logits, layers, encoded, labels, doubts)
     outcomes = {policy_text(one.policy): one for one in (swept if options.thresholds else spread(swept, LINES))}
     outcomes |= {"the checkpoint's own": own}
     accelerator.print(

@@ -133,6 +133,22 @@ class TaskRun(Run):
     task: Task = field(kw_only=True)
     labels: Labels = field(kw_only=True)
 
+    @property
+    def policy(self) -> str:
+        """The exit policy to calibrate."""
+        return chosen_policy(self.options, self.labels)
+
+
+def chosen_policy(options: TrainOptions, labels: Labels) -> str:
+    """The exit policy to calibrate; ValueError for one that does not fit the task or asks a head that is not there."""
+    recipe = find_recipe(options.recipe)
+    name = policy_name(options.exit_policy or recipe.exit_policy, labels.problem_type)
+    if name == "learned" and not (options.learned_exit_head or recipe.config.get("learned_exit_head")):
+        raise ValueError(
+            "exit policy 'learned' asks a head that is not there: add --learned_exit_head, or --recipe learned"
+        )
+    return name
+
 
 AT_LEAST_ONE = (
     *("epochs", "batch_size", "save_steps", "log_steps", "eval_batch_size", "exit_groups"),
@@ -210,7 +226,7 @@ def prepare(options: TrainOptions, accelerator: Accelerator) -> TaskRun:
     if len(train) < options.batch_size:
         raise ValueError(f"the train split has {len(train)} rows, fewer than a batch ({options.batch_size})")
     labels = labels_of_training(options, task, train)
-    policy_name(options.exit_policy, labels.problem_type)
+    chosen_policy(options, labels)
     if options.metric:
         labels = _decided_by(options.metric, labels)
     order = label_order(options.teacher, labels.names, labels.problem_type) if options.teacher else None

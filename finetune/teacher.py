@@ -89,11 +89,13 @@ def ask(
     was_training = model.training
     model.eval().to(accelerator.device)
     known = inspect.signature(model.forward).parameters
+    arguments = {"exit_policy": {"name": "never"}} if "exit_policy" in known else {}  # all of it, if it has exits
     parts = []
     for rows in sorted_batches(encoded.lengths, batch_size)[accelerator.process_index :: accelerator.num_processes]:
         batch = inputs_of(collate(encoded, rows, tokenizer, accelerator.device))
-        found = read(model(**{name: tensor for name, tensor in batch.items() if name in known})).float().cpu().numpy()
-        per_token = found.shape[-2:-1] == batch["input_ids"].shape[1:]
+        output = model(**{name: tensor for name, tensor in batch.items() if name in known}, **arguments)
+        found = read(output).float().cpu().numpy()
+        per_token = found.ndim > 2 and ("start_logits" in output or output.logits.dim() == 3)
         for row, one in zip(rows, found, strict=True):
             parts.append((row, one[..., : encoded.lengths[row], :] if per_token else one))
     model.train(was_training)

@@ -252,3 +252,79 @@ def test_best_checkpoint_is_the_best_of_the_log(trained):
 def test_every_shipped_recipe_parses(recipe):
     options = parse(TrainOptions, ["--config", str(recipe), "--model", "m", "--output", "o"])
     assert options.recipe in RECIPES and options.max_length >= 32
+
+
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "regression"])
+def test_the_learned_recipe_calibrates_its_own_policy(options, small_task, tmp_path, problem_type, capsys):
+    rows = [line.split("\t") for line in (small_task / "more.tsv").read_text().splitlines()[1:]]
+    if problem_type == "regression":
+        rows = [[text, str(len(label) + number / 1000)] for number, (text, label) in enumerate(rows)]
+    (tmp_path / "rows.tsv").write_text("\n".join(["text\tlabel", *map("\t".join, rows)]) + "\n")
+    own = dict.fromkeys(("train", "dev", "test"), str(tmp_path / "rows.tsv"))
+    run = options(**own, recipe="learned", problem_type=problem_type, epochs=1, permitted_loss=1.0)
+    if problem_type == "regression":
+        run.model = fresh_start(tmp_path / "start", run.model)
+    assert train(run) == 0
+    config = ElasticBertForSequenceClassification.from_pretrained(run.output).config
+    assert config.exit_policy["name"] == "learned" and config.learned_exit_head
+    assert OperatingPoints.load(run.output).at("calibrated").mean_exit_layer < 4
+    assert "test, with exits" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="add --learned_exit_head, or --recipe learned"):
+        train(options(exit_policy="learned", output=str(tmp_path / "other")))
+
+
+def fresh_start(folder, checkpoint):
+    """A checkpoint without a task head, of the same encoder and tokenizer."""
+    from elastic_model import ElasticBertModel
+
+    ElasticBertModel.from_pretrained(checkpoint).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_phase_ends_early_with_its_best_weights(options, capsys):
+    """Nothing improves at a rate of almost zero: evaluations 2 and 3 are two in a row that are no better."""
+    run = options(recipe="sandwich", patience=2, eval_steps=1, epochs=3, learning_rate=1e-12, metric="macro_f1")
+    assert train(run) == 0
+    printed = capsys.readouterr().out
+    assert "update 3: no better for 2 evaluations; back to update 3" in printed
+    assert "update 21: no better for 2 evaluations; back to update 21" in printed and "dev macro_f1" in printed
+    updates = [line["update"] for line in log_of(run.output) if "loss" in line]
+    assert updates == [1, 2, 3, 19, 20, 21]
+
+
+def test_what_a_run_leaves_to_look_at(trained):
+    folder = Path(trained.output)
+    matrix = json.loads((folder / "confusion.json").read_text())
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    counts = np.array(matrix["counts"])
+    right = evaluation["dev"]["full"]["quality"]["accuracy"]
+    assert counts.sum() == 30 and counts.trace() / 30 == pytest.approx(right) and len(matrix["labels"]) == 3
+    for name in ("confusion.png", "exits.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_teacher_with_another_tokenizer_teaches(options, tiny_tokenizer, tmp_path, capsys):
+    """A stock model of other sizes, labels in another order and a vocabulary of its own."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from pretrain.tokenizer import train_wordpiece
+
+    names = ["late", "middle", "early"]
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+    BertForSequenceClassification(BertConfig(vocab_size=300, **sizes, **labels)).save_pretrained(tmp_path / "teacher")
+    tokenizer = train_wordpiece(iter(["other words other pieces treaty army energy"] * 3), 90, lowercase=False)
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    assert train(options(teacher=str(tmp_path / "teacher"), epochs=1)) == 0
+    with pytest.raises(ValueError, match="bare has no trained head for single_label"):
+        train(options(teacher=str(no_head(tmp_path / "bare", tokenizer, sizes)), output=str(tmp_path / "other")))
+
+
+def no_head(folder, tokenizer, sizes):
+    from transformers import BertConfig, BertModel
+
+    labels = {"id2label": {0: "early", 1: "middle", 2: "late"}, "label2id": {"early": 0, "middle": 1, "late": 2}}
+    BertModel(BertConfig(vocab_size=300, **sizes, **labels)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
