@@ -129,7 +129,8 @@ def run_state(config: PretrainConfig, corpus: Corpus) -> dict[str, Any]:
     """What a resumed run must find unchanged: the options that decide its numbers, the text and the tokenizer."""
     options = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     fixed = {name: value for name, value in options.items() if name not in FREE_ON_RESUME}
-    return {"options": fixed, "text": corpus.digest, "tokenizer": corpus.tokenizer_digest}
+    sources = {source.name: {"text": source.digest, "weight": source.weight} for source in corpus.sources}
+    return {"options": fixed, "sources": sources, "tokenizer": corpus.tokenizer_digest}
 
 
 def check_same_run(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
@@ -139,12 +140,28 @@ def check_same_run(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
         before = saved["options"].get(name)
         if before != value:
             raise ValueError(f"resume: {name} was {before} in {folder}, now {value}; use the same, or another output")
-    for name in ("text", "tokenizer"):
-        if saved[name] != now[name]:
+    before, after = saved["sources"], now["sources"]
+    if before.keys() != after.keys():
+        raise ValueError(
+            f"resume: the sources were {', '.join(before)} in {folder}, now {', '.join(after)}; use the same, or "
+            "another output"
+        )
+    for name, source in after.items():
+        _check_digest(f"text of source {name!r}", folder, before[name]["text"], source["text"])
+        if before[name]["weight"] != source["weight"]:
             raise ValueError(
-                f"resume: the {name} is not the one {folder} was trained on (sha256 {saved[name][:12]}, "
-                f"now {now[name][:12]}); use the same, or another output"
+                f"resume: the weight of source {name!r} was {before[name]['weight']} in {folder}, now "
+                f"{source['weight']}; use the same, or another output"
             )
+    _check_digest("tokenizer", folder, saved["tokenizer"], now["tokenizer"])
+
+
+def _check_digest(what: str, folder: Path, saved: str, now: str) -> None:
+    if saved != now:
+        raise ValueError(
+            f"resume: the {what} is not the one {folder} was trained on (sha256 {saved[:12]}, now {now[:12]}); use "
+            "the same, or another output"
+        )
 
 
 def _digest(file: Path) -> str:

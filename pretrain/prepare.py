@@ -50,11 +50,6 @@ class Corpus:
     tokenizer_digest: str
 
     @property
-    def digest(self) -> str:
-        """What the text is, and how its sources are mixed."""
-        return _address(*(f"{source.digest} {source.weight}" for source in self.sources))
-
-    @property
     def shards(self) -> list[Shard]:
         """Of all sources, one source after the other."""
         return [shard for source in self.sources for shard in source.shards]

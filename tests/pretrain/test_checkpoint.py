@@ -112,12 +112,15 @@ def test_there_must_be_one_before(trained, tmp_path):
 
 
 def test_what_differs_between_two_runs_is_named(tmp_path):
-    saved = {"options": {"steps": 10, "hidden_size": 16}, "text": "a" * 64, "tokenizer": "b" * 64}
+    sources = {"novels": {"text": "a" * 32, "weight": 1.0}, "reviews": {"text": "b" * 32, "weight": 2.0}}
+    saved = {"options": {"steps": 10, "hidden_size": 16}, "sources": sources, "tokenizer": "b" * 64}
     checkpoint = Checkpoint(tmp_path, {"run": saved})
     check_same_run(checkpoint, json.loads(json.dumps(saved)))
     for change, named in (
         ({"options": {"steps": 10, "hidden_size": 32}}, "hidden_size was 16 in .*, now 32"),
-        ({"text": "c" * 64}, "the text is not the one"),
+        ({"sources": {**sources, "novels": {"text": "c" * 32, "weight": 1.0}}}, "text of source 'novels' is not the"),
+        ({"sources": {**sources, "novels": {"text": "a" * 32, "weight": 3.0}}}, "of source 'novels' was 1.0 .* now 3"),
+        ({"sources": {"novels": sources["novels"]}}, "the sources were novels, reviews in .*, now novels"),
         ({"tokenizer": "c" * 64}, "the tokenizer is not the one"),
     ):
         with pytest.raises(ValueError, match=named):

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -107,6 +108,9 @@ def test_a_corpus_smaller_than_a_batch(command):
         ("--exit-layers", "1", "exit_layers must rise within 1..2 and end at 2"),
         ("--exit-loss", "best", "exit_loss must be one of"),
         ("--vocab-size", "30", "vocab_size must be above"),
+        ("--dataset", "/nowhere", "text or dataset: one of the two is needed"),
+        ("--streaming", "true", "streaming belongs to a dataset"),
+        ("--mixture", '{"a": {"text": "b"}}', "leave text and dataset out"),
         ("--tokenizer", "/nowhere", "tokenizer folder /nowhere does not exist"),
         ("--init-from", "/nowhere", "/nowhere"),
         ("--tracker", "clipboard", "clipboard"),
@@ -141,8 +145,10 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_other_options(command, co
     fails_in_one_line(command("--resume", steps=4, hidden_size=32), "hidden_size was 16", "now 32")
     fails_in_one_line(command("--resume", steps=4, max_length=16), "max_length was 24", "now 16")
     (tmp_path / "other.txt").write_text(corpus_text + "\n\nOne more document. It has two sentences.\n")
-    fails_in_one_line(command("--resume", steps=4, text=tmp_path / "other.txt"), "the text is not the one")
+    fails_in_one_line(command("--resume", steps=4, text=tmp_path / "other.txt"), "the text of source 'text' is not")
     fails_in_one_line(command("--resume", steps=4, vocab_size=150), "the tokenizer is not the one")
+    mixture = json.dumps({"a": {"text": str(tmp_path / "other.txt")}})
+    fails_in_one_line(command("--resume", "--text", "--mixture", mixture, steps=4), "the sources were text", "now a")
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
