@@ -33,6 +33,11 @@ PEAK_TFLOPS = {
 }
 
 
+def _mean(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
+    """Over the processes."""
+    return accelerator.reduce(values, "mean") if accelerator.num_processes > 1 else values
+
+
 @dataclass
 class Update:
     """What one update computed: exits, students, and (exits, 4) this process's part of what PER_EXIT names."""
@@ -40,7 +45,7 @@ class Update:
     exits: list[int]
     students: list[dict[str, Any]]
     per_exit: torch.Tensor
-    distillation: torch.Tensor  # a scalar, this process's part
+    distillation: torch.Tensor | None  # a scalar, this process's part; None without students
 
 
 @dataclass
@@ -51,7 +56,7 @@ class Window:
     tokens: int = 0
     flops: float = 0.0
     updates: int = 0
-    distillation: torch.Tensor | float = 0.0
+    distillation: torch.Tensor | None = None
     per_exit: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> (4,)
     updates_of: dict[int, int] = field(default_factory=dict)  # layer -> updates that computed its exit
 
@@ -60,23 +65,23 @@ class Window:
         self.tokens += tokens
         self.flops += flops
         self.updates += 1
-        self.distillation = self.distillation + update.distillation
+        if update.distillation is not None:
+            self.distillation = update.distillation + (0.0 if self.distillation is None else self.distillation)
         for layer, values in zip(update.exits, update.per_exit, strict=True):
             self.per_exit[layer] = self.per_exit.get(layer, 0) + values
             self.updates_of[layer] = self.updates_of.get(layer, 0) + 1
 
     def means(self, accelerator: Accelerator) -> dict[str, Any]:
-        """PER_EXIT as {exit layer: mean over the updates}, distillation_loss as a number; of all processes."""
+        """PER_EXIT as {exit layer: mean over the updates}, with students distillation_loss; of all processes."""
         layers = sorted(self.per_exit)
         if not layers:
             return {name: {} for name in PER_EXIT}
         values = torch.stack([self.per_exit[layer] / self.updates_of[layer] for layer in layers])
-        distillation = torch.as_tensor(self.distillation / self.updates, device=values.device)
-        if accelerator.num_processes > 1:
-            values, distillation = (accelerator.reduce(one, "mean") for one in (values, distillation))
-        columns = zip(PER_EXIT, values.T.tolist(), strict=True)
+        columns = zip(PER_EXIT, _mean(accelerator, values).T.tolist(), strict=True)
         means: dict[str, Any] = {name: dict(zip(layers, column, strict=True)) for name, column in columns}
-        return {**means, "distillation_loss": float(distillation)}
+        if self.distillation is not None:
+            means["distillation_loss"] = float(_mean(accelerator, self.distillation / self.updates))
+        return means
 
     def speed(self, peak_flops: float | None) -> dict[str, float | None]:
         """Real tokens and model FLOPs per second of all processes; peak_flops: what their devices could do."""

@@ -1,8 +1,11 @@
 """What a finished run leaves to look at: the plot of its losses and the card of its model."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
+
+import numpy as np
 
 from elastic_model.card import write_card
 from elastic_model.folders import new_file
@@ -13,7 +16,7 @@ from pretrain.prepare import Corpus
 
 
 def plot_losses(metrics: Path, image: Path) -> None:
-    """MLM loss of every exit: training as lines, held-out documents as dots, guessing by frequency dashed."""
+    """MLM and SOP losses of every exit: training as lines, held-out documents as dots, guessing dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -21,16 +24,23 @@ def plot_losses(metrics: Path, image: Path) -> None:
 
     lines = [json.loads(text) for text in metrics.read_text().splitlines()]
     training = [line for line in lines if "mlm_loss" in line]
-    held_out = [line for line in lines if "held_out" in line]
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for number, layer in enumerate(held_out[-1]["held_out"]["mlm_loss"]):
-        points = [(line["step"], line["mlm_loss"][layer]) for line in training if layer in line["mlm_loss"]]
-        axes.plot(*zip(*points, strict=True), color=f"C{number % 10}", label=f"exit after layer {layer}")
-        points = [(line["step"], line["held_out"]["mlm_loss"][layer]) for line in held_out]
-        axes.plot(*zip(*points, strict=True), "o", color=f"C{number % 10}")
-    axes.axhline(held_out[-1]["held_out"]["unigram_loss"], color="grey", linestyle="--", label="unigram, held out")
-    axes.set(xlabel="updates", ylabel="MLM loss (nats); dots: held-out documents")
-    axes.legend(fontsize="small")
+    held_out = [{"step": line["step"], **line["held_out"]} for line in lines if "held_out" in line]
+    panels = {
+        "mlm_loss": ("masked tokens (MLM)", held_out[-1]["unigram_loss"], "by frequency alone"),
+        "sop_loss": ("sentence order (SOP)", math.log(2), "by chance"),
+    }
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    for side, (name, (title, guess, guessing)) in zip(axes, panels.items(), strict=True):
+        layers = list(held_out[-1][name])
+        for layer, color in zip(layers, pyplot.cm.viridis_r(np.linspace(0.1, 1, len(layers))), strict=True):
+            for points, style in ((training, "-"), (held_out, "o")):
+                known = [(line["step"], line[name][layer]) for line in points if layer in line[name]]
+                label = f"exit after layer {layer}" if style == "o" else None
+                side.plot([step for step, _ in known], [loss for _, loss in known], style, color=color, label=label)
+        side.axhline(guess, color="grey", linestyle="--", label=guessing)
+        side.set(title=title, xlabel="updates", ylabel="loss (nats); dots: held-out documents")
+    axes[0].legend(fontsize="small")
+    axes[1].legend([axes[1].lines[-1]], ["by chance"], fontsize="small")
     with new_file(image) as file:
         figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
     pyplot.close(figure)

@@ -114,8 +114,9 @@ def test_what_cannot_be_evaluated_is_named(checkpoint, corpus_file, monkeypatch,
 
 
 def test_the_plot_is_drawn_from_the_log(tmp_path):
-    held_out = {"mlm_loss": {"1": 4.0, "2": 3.5}, "unigram_loss": 5.0}
-    lines = [{"step": 1, "mlm_loss": {"2": 4.5}}, {"step": 2, "mlm_loss": {"1": 4.2, "2": 4.0}}]
+    losses = {"mlm_loss": {"1": 4.0, "2": 3.5}, "sop_loss": {"1": 0.7, "2": 0.6}}
+    held_out = {**losses, "unigram_loss": 5.0}
+    lines = [{"step": 1, "mlm_loss": {"2": 4.5}, "sop_loss": {"2": 0.7}}, {"step": 2, **losses}]
     text = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 2, "held_out": held_out}])
     (tmp_path / "metrics.jsonl").write_text(text)
     plot_losses(tmp_path / "metrics.jsonl", tmp_path / "losses.png")
