@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from elastic_model.arguments import parse, run
-from finetune.config import CalibrateOptions, ElastifyOptions, EvaluateOptions, TrainOptions
+from finetune.config import CalibrateOptions, ElastifyOptions, EvaluateOptions, SearchOptions, TrainOptions
 from finetune.elue.config import LeaderboardOptions, RunOptions, ScoreOptions
 
 # command -> its options, and the module whose function of the command's name runs it
@@ -13,6 +13,7 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "train": (TrainOptions, "finetune.train"),
     "elastify": (ElastifyOptions, "finetune.elastify"),
     "evaluate": (EvaluateOptions, "finetune.evaluate"),
+    "search": (SearchOptions, "finetune.search"),
     "calibrate": (CalibrateOptions, "finetune.calibrate"),
     "elue run": (RunOptions, "finetune.elue.run"),
     "elue score": (ScoreOptions, "finetune.elue.score"),

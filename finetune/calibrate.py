@@ -1,85 +1,383 @@
-"""Thresholds of an exit policy, chosen on held-out rows for a permitted loss of quality."""
+"""`python -m finetune calibrate`: exit thresholds that bound, with confidence, how often an answer changes."""
 
-from collections.abc import Callable, Mapping
+import csv
+import json
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, logging
 
-from finetune.tasks import ProblemType
+from elastic_model.calibration import Drift, drift, fixed_sequence, rows_needed, upper_bound
+from elastic_model.cost import exit_flops
+from elastic_model.exit_policies import sweep
+from elastic_model.folders import new_file
+from elastic_model.modeling_elasticbert import ElasticBertExitModel
+from elastic_model.operating_points import FILE, OperatingPoint, OperatingPoints, checkpoint_hash
+from elastic_model.session import ElasticSession
+from finetune.config import CalibrateOptions
+from finetune.data import Encoded, rows_of
+from finetune.evaluate import exit_logits, score_of, table
+from finetune.examples import read_examples
+from finetune.kinds import answers_of, problem_type_of
+from finetune.labels import Labels
+from finetune.policies import Policy, candidates, never, policy_name, thresholds
+from finetune.prepare import chosen_task, encode_split, labels_of_model, load_classifier, load_tokenizer
+from finetune.teacher import ask, final_logits, label_order, load_stock
+from finetune.texts import Texts, read_texts
 
-GRID = 100  # settings tried of a policy that has a threshold
-Policy = dict[str, Any]
-
-
-def _steps(largest: float) -> list[float]:
-    """Rising to `largest`; squares, since most rows of a trained model are nearly certain."""
-    return [round(largest * (step / GRID) ** 2, 6) for step in range(1, GRID + 1)]
-
-
-def _patience(logits: np.ndarray, problem_type: ProblemType) -> list[Policy]:
-    if problem_type != "regression":
-        return [{"name": "patience", "patience": patience} for patience in range(len(logits) - 1, 0, -1)]
-    largest = float(np.abs(np.diff(logits, axis=0)).max())  # the largest change of a row's value between exits
-    return [{"name": "patience", "patience": 1, "threshold": step} for step in _steps(1.01 * largest)]
-
-
-def _rising(name: str) -> Callable[[np.ndarray, ProblemType], list[Policy]]:
-    return lambda logits, problem_type: [{"name": name, "threshold": step} for step in _steps(1.0)]
-
-
-def _falling(name: str) -> Callable[[np.ndarray, ProblemType], list[Policy]]:
-    return lambda logits, problem_type: [{"name": name, "threshold": round(1 - step, 6)} for step in _steps(1.0)]
-
-
-# policy -> its settings, from exit logits, in an order fixed before any is tried: strict (rows stay longest) to loose
-CANDIDATES: Mapping[str, Callable[[np.ndarray, ProblemType], list[Policy]]] = {
-    "entropy": _rising("entropy"),
-    "confidence": _falling("confidence"),
-    "margin": _falling("margin"),
-    "patience": _patience,
-}
+NAME = "calibrated"  # of the operating point written
+SUSPICIOUS = 0.01  # p-value of a drift that is reported as one
+SEQUENCES = ("single_label_classification", "multi_label_classification", "regression")
+LOOSEST = 4.0  # tolerances: the loosest threshold of a regression's patience that is tried
 
 
-def policy_name(given: str | None, problem_type: ProblemType) -> str:
-    """The policy to calibrate: the one given, else patience for regression and entropy for classes."""
-    name = given or ("patience" if problem_type == "regression" else "entropy")
-    if name not in CANDIDATES or (problem_type == "regression" and name != "patience"):
-        allowed = "patience" if problem_type == "regression" else ", ".join(CANDIDATES)
-        raise ValueError(f"exit policy {name!r} cannot be calibrated for {problem_type}; allowed: {allowed}")
-    return name
+@dataclass(frozen=True)
+class Rows:
+    """The calibration rows: as texts, as token ids; `labelled`: whether `encoded` holds their labels."""
+
+    texts: Texts
+    encoded: Encoded
+    labels: Labels
+    labelled: bool
 
 
-def candidates(name: str, logits: np.ndarray, problem_type: ProblemType) -> list[Policy]:
-    """The settings of a policy from strict to loose, for exit logits (exits, rows, labels)."""
-    return CANDIDATES[name](logits, problem_type)
+@dataclass(frozen=True)
+class Certified:
+    """What was found: the setting chosen, where each row leaves under it (rows,), and which rows fail there."""
+
+    policy: Policy
+    places: np.ndarray
+    failing: np.ndarray
+    settings: int
 
 
-def never(name: str, exits: int, problem_type: ProblemType) -> Policy:
-    """The setting of a policy at which every row goes to full depth."""
-    if name != "patience":
-        return {"name": name, "threshold": 0.0 if name == "entropy" else 1.0}
-    return (
-        {"name": name, "patience": 1, "threshold": 0.0}
-        if problem_type == "regression"
-        else {"name": name, "patience": exits}
+def is_artefact(folder: Path) -> bool:
+    """Whether a folder is one that `python -m export` wrote."""
+    return (folder / "onnx").is_dir()
+
+
+def _check(options: CalibrateOptions, problem_type: str) -> None:
+    bounds = {name: getattr(options, name) for name in ("max_disagreement", "max_accuracy_loss")}
+    given = [name for name, value in bounds.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError("give one bound: --max-disagreement or --max-accuracy-loss")
+    for name in (*given, "confidence"):
+        if not 0 < getattr(options, name) < 1:
+            raise ValueError(f"{name} must lie between 0 and 1, both left out, got {getattr(options, name)}")
+    if (options.tolerance is not None) != (problem_type == "regression"):
+        raise ValueError(
+            "regression needs --tolerance, the absolute deviation that is allowed"
+            if problem_type == "regression"
+            else f"--tolerance is for regression, this model is for {problem_type}"
+        )
+    if options.tolerance is not None and not options.tolerance > 0:
+        raise ValueError(f"tolerance must be above 0, got {options.tolerance}")
+    if options.max_accuracy_loss is not None and (options.texts or problem_type == "regression"):
+        raise ValueError("--max-accuracy-loss needs labels of classes; use --max-disagreement")
+
+
+def read_rows(options: CalibrateOptions, config: Any, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """The rows of a labelled split, or unlabelled texts."""
+    if options.texts is None:
+        task = chosen_task(options)
+        labels, examples = labels_of_model(options, task, config), read_examples(task, options.split)
+        if not len(examples):
+            raise ValueError(f"the {options.split} split has no rows to calibrate on")
+        encoded = encode_split(examples, options.split, task, labels, tokenizer, options.max_length)
+        return Rows(Texts(examples.texts, examples.pairs), encoded, labels, True)
+    if options.task or options.dataset:
+        raise ValueError("--texts are calibrated on without labels: leave --task and --dataset away")
+    problem_type = problem_type_of(config)
+    if problem_type not in SEQUENCES:
+        raise ValueError(f"--texts calibrate classifiers and regression; a model for {problem_type} needs a task")
+    texts = read_texts(Path(options.texts), options.text, options.pair)
+    encoding = tokenizer(texts.texts, texts.pairs, truncation=True, max_length=options.max_length)
+    cut = sum(bool(one.overflowing) for one in encoding.encodings)
+    names = [config.id2label[number] for number in range(config.num_labels)]
+    return Rows(
+        texts, Encoded(rows_of(encoding), {}, np.zeros(len(texts)), cut), Labels(problem_type, names, ()), False
     )
 
 
-def thresholds(name: str, policy: Policy | None, exits: int, problem_type: ProblemType) -> list[float]:
-    """A policy's threshold at each exit, as operating points hold it (class patience: a count); None: full depth."""
-    settings = policy or never(name, exits, problem_type)
-    return [float(settings["threshold" if "threshold" in settings else "patience"])] * exits
+def served_logits(
+    options: CalibrateOptions, rows: Rows, session: ElasticSession | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The exits' logits (exits, rows, ...) at the lengths asked for, and the full model's (rows, ...), as served."""
+    lengths = options.length_config or None
+    if session is None:
+        model = load_classifier(Path(options.model), options.max_length)
+        tokenizer = load_tokenizer(Path(options.model))
+        arguments = (model, rows.encoded, tokenizer, options.eval_batch_size, Accelerator())
+        logits = exit_logits(*arguments, lengths)
+        whole = lengths is None and model.config.length_config is None
+        return logits, (logits if whole else exit_logits(*arguments, 1.0))[-1]
+    if rows.labels.problem_type not in SEQUENCES:
+        raise ValueError("an exported folder is calibrated for classes and numbers; calibrate this on its checkpoint")
+    texts: list[Any] = rows.texts.texts
+    if rows.texts.pairs:
+        texts = list(zip(rows.texts.texts, rows.texts.pairs, strict=True))
+    logits = session.exit_logits(texts, length_config=lengths)
+    return logits, logits[-1] if lengths is None else session.exit_logits(texts, length_config=[1.0] * len(lengths))[
+        -1
+    ]
 
 
-def choose(qualities: list[float], full: float, permitted_loss: float) -> int | None:
-    """Which candidate to take, or None: the last before quality first falls below full depth by more than permitted.
+def reference_answers(options: CalibrateOptions, rows: Rows, full: np.ndarray) -> np.ndarray:
+    """The answers that count: those of the full model as served, or of the reference."""
+    if options.reference is None:
+        return answers_of(full, rows.encoded, rows.labels)
+    labels = rows.labels
+    if labels.problem_type not in SEQUENCES:
+        raise ValueError(f"--reference is a classifier; this model is for {labels.problem_type}")
+    order = label_order(options.reference, labels.names, labels.problem_type)
+    tokenizer = AutoTokenizer.from_pretrained(options.reference)
+    model = load_stock(options.reference, labels.problem_type)
+    if isinstance(model, ElasticBertExitModel):  # its full depth counts, whatever its own default
+        model.config.exit_policy = model.config.length_config = None
+    encoding = tokenizer(rows.texts.texts, rows.texts.pairs, truncation=True, max_length=options.max_length)
+    encoded = replace(rows.encoded, rows=rows_of(encoding))
+    logits = np.stack(ask(model, encoded, tokenizer, options.eval_batch_size, Accelerator(), final_logits))
+    return answers_of(logits if order is None else logits[:, order], rows.encoded, labels)
 
-    In fixed sequence, as in learn-then-test (Angelopoulos et al. 2021): a lucky loose setting
-    behind one that failed is not taken.
+
+def differing(answers: np.ndarray, reference: np.ndarray, tolerance: float | None) -> np.ndarray:
+    """Which examples are answered otherwise: (examples,) booleans; numbers further apart than the tolerance."""
+    if tolerance is not None:
+        return np.abs(answers - reference) > tolerance
+    other = answers != reference
+    return other if other.ndim == 1 else other.any(1)
+
+
+def failures(
+    options: CalibrateOptions, rows: Rows, logits: np.ndarray, places: np.ndarray, reference: np.ndarray
+) -> np.ndarray:
+    """Which examples fail where each row leaves at the exit `places` (rows,): (examples,) booleans."""
+    left = logits[places, np.arange(logits.shape[1])]
+    wrong = differing(answers_of(left, rows.encoded, rows.labels), reference, options.tolerance)
+    if options.max_accuracy_loss is None:
+        return wrong
+    truth = rows.encoded.labels
+    right = reference == truth
+    return wrong & (right if right.ndim == 1 else right.all(1))
+
+
+def certify(
+    options: CalibrateOptions, rows: Rows, logits: np.ndarray, reference: np.ndarray, config: Any
+) -> Certified:
+    """The loosest setting certified in the fixed order; ValueError where not even full depth is."""
+    labels, epsilon = rows.labels, options.max_disagreement or options.max_accuracy_loss
+    assert epsilon is not None  # _check has seen to it
+    name, exits = policy_name(options.exit_policy, labels.problem_type), len(logits)
+    largest = None if options.tolerance is None else LOOSEST * options.tolerance
+    policies = [never(name, exits, labels.problem_type)]
+    policies += candidates(name, logits, labels.problem_type, largest) if exits > 1 else []
+    places = sweep(policies, logits, config.exit_layers, labels.problem_type, rows.encoded.mask).numpy()
+    failing = np.stack([failures(options, rows, logits, one, reference) for one in places])
+    count, failed = failing.shape[1], failing.sum(1)
+    best = fixed_sequence(failed, count, epsilon, options.confidence)
+    if best is None:
+        bound = upper_bound(int(failed[0]), count, options.confidence)
+        raise ValueError(
+            f"not even full depth can be certified: {failed[0]} of {count} rows fail there (a rate of up to "
+            f"{bound:.4f} with confidence {options.confidence:g}); {epsilon:g} was asked"
+        )
+    while best and (places[best - 1] == places[best]).all():  # of equals the strictest: no further than was seen
+        best -= 1
+    return Certified(policies[best], places[best], failing[best], len(policies))
+
+
+def point_of(options: CalibrateOptions, rows: Rows, logits: np.ndarray, found: Certified, config: Any, file: str):
+    """The operating point of a certified setting, with what it promises."""
+    layers = np.asarray(config.exit_layers)[found.places]
+    quality = None
+    if rows.labelled:
+        answers = answers_of(logits[found.places, np.arange(len(layers))], rows.encoded, rows.labels)
+        quality = {**vars(score_of(answers, rows.encoded, rows.labels, options.seed)), "split": options.split}
+    lengths = options.length_config or config.length_config
+    flops = exit_flops(config, rows.encoded.lengths, lengths, rows.encoded.head).numpy()
+    failed, count = int(found.failing.sum()), len(found.failing)
+    kind = "disagreement" if options.max_accuracy_loss is None else "accuracy loss"
+    promise = {
+        "bounds": kind,
+        "at_most": options.max_disagreement or options.max_accuracy_loss,
+        "confidence": options.confidence,
+        "tolerance": options.tolerance,
+        "against": Path(options.reference).name if options.reference else "the full model as served",
+        "rows": count,
+        "failures": failed,
+        "upper_bound": upper_bound(failed, count, options.confidence),
+        "settings_tried": found.settings,
+        "file": file,
+        "exit_counts": {str(layer): int(number) for layer, number in sorted(Counter(layers.tolist()).items())},
+    }
+    exits, problem_type = len(logits), rows.labels.problem_type
+    return OperatingPoint(
+        NAME,
+        thresholds(found.policy["name"], found.policy, exits, problem_type),
+        float(layers.mean()),
+        list(lengths) if lengths else None,
+        flops=float(flops[found.places, np.arange(len(layers))].mean()),
+        quality=quality,
+        calibration=promise,
+    )
+
+
+def per_class(rows: Rows, reference: np.ndarray, found: Certified, confidence: float) -> list[dict[str, Any]]:
+    """Of each class that the reference answers: rows, failures, and the bound that holds for this class alone."""
+    if rows.labels.problem_type != "single_label_classification":
+        return []
+    lines = []
+    for number, name in enumerate(rows.labels.names):
+        inside = reference == number
+        count, failed = int(inside.sum()), int(found.failing[inside].sum())
+        bound = upper_bound(failed, count, confidence) if count else None
+        lines.append({"class": name, "rows": count, "failures": failed, "upper_bound": bound})
+    return lines
+
+
+def report(point: OperatingPoint, full_flops: float, classes: list[dict[str, Any]], policy: Policy) -> dict[str, Any]:
+    """What is printed and written: the setting, what it promises and what not, and what it saves."""
+    promise = point.calibration or {}
+    event = "an answer differs from that of" if promise["bounds"] == "disagreement" else "accuracy is lost against"
+    return {
+        "policy": policy,
+        "guarantee": (
+            f"P({event} {promise['against']}) <= {promise['at_most']:g} with confidence {promise['confidence']:g} "
+            "over the draw of the calibration rows; marginal: a mean over rows that come from where those come from "
+            "(exchangeable), not a promise for each class or row"
+        ),
+        **promise,
+        "mean_exit_layer": point.mean_exit_layer,
+        "speedup": full_flops / point.flops if point.flops else None,
+        "classes": classes,
+    }
+
+
+def points_of(folder: Path) -> OperatingPoints:
+    """The operating points of a checkpoint or exported folder; none where it has no file."""
+    if (folder / FILE).is_file():
+        return OperatingPoints.load(folder)
+    return OperatingPoints(checkpoint_hash(folder), {})
+
+
+def save(folder: Path, points: OperatingPoints, point: OperatingPoint, policy: Policy) -> None:
+    """Put the calibrated point among the others; a checkpoint takes its policy as its own default.
+
+    A table has one policy: points of another are left out.
     """
-    chosen = None
-    for number, quality in enumerate(qualities):
-        if quality < full - permitted_loss:
-            break
-        chosen = number
-    return chosen
+    same = points.policy.get("name") in (None, policy["name"])
+    others = [one for one in points.points if one.name != NAME] if same else []
+    OperatingPoints(points.checkpoint, policy, [*others, point]).save(folder)
+    if not is_artefact(folder):
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content |= {"exit_policy": policy, "length_config": point.length_config}
+        with new_file(folder / "config.json") as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def calibrate(options: CalibrateOptions) -> None:
+    """Certify thresholds on held-out rows, print what they promise, and keep them with what was calibrated."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    folder = Path(options.model)
+    if options.drift is not None:
+        return check_drift(options)
+    tokenizer = load_tokenizer(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    problem_type = problem_type_of(config)
+    if config.model_type != "elasticbert" or problem_type is None:
+        raise ValueError(f"{folder} is neither a task checkpoint of ours nor a folder that `python -m export` wrote")
+    _check(options, problem_type)
+    points = points_of(folder)
+    session = ElasticSession.from_pretrained(folder, options.file) if is_artefact(folder) else None
+    in_force = session.policy if session is not None else points.policy
+    options = replace(options, exit_policy=_policy(options, (in_force or {}).get("name"), session))
+    rows = read_rows(options, config, tokenizer)
+    _enough(options, len(rows.encoded.labels))
+    logits, full = served_logits(options, rows, session)
+    reference = reference_answers(options, rows, full)
+    found = certify(options, rows, logits, reference, config)
+    point = point_of(options, rows, logits, found, config, session.file.stem if session else "pytorch")
+    whole = exit_flops(config, rows.encoded.lengths, 1.0, rows.encoded.head)[-1].double().mean().item()
+    result = report(point, whole, per_class(rows, reference, found, options.confidence), found.policy)
+    save(folder, points, point, found.policy)
+    if options.output:
+        with new_file(Path(options.output)) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    show(result, folder)
+
+
+def _policy(options: CalibrateOptions, in_force: str | None, session: ElasticSession | None) -> str | None:
+    if session is not None and options.exit_policy not in (None, in_force):
+        raise ValueError(
+            f"{session.file} has the exit policy {in_force!r}, not {options.exit_policy!r}; export one with it"
+        )
+    return options.exit_policy or in_force
+
+
+def _enough(options: CalibrateOptions, rows: int) -> None:
+    epsilon = options.max_disagreement or options.max_accuracy_loss or 0.0
+    needed = rows_needed(epsilon, options.confidence)
+    if rows < needed:
+        raise ValueError(
+            f"{rows} calibration rows cannot bound a rate by {epsilon:g} with confidence {options.confidence:g}; at "
+            f"least {needed} are needed (and more where some rows fail)"
+        )
+
+
+def show(result: dict[str, Any], folder: Path) -> None:
+    """Print a report."""
+    print(f"{result['guarantee']}\n")
+    print(f"{result['failures']} of {result['rows']} rows fail: a rate of at most {result['upper_bound']:.4f}")
+    print(f"mean exit layer {result['mean_exit_layer']:.2f}, {result['speedup']:.2f} times fewer FLOPs")
+    print(f"policy {result['policy']}")
+    if result["classes"]:
+        lines = [
+            [
+                one["class"],
+                one["rows"],
+                one["failures"],
+                "-" if one["upper_bound"] is None else f"{one['upper_bound']:.4f}",
+            ]
+            for one in result["classes"]
+        ]
+        print("", table(["answered class", "rows", "failures", "bound of this class alone"], lines), sep="\n")
+    print(f"\nwritten to {folder / FILE} as the point {NAME!r}")
+
+
+def served_counts(file: Path) -> dict[int, int]:
+    """Rows by exit layer of a file of answers in service; ValueError where it has no such column."""
+    with file.open(encoding="utf-8", newline="") as lines:
+        rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    if not rows or "exit_layer" not in rows[0]:
+        found = ", ".join(rows[0]) if rows else "no rows"
+        raise ValueError(
+            f"{file} has no column exit_layer (found: {found}); give what `python -m export predict` writes"
+        )
+    try:
+        return dict(Counter(int(row["exit_layer"]) for row in rows))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: an exit_layer is not a whole number: {error}") from error
+
+
+def check_drift(options: CalibrateOptions) -> None:
+    """Print whether the rows in service leave where the calibration rows left."""
+    point = points_of(Path(options.model)).at(NAME)
+    if point.calibration is None:
+        raise ValueError(f"the point {NAME!r} of {options.model} has no guarantee to watch; calibrate it first")
+    counts = {int(layer): count for layer, count in point.calibration["exit_counts"].items()}
+    found: Drift = drift(counts, served_counts(Path(str(options.drift))), options.seed)
+    lines = [[layer, f"{found.calibrated[layer]:.4f}", f"{found.served[layer]:.4f}"] for layer in found.calibrated]
+    print(table(["exit layer", "calibrated", "in service"], lines))
+    print(f"\n{found.distance:.4f} of the rows leave elsewhere, p-value {found.p_value:.4f}")
+    drifted = found.p_value < SUSPICIOUS
+    print(
+        "the rows have changed: the guarantee does not cover them, calibrate anew" if drifted else "no drift is seen"
+    )
+    if options.output:
+        with new_file(Path(options.output)) as temporary:
+            temporary.write_text(json.dumps({**vars(found), "drifted": drifted}, indent=1) + "\n", encoding="utf-8")

@@ -190,3 +190,32 @@ class CalibrateOptions(TaskOptions):
         None, help="compare instead: answers in service, a .tsv with a column exit_layer (`python -m export predict`)"
     )
     output: str | None = option(None, help="JSON file for the report")
+
+
+@dataclass(kw_only=True)
+class SearchOptions(TaskOptions):
+    """Search the best length configurations and exit thresholds at every cost; they become operating points."""
+
+    split: Literal["train", "dev", "test"] = option("dev", help="which split to search on")
+    rows: int = option(500, help="rows of the split to search on, a random subset; points are measured on all")
+    axes: Literal["joint", "lengths", "exits"] = option(
+        "joint", help="what is searched: length configurations, exit thresholds, or both together"
+    )
+    exit_policy: str | None = option(None, help="exit policy (default: the checkpoint's, else as in train)")
+    iterations: int = option(30, help="generations after the first (G)")
+    mutations: int = option(30, help="mutations in a generation (N_m)")
+    crossovers: int = option(30, help="crossovers in a generation (N_c)")
+    mutation_probability: float = option(0.5, help="probability that a mutation changes a layer (p_m)")
+    first: int = option(20, help="constant-ratio configurations of the first generation")
+    smallest_ratio: float = option(0.8, help="smallest of their ratios: what LengthDrop's smallest sub-network keeps")
+    points: int = option(16, help="operating points kept of the front, at most")
+    latency: str | None = option(
+        None, help="an exported folder of the checkpoint: its latency on this machine is the cost, not FLOPs"
+    )
+    latency_batch: int = option(1, help="rows in a batch where latency is measured")
+    latency_threads: int = option(1, help="threads where latency is measured")
+    latency_rows: int = option(32, help="rows that latency is measured on")
+    output: str | None = option(
+        None, help="folder of the journal, the curves and the figures (default: MODEL.search, beside the checkpoint)"
+    )
+    resume: bool = option(False, help="continue an interrupted search of this output")

@@ -1,6 +1,6 @@
 """Figures of a finished run: quality by exit, and which classes are taken for which."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,5 +50,33 @@ def plot_confusion(image: Path, counts: np.ndarray, names: list[str], title: str
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour)
     figure.colorbar(shown, label="share of the label's rows")
+    figure.savefig(image, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def plot_areas(image: Path, areas: Sequence[float]) -> None:
+    """The area under the front by iteration of a search: figure 4 of Kim and Cho (2021)."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    axes.plot(areas, "o-", markersize=3)
+    axes.set(xlabel="iteration", ylabel="area under the front")
+    axes.grid(alpha=0.3)
+    figure.savefig(image, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def plot_front(image: Path, lines: Mapping[str, Sequence[tuple[float, float]]], full: float, metric: str) -> None:
+    """Quality against cost as a share of the full one; {name: [(cost, quality), ...]}."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for name, points in lines.items():
+        ordered = sorted(points)
+        axes.plot([cost / full for cost, _ in ordered], [quality for _, quality in ordered], "o-", markersize=3,
+                  label=name.replace("_", " "))  # fmt: skip
+    axes.set(xlabel="cost, as a share of full depth and length", ylabel=metric)
+    axes.legend()
+    axes.grid(alpha=0.3)
     figure.savefig(image, dpi=120, bbox_inches="tight")
     pyplot.close(figure)

@@ -1,0 +1,115 @@
+"""The exits' logits under many length configurations at once: what configurations share is computed once.
+
+Configurations that agree up to a layer have the same states up to there, and the attention of the layer after it:
+tokens are dropped behind the attention. So the configurations are walked as a tree, a branch per share and layer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from elastic_model.encoder import Exit, Flow
+from elastic_model.length_drop import most_significant, restore, take_tokens, tokens_to_keep
+from elastic_model.modeling_elasticbert import ElasticBertExitModel
+from finetune.candidates import STEPS, Lengths
+from finetune.data import Encoded, collate, inputs_of, sorted_batches
+
+
+@dataclass
+class Observed:
+    """What the exits say of all rows: logits (exits, rows, ...) float32 with zeros at padding, and (exits, rows)
+    uncertainties where the model has a learned exit head."""
+
+    logits: np.ndarray
+    uncertainty: np.ndarray | None
+
+
+@dataclass
+class Tree:
+    """A walk of one batch: `found`: what each configuration gave, (exits, rows, ...), and its uncertainties."""
+
+    model: ElasticBertExitModel
+    found: dict[Lengths, tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
+
+    def walk(self, flow: Flow, layer: int, lengths: list[Lengths], exits: list[tuple]) -> None:
+        """Pass `layer` (from 1) and all above with the sorted configurations that share the flow below it."""
+        config = self.model.config
+        module: Any = self.model.elasticbert.encoder.layer[layer - 1]
+        before = lengths[0][layer - 2] if layer > 1 else STEPS
+        attended: tuple[torch.Tensor, torch.Tensor] | None = None
+        for steps, group in groupby(lengths, key=lambda one: one[layer - 1]):
+            branch, same = replace(flow), list(group)
+            if steps == before:
+                branch.through(module, config, None)
+            else:
+                if attended is None:
+                    attended = module.attention(flow.hidden, None, flow.real_mask())
+                self._drop(branch, module, attended, steps / STEPS)
+            here = list(exits)
+            if layer in self.model.exit_layers:
+                place = self.model.exit_layers.index(layer)
+                here.append(self.model.head(Exit(layer, place, layer == self.model.exit_layers[-1], branch, branch)))
+            if layer < config.num_hidden_layers:
+                self.walk(branch, layer + 1, same, here)
+            else:
+                doubts = [doubt for _, doubt in here if doubt is not None]
+                every = torch.stack([logits for logits, _ in here])
+                self.found[same[0]] = (every, torch.stack(doubts) if doubts else None)
+
+    def _drop(self, flow: Flow, module: Any, attended: tuple[torch.Tensor, torch.Tensor], share: float) -> None:
+        """The layer behind its attention, as `Flow.through` has it; last states are kept where a head reads them."""
+        hidden, scores = attended
+        real, before, positions = flow.real_mask(), flow.hidden, flow.positions
+        if flow.real_tokens is None:
+            flow.real_tokens = real.sum(1)
+        counts = tokens_to_keep(share, flow.real_tokens).minimum(real.sum(1))
+        kept, mask = most_significant(scores, real, counts, self.model.config.keep_cls)
+        hidden = take_tokens(hidden, kept)
+        if not self.model.pools or not self.model.config.keep_cls:
+            memory = before if flow.memory is None or positions is None else flow.memory
+            flow.memory = before if positions is None else restore(memory, before, positions, real)
+            flow.positions = kept if positions is None else positions.gather(1, kept)
+        flow.hidden, flow.mask = module.output(module.intermediate(hidden), hidden), mask
+        flow.attention_mask_is_stale = True
+
+
+@torch.inference_mode()
+def explore_batch(
+    model: ElasticBertExitModel, batch: Mapping[str, torch.Tensor], lengths: list[Lengths]
+) -> dict[Lengths, tuple[torch.Tensor, torch.Tensor | None]]:
+    """What every exit says of a batch under each of the configurations: logits (exits, rows, ...), uncertainties."""
+    inputs = {name: tensor for name, tensor in batch.items() if name in ("input_ids", "token_type_ids")}
+    hidden = model.elasticbert.embeddings(**inputs)
+    tree = Tree(model)
+    tree.walk(Flow(hidden, batch["attention_mask"].bool()), 1, sorted(set(lengths)), [])
+    return tree.found
+
+
+def explore(
+    model: ElasticBertExitModel,
+    encoded: Encoded,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    lengths: list[Lengths],
+) -> dict[Lengths, Observed]:
+    """What every exit says of all rows under each of the configurations; batches are of rows of like length."""
+    found: dict[Lengths, Observed] = {}
+    device = next(model.parameters()).device
+    for rows in sorted_batches(encoded.lengths, batch_size):
+        batch = inputs_of(collate(encoded, rows, tokenizer, device))
+        for one, (logits, doubt) in explore_batch(model, batch, lengths).items():
+            part = logits.float().cpu().numpy()
+            if one not in found:  # the first batch has the longest rows
+                shape = (len(part), len(encoded), *part.shape[2:])
+                doubts = None if doubt is None else np.zeros(shape[:2], np.float32)
+                found[one] = Observed(np.zeros(shape, np.float32), doubts)
+            place: tuple = (slice(None), rows, *map(slice, part.shape[2:-1]))
+            found[one].logits[place] = part
+            if doubt is not None:
+                found[one].uncertainty[:, rows] = doubt.float().cpu().numpy()  # type: ignore[index]
+    return found

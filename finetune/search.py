@@ -1,0 +1,372 @@
+"""`python -m finetune search`: the evolutionary search of Kim and Cho (2021), section 3.3, over lengths and exits.
+
+The first generation are constant-ratio length configurations; each further one mutations and crossovers of the front
+of quality against cost. A configuration is passed through the model once; from the logits of its exits every setting
+of the exit policy is evaluated, so that a configuration brings as many candidates as there are settings.
+"""
+
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, logging
+
+from elastic_model.cost import exit_flops
+from elastic_model.exit_policies import sweep
+from elastic_model.folders import check_output, claim_folder, is_ours, new_file
+from elastic_model.front import area_under_front, pareto_front
+from elastic_model.modeling_elasticbert import ElasticBertExitModel
+from elastic_model.operating_points import FILE, OperatingPoint, OperatingPoints, checkpoint_hash
+from finetune.candidates import STEPS, Lengths, initial, offspring, shares
+from finetune.config import SearchOptions
+from finetune.data import Encoded
+from finetune.evaluate import check_learned, score_of, table
+from finetune.examples import read_examples
+from finetune.explore import Observed, explore
+from finetune.figures import plot_areas, plot_front
+from finetune.kinds import answers_of
+from finetune.labels import Labels
+from finetune.metrics import metric
+from finetune.policies import Policy, candidates, never, policy_name, thresholds
+from finetune.prepare import (
+    chosen_task,
+    encode_split,
+    labels_of_model,
+    load_classifier,
+    load_tokenizer,
+    rows_hash,
+    some_rows,
+)
+
+JOURNAL = "journal.jsonl"
+RESULT = "search.json"
+LIKE_FULL = 1e-9  # qualities this close are equal
+
+
+@dataclass(frozen=True)
+class Found:
+    """A candidate that no setting of its configuration beats: `setting` is a place among the policies tried."""
+
+    lengths: Lengths
+    setting: int
+    quality: float
+    cost: float
+    flops: float
+    padded_flops: float
+    mean_exit_layer: float
+
+
+@dataclass
+class Search:
+    """What a search works on, and what it has found: `generations`, configurations in the order they were tried."""
+
+    options: SearchOptions
+    model: ElasticBertExitModel
+    tokenizer: PreTrainedTokenizerBase
+    encoded: Encoded
+    labels: Labels
+    policies: list[Policy]
+    settings: dict[str, Any]
+    generations: list[list[Lengths]] = field(default_factory=list)
+    found: dict[Lengths, list[Found]] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> int:
+        """How many layers the model has."""
+        return int(self.model.config.num_hidden_layers)
+
+    @property
+    def whole(self) -> Lengths:
+        """The configuration that keeps every token."""
+        return (STEPS,) * self.layers
+
+    def candidates(self) -> list[Found]:
+        """Every candidate found, in the order it was."""
+        return [one for generation in self.generations for lengths in generation for one in self.found[lengths]]
+
+    def full(self) -> Found:
+        """Full length and full depth."""
+        return max(self.found[self.whole], key=lambda one: one.cost)
+
+    def front(self) -> list[Found]:
+        """What nothing found beats, the cheapest first."""
+        every = self.candidates()
+        return [every[place] for place in pareto_front([one.cost for one in every], [one.quality for one in every])]
+
+    def area(self) -> float:
+        """Mean quality over all budgets up to the full cost."""
+        every = self.candidates()
+        return area_under_front([one.cost for one in every], [one.quality for one in every], self.full().cost)
+
+
+def measure(search: Search, lengths: Lengths, observed: Observed, encoded: Encoded | None = None) -> list[Found]:
+    """The candidates of a configuration that its others do not beat, from what the exits said of all rows."""
+    encoded = search.encoded if encoded is None else encoded
+    config, labels, score = search.model.config, search.labels, metric(search.labels.metrics[0])
+    exits = search.model.exit_layers
+    places = sweep(search.policies, observed.logits, exits, labels.problem_type, encoded.mask, observed.uncertainty)
+    costs = exit_flops(config, encoded.lengths, shares(lengths), encoded.head).double().numpy()
+    padded = exit_flops(config, [search.options.max_length], shares(lengths), encoded.head).double().numpy()[:, 0]
+    rows, layers, seen, tried = np.arange(costs.shape[1]), np.array(exits), set(), []
+    for setting, left in enumerate(places.numpy()):
+        if left.tobytes() in seen:  # of equal settings the strictest
+            continue
+        seen.add(left.tobytes())
+        answers = answers_of(observed.logits[left, rows], encoded, labels)
+        flops = float(costs[left, rows].mean())
+        quality = float(score(answers, encoded.labels))
+        means = float(padded[left].mean()), float(layers[left].mean())
+        tried.append(Found(lengths, setting, quality, flops, flops, *means))
+    kept = pareto_front([one.cost for one in tried], [one.quality for one in tried])
+    return [one for place, one in enumerate(tried) if place in kept or not place]  # and full depth, where it stands
+
+
+def evaluate(search: Search, lengths: list[Lengths], accelerator: Accelerator) -> None:
+    """Pass new configurations through the model; each process takes neighbours, which share most."""
+    ordered, count = sorted(lengths), accelerator.num_processes
+    start, stop = (len(ordered) * (accelerator.process_index + one) // count for one in (0, 1))
+    how = (search.model, search.encoded, search.tokenizer, search.options.eval_batch_size)
+    observed = explore(*how, ordered[start:stop]) if stop > start else {}
+    found = gather_object([(one, measure(search, one, values)) for one, values in observed.items()])
+    search.found |= dict(found)
+
+
+def first_generation(search: Search) -> list[Lengths]:
+    """Constant-ratio configurations; of a search over exits alone, full length."""
+    if search.options.axes == "exits":
+        return [search.whole]
+    config, head, tokens = search.model.config, search.encoded.head, search.encoded.lengths
+
+    def cost(lengths: Lengths) -> float:
+        return exit_flops(config, tokens, shares(lengths), head)[-1].double().mean().item()
+
+    return initial(search.layers, search.options.first, search.options.smallest_ratio, cost)
+
+
+def next_generation(search: Search, number: int) -> list[Lengths]:
+    """Children of the front: a function of the seed, the generation's number and what was found before it."""
+    options, draw = search.options, random.Random(f"{search.options.seed} {number}")
+    parents = list(dict.fromkeys(one.lengths for one in search.front()))
+    known = {lengths for generation in search.generations for lengths in generation}
+    return offspring(parents, known, options.mutations, options.crossovers, options.mutation_probability, draw)
+
+
+def read_journal(folder: Path, settings: dict[str, Any]) -> dict[Lengths, list[Found]]:
+    """What a search wrote before it was killed; a line cut short is left out. ValueError for other settings."""
+    file = folder / JOURNAL
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    found: dict[Lengths, list[Found]] = {}
+    for number, line in enumerate(lines):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            if number == len(lines) - 1:
+                break
+            raise ValueError(f"{file}, line {number + 1}: damaged; search anew without --resume") from None
+        if not number:
+            other = [name for name in settings if record.get(name) != settings[name]]
+            if other:
+                raise ValueError(
+                    f"{folder} holds a search with {other[0]} = {record.get(other[0])!r}, not {settings[other[0]]!r}; "
+                    "resume it with its own settings, or search anew without --resume"
+                )
+            continue
+        lengths = tuple(record["lengths"])
+        found[lengths] = [Found(**{**one, "lengths": lengths}) for one in record["candidates"]]
+    return found
+
+
+def write_journal(folder: Path, records: list[dict[str, Any]], anew: bool = False) -> None:
+    """Add lines, or begin with them; on the disk when it returns."""
+    with (folder / JOURNAL).open("w" if anew else "a", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(record) + "\n" for record in records)
+        lines.flush()
+        os.fsync(lines.fileno())
+
+
+def record_of(search: Search, lengths: Lengths) -> dict[str, Any]:
+    """A configuration with its candidates, as the journal holds it."""
+    return {"lengths": list(lengths), "candidates": [asdict(one) for one in search.found[lengths]]}
+
+
+def evolve(search: Search, folder: Path, accelerator: Accelerator) -> Iterator[dict[str, Any]]:
+    """Generation after generation; yields what each gave. What the journal holds is not computed again."""
+    known = read_journal(folder, search.settings) if search.options.resume else {}
+    if accelerator.is_main_process:  # also cuts a torn line off
+        records = [{"lengths": list(one), "candidates": [asdict(each) for each in known[one]]} for one in known]
+        write_journal(folder, [search.settings, *records], anew=True)
+    last = 0 if search.options.axes == "exits" else search.options.iterations
+    for number in range(last + 1):
+        began = time.monotonic()
+        lengths = next_generation(search, number) if number else first_generation(search)
+        new = [one for one in lengths if one not in known]
+        search.found |= {one: known[one] for one in lengths if one in known}
+        if new:
+            evaluate(search, new, accelerator)
+        search.generations.append(lengths)
+        if accelerator.is_main_process:
+            write_journal(folder, [record_of(search, one) for one in new])
+        yield {
+            "iteration": number,
+            "configurations": len(search.found),
+            "area": search.area(),
+            "front": len(search.front()),
+            "seconds": time.monotonic() - began,
+        }
+
+
+def chosen(search: Search) -> dict[str, Found]:
+    """Named candidates of the front: full, the best quality, the cheapest at no loss, and others spread over cost."""
+    front, full = search.front(), search.full()
+    lossless = next((one for one in front if one.quality >= full.quality - LIKE_FULL), full)
+    named = {"full": full, "best": front[-1], "lossless": lossless}
+    count = max(2, search.options.points - len(named))
+    costs = np.log([one.cost for one in front])
+    for target in np.linspace(costs[0], costs[-1], count):
+        one = front[int(np.abs(costs - target).argmin())]
+        named.setdefault(f"speedup-{full.cost / one.cost:.2f}", one)
+    unique: dict[tuple[Lengths, int], str] = {}
+    for name, one in named.items():
+        unique.setdefault((one.lengths, one.setting), name)
+    return {name: named[name] for name in unique.values()}
+
+
+def operating_points(search: Search, encoded: Encoded, weights: str) -> OperatingPoints:
+    """The chosen candidates measured on all rows of the split."""
+    named, config, options = chosen(search), search.model.config, search.options
+    how = (search.model, encoded, search.tokenizer, options.eval_batch_size)
+    observed = explore(*how, sorted({one.lengths for one in named.values()}))
+    exits, problem_type = search.model.exit_layers, search.labels.problem_type
+    points = []
+    for name, one in named.items():
+        seen, policy = observed[one.lengths], search.policies[one.setting]
+        (left,) = sweep([policy], seen.logits, exits, problem_type, encoded.mask, seen.uncertainty).numpy()
+        rows = np.arange(len(left))
+        flops = exit_flops(config, encoded.lengths, shares(one.lengths), encoded.head).double().numpy()
+        answers = answers_of(seen.logits[left, rows], encoded, search.labels)
+        points.append(
+            OperatingPoint(
+                name,
+                thresholds(policy["name"], policy, len(exits), problem_type),
+                float(np.array(exits)[left].mean()),
+                shares(one.lengths),
+                flops=float(flops[left, rows].mean()),
+                quality={**asdict(score_of(answers, encoded, search.labels, options.seed)), "split": options.split},
+            )
+        )
+    lossless = named.get("lossless", named["full"])
+    return OperatingPoints(weights, search.policies[lossless.setting], points)
+
+
+def prepare(options: SearchOptions) -> tuple[Search, Encoded]:
+    """What the search works on, read and checked, and all rows of the split."""
+    for name in ("rows", "first", "points", "eval_batch_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
+    for name in ("iterations", "mutations", "crossovers"):
+        if getattr(options, name) < 0:
+            raise ValueError(f"{name} must be at least 0, got {getattr(options, name)}")
+    if not 0 <= options.mutation_probability <= 1 or not 0 < options.smallest_ratio < 1:
+        raise ValueError(
+            "mutation_probability lies from 0 to 1 and smallest_ratio between 0 and 1, got "
+            f"{options.mutation_probability} and {options.smallest_ratio}"
+        )
+    folder = Path(options.model)
+    model, tokenizer, task = load_classifier(folder, options.max_length), load_tokenizer(folder), chosen_task(options)
+    labels, examples = labels_of_model(options, task, model.config), read_examples(task, options.split)
+    every = encode_split(examples, options.split, task, labels, tokenizer, options.max_length)
+    some = some_rows(examples, options.rows, options.seed)
+    encoded = encode_split(some, options.split, task, labels, tokenizer, options.max_length)
+    name = policy_name(options.exit_policy or (model.config.exit_policy or {}).get("name"), labels.problem_type)
+    policies = [never(name, len(model.exit_layers), labels.problem_type)]
+    check_learned(policies[0], model.config)
+    if options.axes != "lengths" and len(model.exit_layers) > 1:
+        first = explore(
+            model, encoded, tokenizer, options.eval_batch_size, [(STEPS,) * model.config.num_hidden_layers]
+        )
+        policies += candidates(name, next(iter(first.values())).logits, labels.problem_type)
+    free = ("output", "resume", "model", "points", "iterations", "eval_batch_size")
+    settings = {name: value for name, value in vars(options).items() if name not in free}
+    settings |= {"checkpoint": checkpoint_hash(folder), "rows_hash": rows_hash(encoded)}
+    return Search(options, model, tokenizer, encoded, labels, policies, settings), every
+
+
+def result_of(search: Search, history: list[dict[str, Any]], points: OperatingPoints) -> dict[str, Any]:
+    """The search as JSON: areas by iteration, the front, the constant-ratio curve, the points."""
+    curve = [max(search.found[one], key=lambda found: found.cost) for one in search.generations[0]]
+    return {
+        "metric": search.labels.metrics[0],
+        "rows": len(search.encoded),
+        "settings_of_the_exit_policy": len(search.policies),
+        "iterations": history,
+        "full": asdict(search.full()),
+        "front": [{**asdict(one), "policy": search.policies[one.setting]} for one in search.front()],
+        "constant_ratio": [asdict(one) for one in curve],
+        "points": [asdict(point) for point in points.points],
+    }
+
+
+def write(search: Search, folder: Path, history: list[dict[str, Any]], points: OperatingPoints) -> None:
+    """The points beside the weights; the curves and figures in the folder of the search."""
+    result = result_of(search, history, points)
+    with new_file(folder / RESULT) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    plot_areas(folder / "area.png", [one["area"] for one in history])
+    lines = {name: [(one["cost"], one["quality"]) for one in result[name]] for name in ("constant_ratio", "front")}
+    plot_front(folder / "front.png", lines, result["full"]["cost"], result["metric"])
+    points.save(Path(search.options.model))
+
+
+def show(points: OperatingPoints) -> str:
+    """The operating points as a table."""
+    full = points.at("full").flops or 1.0
+    rows = [
+        [
+            one.name,
+            f"{full / (one.flops or full):.2f}",
+            f"{(one.flops or 0) / 1e6:.4g}",
+            f"{one.mean_exit_layer:.2f}",
+            f"{(one.quality or {})['value']:.4f} ({(one.quality or {})['low']:.4f}-{(one.quality or {})['high']:.4f})",
+            " ".join(f"{share:g}" for share in one.length_config or []),
+        ]
+        for one in points.points
+    ]
+    return table(["point", "speed-up", "MFLOPs a row", "mean exit layer", "quality (95 % interval)", "lengths"], rows)
+
+
+def search(options: SearchOptions) -> None:
+    """Search, measure the points of the front on the whole split, keep them with the checkpoint."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    folder = Path(options.output or f"{options.model.rstrip('/')}.search")
+    check_output(folder)
+    accelerator = Accelerator()
+    work, every = prepare(options)
+    work.model.to(accelerator.device)
+    if accelerator.is_main_process:
+        if not options.resume and is_ours(folder):
+            shutil.rmtree(folder)
+        claim_folder(folder)
+    accelerator.wait_for_everyone()
+    history, hidden = [], None if accelerator.is_main_process else True  # None: hidden where there is no terminal
+    for one in tqdm(evolve(work, folder, accelerator), unit="generation", disable=hidden):
+        history.append(one)
+        accelerator.print(
+            f"iteration {one['iteration']}: {one['configurations']} configurations, {one['front']} on the front, "
+            f"area {one['area']:.5f}, {one['seconds']:.1f} s"
+        )
+    if accelerator.is_main_process:
+        points = operating_points(work, every, checkpoint_hash(options.model))
+        write(work, folder, history, points)
+        print("", f"measured on all {len(every)} rows of {options.split}:", show(points), sep="\n")
+        print(f"\nwritten to {Path(options.model) / FILE}; curves and figures in {folder}")
