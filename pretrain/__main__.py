@@ -1,14 +1,14 @@
-"""python -m pretrain --config RECIPE.yaml [--resume] [--flag value ...]; also prepare, and evaluate --model DIR"""
+"""python -m pretrain [prepare | evaluate | release] --config RECIPE.yaml [--resume] [--flag value ...]"""
 
 import os
 import sys
 
 from elastic_model.arguments import parse, run
-from pretrain.config import EvaluateConfig, PretrainConfig
+from pretrain.config import EvaluateConfig, PretrainConfig, ReleaseConfig
 
 
 def command(argv: list[str]) -> int:
-    """Train, prepare the text of a run (before many processes wait for it), or evaluate a checkpoint.
+    """Train, prepare the text of a run (before many processes wait for it), evaluate a checkpoint or release it.
 
     Frameworks take seconds to load, so options are parsed before.
     """
@@ -22,6 +22,11 @@ def command(argv: list[str]) -> int:
         from pretrain.statistics import prepare_text
 
         return prepare_text(to_prepare)
+    if argv[:1] == ["release"]:
+        to_release = parse(ReleaseConfig, argv[1:], prog="python -m pretrain release")
+        from pretrain.release import release
+
+        return release(to_release)
     config = parse(PretrainConfig, argv, prog="python -m pretrain")
     from pretrain.train import train
 

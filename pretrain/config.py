@@ -217,6 +217,22 @@ class EvaluateConfig:
             raise ValueError(f"model: {self.model} is no checkpoint folder (it holds no config.json)")
 
 
+@dataclass
+class ReleaseConfig:
+    """A checkpoint, pre-trained or fine-tuned, as a complete and checked folder for the hub."""
+
+    model: Path = option(help="checkpoint folder: weights and tokenizer")
+    output: Path = option(help="folder for the release")
+    push: str | None = option(None, help="hub id (organisation/name) to upload to (default: nothing is uploaded)")
+    private: bool = option(False, help="with --push, a repository that is made for it is private")
+
+    def __post_init__(self) -> None:
+        if not (self.model / "config.json").is_file():
+            raise ValueError(f"model: {self.model} is no checkpoint folder (it holds no config.json)")
+        if self.private and not self.push:
+            raise ValueError("private says who may see what is uploaded: it needs --push REPO_ID")
+
+
 AT_LEAST_ONE = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "exit_groups"),
     *("batch_size", "micro_batch_size", "steps", "max_skipped", "log_every", "evaluate_every", "evaluation_examples"),
