@@ -4,6 +4,7 @@
 PYTHON ?= python3
 TASKS ?= era
 WORKERS ?= 2
+OUT ?= release
 RUN := .venv/bin/python
 INSTALLED := .venv/.installed
 
@@ -12,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format types hf-common test-oldest checkpoints data clean
+.PHONY: help install demo test test-slow lint format types hf-common test-oldest checkpoints release gpu-check data clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,7 +22,7 @@ install: $(INSTALLED)  ## make .venv and install the project into it with the ve
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,export,serve,dev]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,export,serve,deepspeed,dev]'
 	@touch $@
 
 demo: $(INSTALLED)  ## text -> checkpoint -> task -> one int8 file, measured on the test split; goes on where it stopped
@@ -58,6 +59,12 @@ test-oldest: .venv-oldest/.installed  ## the library's tests with the oldest ver
 
 checkpoints: $(INSTALLED)  ## make the checkpoints that benchmarks need, e.g. TASKS="era sst2", in checkpoints/
 	$(RUN) -m benchmarks.checkpoints $(TASKS)
+
+release: $(INSTALLED)  ## CHECKPOINT=folder as a complete, checked hub folder in OUT (default: release/); PUSH=org/name uploads it
+	$(RUN) -m pretrain release --model $(CHECKPOINT) --output $(OUT) $(if $(PUSH),--push $(PUSH))
+
+gpu-check: $(INSTALLED)  ## what this machine's GPU does with pre-training, in ten minutes at most; goes on where it stopped
+	$(RUN) -m benchmarks.gpu_check
 
 data: $(INSTALLED)  ## fetch the source of the embedded data with npm and make it again, the same text byte for byte
 	$(RUN) -m benchmarks.make_data

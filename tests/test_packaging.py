@@ -40,9 +40,7 @@ def test_what_is_pinned_satisfies_what_is_required():
 
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     pins = {name.lower().replace("_", "-"): version for name, version in pins.items() if not name.startswith("#")}
-    extras = [
-        key for key in SETUP["options.extras_require"] if key != "deepspeed"
-    ]  # a machine with a GPU pins its own
+    extras = SETUP["options.extras_require"]
     lines = [line for key in extras for line in requirements("options.extras_require", key)]
     for requirement in map(Requirement, [*lines, *requirements("options", "install_requires")]):
         assert requirement.specifier.contains(pins[requirement.name.lower()]), requirement
@@ -63,7 +61,7 @@ def test_what_is_imported_is_declared(folder):
     extras = SETUP["options.extras_require"]
     lines = [*requirements("options", "install_requires"), *(line for key in extras for line in extras[key].split())]
     available = {re.split(r"[<>=~!]", line)[0].lower() for line in lines}
-    for name in sorted(available - {"deepspeed"}):
+    for name in sorted(available):
         available |= {re.split(r"[^\w.-]", line)[0].lower() for line in metadata.requires(name) or ()}
     distributions = metadata.packages_distributions()
     for name in imported(folder) & distributions.keys() - {*PACKAGES, "pip"}:
