@@ -39,7 +39,7 @@ def plot_losses(metrics: Path, image: Path) -> None:
                 side.plot([step for step, _ in known], [loss for _, loss in known], style, color=color, label=label)
         side.axhline(guess, color="grey", linestyle="--", label=guessing)
         side.set(title=title, xlabel="updates", ylabel="loss (nats); dots: held-out documents")
-    axes[0].legend(fontsize="small")
+    axes[0].legend(fontsize="small", ncols=1 + len(layers) // 13)
     axes[1].legend([axes[1].lines[-1]], ["by chance"], fontsize="small")
     with new_file(image) as file:
         figure.savefig(file, format="png", dpi=120, bbox_inches="tight")

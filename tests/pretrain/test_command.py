@@ -11,6 +11,7 @@ from elastic_model.arguments import parse, to_yaml
 from elastic_model.folders import shipped
 from pretrain.__main__ import main
 from pretrain.config import FREE_ON_RESUME, PretrainConfig
+from pretrain.data import check_batch_size
 from pretrain.text import documents
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +46,18 @@ def test_the_tiny_recipe_reads_longer_inputs_than_the_era_task_needs():
     config = parse(PretrainConfig, ["--config", "pretrain/recipes/tiny.yaml"])
     assert config.max_position_embeddings >= 192 and config.num_hidden_layers == 4 and config.exit_layers is None
     assert sum(1 for _ in documents(shipped(Path(config.text[0])))) > 100
+
+
+@pytest.mark.parametrize(("name", "layers", "width", "groups"), [("base", 12, 768, 2), ("large", 24, 1024, 3)])
+def test_base_and_large_are_the_papers(name, layers, width, groups):
+    """Liu et al. 2022."""
+    config = parse(PretrainConfig, ["--config", f"pretrain/recipes/{name}.yaml"])
+    assert (config.num_hidden_layers, config.hidden_size, config.exit_groups) == (layers, width, groups)
+    assert (config.batch_size, config.steps, config.max_length) == (4096, 125_000, 512)
+    assert config.gradient_equilibrium and config.exit_layers is None and config.exit_loss == "sum"
+    assert config.hidden_size == 64 * config.num_attention_heads
+    for processes in (1, 8, 32):
+        assert check_batch_size(config.batch_size, config.micro_batch_size, processes) == config.micro_batch_size
 
 
 def test_shipped_recipes_and_text_are_found_from_anywhere(tmp_path, monkeypatch):
