@@ -285,7 +285,11 @@ class CodeCosts:
 def _counted(module: torch.nn.Module, shape: tuple[int, ...]) -> int:
     reads_ids = any(isinstance(part, torch.nn.Embedding) for part in module.modules())
     inputs = torch.zeros(1, *shape, dtype=torch.long if reads_ids else torch.float32)
-    # the counter does not see the fused attention of CPUs
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        module.eval()(inputs)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter sees neither fused layers nor fused attention
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            module.eval()(inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops()
