@@ -4,6 +4,7 @@ A process that only writes shards loads no torch: it starts in a second and stay
 """
 
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -104,7 +105,7 @@ class ShardWriter:
         for name in ("sentences", "documents"):
             self._write(name, [0], np.int64)
 
-    def _write(self, name: str, values: list[int], dtype: Any) -> None:
+    def _write(self, name: str, values: Any, dtype: Any) -> None:
         self.files[name].write(np.asarray(values, dtype).tobytes())
 
     def add(self, batch: list[list[str]], encoder: Tokenizer) -> None:
@@ -118,11 +119,12 @@ class ShardWriter:
 
     def _add_document(self, sentences: list[list[int]], document: list[str]) -> None:
         counts = self.counts
-        for ids in sentences:
-            self._write("tokens", ids, self.dtype)
-            counts["tokens"] += len(ids)
-            counts["unknown"] += ids.count(self.unknown_id)
-            self._write("sentences", [counts["tokens"]], np.int64)
+        lengths = np.fromiter(map(len, sentences), np.int64, len(sentences))
+        tokens = np.fromiter(itertools.chain.from_iterable(sentences), self.dtype, lengths.sum())
+        self._write("tokens", tokens, self.dtype)
+        self._write("sentences", counts["tokens"] + lengths.cumsum(), np.int64)
+        counts["tokens"] += len(tokens)
+        counts["unknown"] += int((tokens == self.unknown_id).sum())
         counts["sentences"] += len(sentences)
         counts["documents"] += 1
         self._write("documents", [counts["sentences"]], np.int64)

@@ -163,7 +163,8 @@ def _named_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (DatasetsError, ValueError, OSError) as error:
-        raise ValueError(f"dataset {name}: {error}") from error
+        reason = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+        raise ValueError(f"dataset {name}: {reason}") from error
 
 
 def _digest(path: Path) -> str:
