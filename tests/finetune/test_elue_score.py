@@ -1,0 +1,282 @@
+"""The ELUE score, and `elue score` and `elue leaderboard` as a user runs them."""
+
+import json
+import random
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from elastic_model.arguments import run
+from finetune.__main__ import _command
+from finetune.elue.leaderboard import leaderboard_of, text, write_board
+from finetune.elue.published import TABLES, published, split_warnings
+from finetune.elue.scoring import (
+    Point,
+    Result,
+    TaskResult,
+    elue_score,
+    macro_average,
+    outside,
+    read_reference,
+    read_result,
+    reference_quality,
+    scores_by_size,
+    size_class,
+    write_result,
+)
+
+REFERENCE = [Point("exit_1", 100.0, 60.0), Point("exit_2", 200.0, 80.0), Point("exit_3", 400.0, 82.0)]
+
+
+def result_of(name, points, task="mrpc", rows=1725, seeds=1):
+    return Result(name, {task: TaskResult("accuracy+f1", rows, [list(points)] * seeds)})
+
+
+def test_the_score_is_the_mean_distance_from_the_reference():
+    points = [Point("a", 150.0, 75.0), Point("b", 300.0, 80.0)]  # the reference has 70 and 81 there
+    assert elue_score(points, REFERENCE) == pytest.approx((5.0 - 1.0) / 2)
+
+
+def test_any_reference_against_itself_is_exactly_zero():
+    draw = random.Random(0)
+    for _ in range(50):
+        curve = [Point(str(number), draw.uniform(1, 1e12), draw.uniform(-5, 100)) for number in range(12)]
+        draw.shuffle(curve)
+        assert elue_score(curve, curve) == 0.0
+
+
+def test_the_ends_are_continued_flat():
+    assert reference_quality(REFERENCE, 10.0) == 60.0
+    assert reference_quality(REFERENCE, 1e9) == 82.0
+    cheaper, dearer = Point("a", 10.0, 50.0), Point("b", 1e9, 90.0)
+    assert elue_score([cheaper, dearer], REFERENCE) == pytest.approx((-10.0 + 8.0) / 2)
+    assert outside([cheaper, *REFERENCE, dearer], REFERENCE) == 2
+
+
+def test_a_reference_is_a_function_of_cost():
+    with pytest.raises(ValueError, match="two qualities at 100 FLOPs"):
+        elue_score(REFERENCE, [*REFERENCE, Point("other", 100.0, 61.0)])
+    twice = [*REFERENCE, REFERENCE[0]]
+    assert elue_score(REFERENCE, twice) == 0.0
+    with pytest.raises(ValueError, match="the reference has no points"):
+        elue_score(REFERENCE, [])
+
+
+def test_points_must_be_numbers():
+    with pytest.raises(ValueError, match="point 'a': flops must be finite"):
+        Point("a", float("nan"), 50.0)
+
+
+def test_size_classes():
+    sizes = {39_000_000: 40, 40_000_000: 40, 40_000_001: 55, 66_000_000: 70, 109_500_000: 110, 335_000_000: None}
+    assert {parameters: size_class(parameters) for parameters in sizes} == sizes
+    assert size_class(None) is None
+    points = [Point("a", 100.0, 61.0, 39_000_000), Point("b", 200.0, 83.0, 60_000_000), Point("c", 400.0, 90.0)]
+    assert scores_by_size(points, REFERENCE) == {40: 1.0, 55: 1.0, 70: 2.0, 110: 2.0}
+
+
+def test_the_macro_average_needs_every_task():
+    assert macro_average({"sst2": 1.0, "mrpc": -2.0}, ["sst2", "mrpc"]) == -0.5
+    assert macro_average({"sst2": 1.0}, ["sst2", "mrpc"]) is None
+
+
+def test_seeds_are_averaged_point_by_point_and_their_spread_is_told():
+    seeds = [[Point("a", 100.0, 61.0)], [Point("a", 100.0, 63.0)]]
+    board = leaderboard_of([Result("two", {"mrpc": TaskResult("f1", 1725, seeds)})], {"mrpc": REFERENCE}, "ours")
+    scored = board.entries[0].tasks["mrpc"]
+    assert (scored.score, scored.seeds) == (2.0, 2)
+    assert scored.deviation == pytest.approx(2**0.5)
+    assert "2.00 (1.41)" in text(board)
+
+
+def test_results_on_other_rows_are_not_put_side_by_side():
+    with pytest.raises(ValueError, match="b has 100 test rows of mrpc, others have 1725: they do not compare"):
+        leaderboard_of([result_of("a", REFERENCE), result_of("b", REFERENCE, rows=100)], {}, None)
+
+
+def test_a_result_survives_its_file_and_serves_as_reference(tmp_path):
+    result = result_of("ours", REFERENCE, seeds=3)
+    write_result(result, tmp_path / "scores.json")
+    assert read_result(tmp_path) == result
+    assert read_reference(tmp_path / "scores.json") == {"mrpc": REFERENCE}
+    (tmp_path / "curve.tsv").write_text("task\tflops\tquality\nmrpc\t100\t60\nmrpc\t200\t80\n")
+    curve = read_reference(tmp_path / "curve.tsv")["mrpc"]
+    assert [(point.flops, point.quality) for point in curve] == [(100.0, 60.0), (200.0, 80.0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("curve.tsv", "task\tflops\tquality\nmrpc\t1\tnan\n", "line 2: expected task, flops, quality"),
+        ("curve.tsv", "flops\tquality\n", "line 1: its columns must be task, flops, quality"),
+        ("scores.json", "{}", r"not the scores.json of a submission \(KeyError"),
+        ("scores.json", '{"format": 2}', "its format is 2, this version reads 1"),
+    ],
+)
+def test_a_bad_reference_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_reference(tmp_path / name)
+
+
+def test_the_published_tables_are_complete():
+    for table in TABLES:
+        head, rows = published(table)
+        assert rows and {len(row) for row in rows} == {len(head)}
+    head, rows = published("leaderboard")
+    scores = {row[0]: row[-1] for row in rows}
+    assert (scores["ElasticBERT-patience"], scores["BERT-base"]) == ("-0.09", "-3.7")
+
+
+def test_a_split_that_is_not_elues_own_is_told():
+    assert split_warnings({"mrpc": 1725}) == []
+    (line,) = split_warnings({"mrpc": 1725, "sst2": 1821})
+    assert line.startswith("warning: SST-2 is scored on 1,821 test rows, ELUE's own split has 2,208")
+
+
+@pytest.fixture
+def submission(tmp_path):
+    """Four rows of SST-2 and of STS-B, a point each with modules of a table, and their true labels."""
+    files = {
+        "submission/SST-2/one.tsv": [f"{row}\t{answer}\t(4),emb; (4,8),layer_1" for row, answer in enumerate("1100")],
+        "submission/SST-2/two.tsv": [
+            f"{row}\t{answer}\t(4),emb; (4,8),layer_1; (4,8),layer_2" for row, answer in enumerate("1101")
+        ],
+        "submission/stsb.tsv": [f"{row}\t{row + 0.5}\t(4),emb; (4,8),layer_1" for row in range(4)],
+        "labels/sst2.tsv": ["index\tlabel", "0\tpositive", "1\t1", "2\tnegative", "3\t1"],
+        "labels/stsb.tsv": ["index\tlabel", *(f"{row}\t{row}" for row in range(4))],
+        "model.tsv": ["module\tflops\tparameters", "emb\t0\t100", "layer_1\t5\t10", "layer_2\t7\t10"],
+    }
+    for name, lines in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def score(folder, *flags):
+    own = ["--submission", str(folder / "submission"), "--labels", str(folder / "labels")]
+    return run(lambda: _command(["elue", "score", *own, "--model-file", str(folder / "model.tsv"), *flags]))
+
+
+def test_score_and_leaderboard(submission, capsys):
+    assert score(submission, "--name", "first", "--output", str(submission / "first")) == 0
+    printed = capsys.readouterr().out
+    assert "no reference was given" in printed and "ElasticBERT-patience" in printed and "warning: SST-2" in printed
+    tasks = read_result(submission / "first").tasks
+    assert [(one.flops, one.quality, one.parameters) for one in tasks["sst2"].points] == [(5, 75, 110), (12, 100, 120)]
+    assert [(one.flops, one.quality) for one in tasks["stsb"].points] == [(5, pytest.approx(100))]
+
+    own = str(submission / "first")
+    assert score(submission, "--output", str(submission / "again"), "--reference", own, "--trust_model_code") == 0
+    board = json.loads((submission / "again" / "leaderboard.json").read_text())
+    (entry,) = board["entries"]
+    assert (entry["name"], entry["macro"], entry["size_class"]) == ("submission", 0.0, 40)
+    assert {task: one["score"] for task, one in entry["tasks"].items()} == {"sst2": 0.0, "stsb": 0.0}
+
+    both = [own, str(submission / "again" / "scores.json")]
+    flags = ["--results", *both, "--reference", own, "--output", str(submission / "board")]
+    assert run(lambda: _command(["elue", "leaderboard", *flags])) == 0
+    board = json.loads((submission / "board" / "leaderboard.json").read_text())
+    assert [entry["macro"] for entry in board["entries"]] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model.tsv", None, "model.tsv does not exist"),
+        ("labels/sst2.tsv", None, "sst2.tsv: No such file"),
+        ("labels/sst2.tsv", "index\tlabel\n0\t3\n", "label '3' must be one of negative, positive, 0, 1"),
+        ("labels/sst2.tsv", "index\tlabel\n1\t1\n", "index '1' must be one of 0 to 0, each once"),
+        ("submission/stsb.tsv", "0\tnan\t(4),emb\n", "stsb.tsv, line 1: pred 'nan' is not a finite number"),
+        ("submission/cola.tsv", "", "'cola' is not a task of ELUE"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(submission, capsys, file, content, message):
+    (submission / file).unlink() if content is None else (submission / file).write_text(content)
+    assert score(submission, "--output", str(submission / "out")) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and re.search(message, lines[0]), lines
+    assert not (submission / "out").exists()
+
+
+class Page(HTMLParser):
+    """Cells of every table of a page by the table's id, the head first; how many points are plotted."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tables, self.circles, self.references = {}, 0, []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.references += [attributes[name] for name in ("src", "href") if name in attributes]
+        self.circles += tag == "circle"
+        if tag == "table":
+            self.rows = self.tables.setdefault(attributes["id"], [])
+        elif tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+        self.inside = tag in ("td", "button")
+
+    def handle_endtag(self, tag):
+        self.inside = False
+
+    def handle_data(self, data):
+        if self.inside:
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture
+def page(tmp_path):
+    """A leaderboard's page of three submissions, one without a score and one with a name that is markup."""
+    better = [Point(point.name, point.flops, point.quality + 2) for point in REFERENCE]
+    results = [
+        result_of("reference", REFERENCE),
+        result_of("<b>better</b> & more", better),
+        result_of("elsewhere", REFERENCE, task="stsb", rows=1379),
+        result_of("worse", [Point("a", 300.0, 70.5)]),
+    ]
+    write_board(leaderboard_of(results, {"mrpc": REFERENCE}, "reference"), tmp_path)
+    return tmp_path / "leaderboard.html"
+
+
+def test_the_page_stands_alone(page):
+    html = page.read_text()
+    parsed = Page(html)
+    assert parsed.references == [] and "default-src 'none'" in html and "$" not in html.replace("$/", "")
+    assert parsed.tables["scores"][0] == ["submission", "MRPC", "STS-B", "million parameters", "macro average"]
+    assert {row[0]: row[1] for row in parsed.tables["scores"][1:]} == {
+        "reference": "0.00",
+        "<b>better</b> & more": "2.00",
+        "elsewhere": "-",
+        "worse": "-10.50",
+    }
+    assert parsed.circles == 3 + 3 + 3 + 1
+    assert "<b>better" not in html
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+@pytest.mark.parametrize(
+    ("link", "expected"),
+    [
+        ("#sort=scores,1", ["worse", "reference", "<b>better</b> & more", "elsewhere"]),
+        ("#sort=scores,1,desc", ["<b>better</b> & more", "reference", "worse", "elsewhere"]),
+        ("#sort=scores,0", ["<b>better</b> & more", "elsewhere", "reference", "worse"]),
+    ],
+)
+def test_the_page_sorts_in_a_browser(page, tmp_path, link, expected):
+    """As a link does; the buttons call the same function. A dash is last whichever way."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--dump-dom"]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    done = subprocess.run(
+        [BROWSER, *flags, profile, f"file://{page}{link}"], capture_output=True, text=True, timeout=120
+    )
+    rows = Page(done.stdout).tables["scores"]
+    assert [row[0] for row in rows[1:]] == expected
