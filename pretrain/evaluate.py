@@ -1,6 +1,7 @@
 """Held-out losses at every exit, beside the loss of guessing by frequency alone."""
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 
@@ -82,11 +83,14 @@ def evaluate(
     unigram = unigram.to(accelerator.device)
     total = torch.zeros(4 * len(exit_layers) + 3, dtype=torch.float64)
     model.eval()
-    for start in range(0, len(mine), rows):
-        batch = examples.collate(0, mine[start : start + rows])
+    for start in range(0, math.ceil(len(chosen) / accelerator.num_processes), rows):
+        share = mine[start : start + rows]
+        # parameters may be gathered in every pass: a process that has no examples left passes one that is not counted
+        batch = examples.collate(0, share if len(share) else chosen[:1])
         batch = {name: values.to(accelerator.device) for name, values in batch.items()}
         output = model(**batch, length_config=length_config, mlm_count=1, sop_count=1)
-        total += _sums(output, batch, unigram)
+        if len(share):
+            total += _sums(output, batch, unigram)
     model.train()
     total = accelerator.reduce(total.to(accelerator.device), "sum")
     return _evaluation(total, exit_layers, len(chosen))
