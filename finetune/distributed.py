@@ -12,23 +12,30 @@ from finetune.config import LoopOptions
 
 
 def start_accelerator(options: LoopOptions) -> Accelerator:
-    """The accelerator; ValueError where a launcher started several processes that would each train alone."""
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    on_cpus = launched > 1 and not torch.cuda.is_available()
-    handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpus else []  # DeepSpeed on CPUs would start none
+    """The accelerator, on the CPU where there is nothing faster; ValueError where a launcher asks for what the loop
+    cannot do, or started several processes that would each train alone."""
+    no_device, zero = not torch.accelerator.is_available(), _asked_for("DEEPSPEED")
+    if _asked_for("FSDP"):
+        raise ValueError("fine-tuning runs under DDP and DeepSpeed ZeRO-1 and ZeRO-2, not under FSDP")
+    if zero and options.resume:
+        raise ValueError(
+            "resume: under DeepSpeed fine-tuning saves no state to continue from; start it anew, or use DDP"
+        )
+    if no_device and zero:
+        _deepspeed_on_cpu()
     accelerator = Accelerator(
+        cpu=no_device and not zero,  # with DeepSpeed, cpu=True would mean: without DeepSpeed
         mixed_precision=options.precision,
         log_with=options.tracker,
         project_dir=options.output,
-        kwargs_handlers=handlers,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if no_device and zero else None,
     )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise ValueError(
-            f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}; "
-            "on CPUs set ACCELERATE_USE_CPU=true (for DeepSpeed leave it unset and set DS_ACCELERATOR=cpu)"
+            f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}; launch with "
+            "torchrun, or with accelerate launch and a config of pretrain/accelerate"
         )
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError("fine-tuning runs under DDP and DeepSpeed ZeRO-1 and ZeRO-2, not under FSDP")
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         if plugin.zero_stage > 2:
@@ -37,8 +44,27 @@ def start_accelerator(options: LoopOptions) -> Accelerator:
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": options.max_grad_norm,
+            "zero_force_ds_cpu_optimizer": False,
         }
     return accelerator
+
+
+def _asked_for(what: str) -> bool:
+    """Whether `accelerate launch` was given a config for DEEPSPEED or FSDP."""
+    return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"
+
+
+def _deepspeed_on_cpu() -> None:
+    """Tell DeepSpeed not to look for a GPU, nor to compile a collective of its own when it starts: gloo does."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def saves(accelerator: Accelerator) -> bool:
+    """Whether this process writes the state of an interrupted run: DeepSpeed's parts of it are in every process."""
+    return accelerator.is_main_process and accelerator.distributed_type != DistributedType.DEEPSPEED
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from elastic_model.folders import claim_folder, is_ours
 from finetune.checkpoint import REPORT, is_finished, write_checkpoint
 from finetune.config import LoopOptions, TrainOptions
 from finetune.data import collate
-from finetune.distributed import meeting, start_accelerator
+from finetune.distributed import meeting, saves, start_accelerator
 from finetune.recipe import Phase, Update
 from finetune.run import METRICS, Plan, Run, prepare
 from finetune.state import Progress, copy_weights, load_optimizer, load_progress, load_weights, save_state
@@ -157,7 +157,7 @@ def fit_phase(run: Run, number: int, progress: Progress, asked: threading.Event,
             if options.patience and progress.stale >= options.patience and progress.update < stop:
                 _end_early(run, progress, stop, bar)
         stopping = _anyone(asked.is_set(), accelerator)
-        if (stopping or _is_due(progress.update, options.save_steps, plan)) and accelerator.is_main_process:
+        if (stopping or _is_due(progress.update, options.save_steps, plan)) and saves(accelerator):
             save_state(run.state, run.model, optimizer, progress, run.settings)
         if stopping:
             return False
@@ -215,7 +215,8 @@ def run_to_the_end(run: AnyRun, write: Callable[[AnyRun, Progress], None]) -> in
     if finished:
         write(run, progress)
     else:
-        run.accelerator.print(f"stopped at update {progress.update}, the state is saved; continue with --resume")
+        saved = "the state is saved; continue with --resume" if saves(run.accelerator) else "no state is saved"
+        run.accelerator.print(f"stopped at update {progress.update}, {saved}")
     run.accelerator.end_training()
     return 0 if finished else INTERRUPTED
 
