@@ -42,17 +42,18 @@ def commands() -> list[list[str]]:
 def test_commands_parse(command):
     from elastic_model.arguments import parse
     from export.config import ExportOptions, PredictOptions
-    from finetune.config import TrainOptions
+    from finetune.__main__ import COMMANDS
     from pretrain.config import PretrainConfig
 
-    options = {"pretrain": PretrainConfig, "finetune train": TrainOptions, "export predict": PredictOptions}
+    options = {"pretrain": PretrainConfig, "export predict": PredictOptions}
+    options |= {f"finetune {name}": kind for name, (kind, _) in COMMANDS.items()}
     package, *rest = command[2:]
     name = f"{package} {rest[0]}"
     kind, flags = (options[name], rest[1:]) if name in options else (options.get(package, ExportOptions), rest)
     parsed = parse(kind, flags)
     named = [word for word in flags if word.startswith(("pretrain/", "finetune/"))]
     assert all((ROOT / path).is_file() for path in named)
-    assert any(str(value).startswith("demo/") for value in vars(parsed).values())
+    assert any(str(value).startswith(("demo/", "your-org/")) for value in vars(parsed).values())
 
 
 def test_make_targets_exist():
