@@ -55,21 +55,20 @@ def _per_task(name: str, what: str) -> list[str]:
     return option([], help=f"{what}: one for all tasks, or TASK=VALUE for some (default: {default})")
 
 
+LAST_EXIT = "last exit only"  # in the training of a method, for `exit_layers`: whatever the depth of the model
+
+
 @dataclass(kw_only=True)
-class RunOptions:
-    """Run ELUE: fine-tune (or take checkpoints), sweep exits or policies, write test files, count FLOPs, score."""
+class SizeOptions:
+    """What is run on: starting checkpoint, tasks, how many rows, epochs and seeds."""
 
     model: str | None = option(
         None,
-        help="starting checkpoint, elastic or stock (not needed with --checkpoints for every task)",
+        help="starting checkpoint, elastic or stock (not needed where --checkpoints has all)",
         positional=True,
     )
     output: str = option(help="folder of the run; a run that was interrupted goes on where it stopped")
     tasks: list[str] = option(["sst2", "imdb", "mrpc", "stsb"], help="tasks: sst2, imdb, snli, scitail, mrpc, stsb")
-    methods: list[str] = option(
-        ["elasticbert", "elasticbert-entropy", "elasticbert-patience"],
-        help="what to compare, by name: a recipe and a policy each (finetune/elue/methods.py has the table), or all",
-    )
     checkpoints: list[str] = option([], help="TASK=FOLDER: a task checkpoint to take instead of fine-tuning")
     data: list[str] = option(
         [], help="TASK=FOLDER: read snli or scitail (or GLUE's) there: a folder of files or of datasets' save_to_disk"
@@ -79,12 +78,22 @@ class RunOptions:
     test_rows: list[str] = _per_task("test_rows", "rows of the test split, drawn once, or all")
     max_length: list[str] = _per_task("max_length", "tokens of a row, at most")
     seeds: list[str] = _per_task("seeds", "seeds, joined by commas")
+    batch_size: int = option(32, help="rows of one update")
+    learning_rate: float = option(5e-5, help="peak learning rate of AdamW")
+    eval_batch_size: int = option(64, help="rows in one forward pass of an evaluation")
+
+
+@dataclass(kw_only=True)
+class RunOptions(SizeOptions):
+    """Run ELUE: fine-tune (or take checkpoints), sweep exits or policies, write test files, count FLOPs, score."""
+
+    methods: list[str] = option(
+        ["elasticbert", "elasticbert-entropy", "elasticbert-patience"],
+        help="what to compare, by name: a recipe and a policy each (finetune/elue/methods.py has the table), or all",
+    )
     points: int = option(8, help="operating points of a method with a policy, chosen on dev")
     depths: list[int] = option([], help="layers of the models of `static` (default: thirds of the model's)")
     shares: list[float] = option(
         [1.0, 0.95, 0.9, 0.8, 0.7], help="lengths tried: the share of its tokens that every layer passes on"
     )
-    batch_size: int = option(32, help="rows of one update")
-    learning_rate: float = option(5e-5, help="peak learning rate of AdamW")
-    eval_batch_size: int = option(64, help="rows in one forward pass of an evaluation")
     reference: str | None = option(None, help=f"{REFERENCE_HELP} (default: the run's own elasticbert, else none)")

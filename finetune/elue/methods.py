@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from elastic_model import ElasticBertConfig
-from finetune.elue.config import RunOptions
+from finetune.elue.config import LAST_EXIT, RunOptions
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,6 @@ class Method:
 
 
 ELASTICBERT = {"recipe": "joint"}
-LAST_EXIT = "last exit only"  # of the model, whatever its depth: `exit_layers` is set when the depth is known
 
 METHODS: dict[str, Method] = {
     "elasticbert": Method("Liu et al. 2022", ELASTICBERT, exits, note="every exit in static use: the reference"),

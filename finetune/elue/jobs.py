@@ -1,0 +1,176 @@
+"""The jobs of an ELUE run: tasks with their sizes and rows, how a checkpoint is made, what is then measured."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from elastic_model import ElasticBertModel
+from elastic_model.folders import new_folder
+from finetune.config import TaskOptions, TrainOptions
+from finetune.data import Encoded
+from finetune.elue.config import LAST_EXIT, SIZES, SizeOptions
+from finetune.elue.points import Subject
+from finetune.elue.tasks import ELUE_TASKS, Answers, answers_to, task_called
+from finetune.examples import Examples, read_examples
+from finetune.prepare import (
+    chosen_task,
+    encode_split,
+    labels_of_model,
+    load_classifier,
+    load_tokenizer,
+    some_rows,
+)
+from finetune.tasks import Task
+
+
+@dataclass(frozen=True)
+class Job:
+    """One task of a run: its sizes, its rows, and the checkpoint that is taken instead of fine-tuning, if any."""
+
+    name: str
+    task: Task
+    kind: Answers
+    test: Examples
+    dataset: str | None
+    checkpoint: str | None
+    epochs: int
+    train_rows: int | None
+    max_length: int
+    seeds: list[int]
+
+    @property
+    def sizes(self) -> str:
+        """The sizes that stand beside its numbers."""
+        trained = "all" if self.train_rows is None else f"at most {self.train_rows:,}"
+        made = f"{trained} train rows, {self.epochs} epochs a phase" if self.checkpoint is None else self.checkpoint
+        seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
+        return f"{ELUE_TASKS[self.name]}: {made}, {self.max_length} tokens, {len(self.test):,} test rows, {seeds}"
+
+
+def _named(given: list[str], flag: str) -> dict[str, str]:
+    """{task: value} of TASK=VALUE words."""
+    named = {}
+    for word in given:
+        task, equals, value = word.partition("=")
+        if not equals or not value:
+            raise ValueError(f"--{flag}: expected TASK=FOLDER, got {word!r}")
+        named[task_called(task)] = value
+    return named
+
+
+def _sizes(options: SizeOptions, name: str) -> dict[str, str]:
+    """{task: value}, from the defaults, a value for all tasks, and TASK=VALUE words."""
+    given = getattr(options, name)
+    for_all = [word for word in given if "=" not in word]
+    if name == "seeds" and for_all:
+        for_all = [",".join(for_all)]
+    if len(for_all) > 1:
+        raise ValueError(f"--{name.replace('_', '-')}: expected one value for all tasks, got {' '.join(for_all)}")
+    default = dict.fromkeys(ELUE_TASKS, for_all[0]) if for_all else SIZES[name]
+    named = _named([word for word in given if "=" in word], name.replace("_", "-"))
+    return {**default, **named}
+
+
+def _count(sizes: Mapping[str, str], task: str, name: str) -> int | None:
+    """A whole number from 1, or None for all."""
+    value = sizes.get(task, "all")
+    if value == "all" and name in ("train-rows", "test-rows"):
+        return None
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"--{name}: expected a whole number from 1 for {task}, got {value!r}")
+    return int(value)
+
+
+def _seeds(sizes: Mapping[str, str], task: str) -> list[int]:
+    words = sizes[task].split(",")
+    if not all(word.isdecimal() for word in words) or len(set(words)) != len(words):
+        raise ValueError(f"--seeds: expected whole numbers, each once, for {task}, got {sizes[task]!r}")
+    return [int(word) for word in words]
+
+
+def jobs_of(options: SizeOptions) -> list[Job]:
+    """The tasks with their rows and sizes; ValueError where something cannot be had."""
+    checkpoints, data = _named(options.checkpoints, "checkpoints"), _named(options.data, "data")
+    sizes = {name: _sizes(options, name) for name in SIZES}
+    jobs = []
+    for name in dict.fromkeys(map(task_called, options.tasks)):
+        checkpoint = checkpoints.get(name)
+        if checkpoint is None and options.model is None:
+            raise ValueError(f"--model is required: --checkpoints has none for {name}")
+        task = chosen_task(TaskOptions(model="", task=name, dataset=data.get(name)))
+        test_rows = _count(sizes["test_rows"], name, "test-rows")
+        jobs.append(
+            Job(
+                name,
+                task,
+                answers_to(name),
+                some_rows(read_examples(task, "test"), test_rows, seed=0),
+                data.get(name),
+                checkpoint,
+                _count(sizes["epochs"], name, "epochs") or 0,
+                _count(sizes["train_rows"], name, "train-rows"),
+                _count(sizes["max_length"], name, "max-length") or 0,
+                _seeds(sizes["seeds"], name) if checkpoint is None else [0],
+            )
+        )
+    if not jobs:
+        raise ValueError(f"--tasks is empty; allowed: {', '.join(ELUE_TASKS)}")
+    return jobs
+
+
+def layers_of(folder: str) -> int:
+    """The layers of a checkpoint."""
+    return AutoConfig.from_pretrained(folder, local_files_only=True).num_hidden_layers
+
+
+def _cut(options: SizeOptions, depth: int) -> str:
+    """The starting checkpoint cut to its first layers."""
+    folder = Path(options.output) / "starts" / f"layers-{depth}"
+    if not folder.exists():
+        with new_folder(folder) as new:
+            model = ElasticBertModel.from_pretrained(options.model, num_hidden_layers=depth, local_files_only=True)
+            model.save_pretrained(new)
+            load_tokenizer(Path(options.model or "")).save_pretrained(new)
+    return str(folder)
+
+
+def training_of(
+    options: SizeOptions, job: Job, training: Mapping[str, Any], owner: str, seed: int, depth: int | None = None
+) -> TrainOptions:
+    """How a checkpoint is made, in checkpoints/OWNER/TASK/seed-N: from the whole starting checkpoint, or from its
+    first `depth` layers. training: changes of `TrainOptions`."""
+    start = str(options.model) if depth is None else _cut(options, depth)
+    changes = dict(training)
+    if changes.get("exit_layers") == LAST_EXIT:
+        changes["exit_layers"] = [layers_of(start)]
+    folder = Path(options.output) / "checkpoints" / owner / job.name / f"seed-{seed}"
+    return TrainOptions(
+        model=start,
+        task=job.name,
+        dataset=job.dataset,
+        output=str(folder if depth is None else folder / f"layers-{depth}"),
+        epochs=job.epochs,
+        train_rows=job.train_rows,
+        max_length=job.max_length,
+        seed=seed,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        eval_batch_size=options.eval_batch_size,
+        resume=True,
+        **changes,
+    )
+
+
+def subject_of(options: SizeOptions, job: Job, checkpoint: Path) -> tuple[Subject, dict[str, Encoded]]:
+    """A checkpoint with the tokenised dev and test splits of its task."""
+    model, tokenizer = load_classifier(checkpoint, job.max_length), load_tokenizer(checkpoint)
+    labels = labels_of_model(TaskOptions(model=str(checkpoint), task=job.name), job.task, model.config)
+    examples = {"dev": read_examples(job.task, "dev"), "test": job.test}
+    splits = {
+        split: encode_split(rows, split, job.task, labels, tokenizer, job.max_length)
+        for split, rows in examples.items()
+    }
+    return Subject(model, tokenizer, labels, options.eval_batch_size), splits
