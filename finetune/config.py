@@ -37,7 +37,9 @@ class TaskOptions(ReadingOptions):
     dev: str | None = option(None, help=f"dev split {OWN_HELP}; it chooses the checkpoint and the threshold")
     test: str | None = option(None, help=f"test split {OWN_HELP}; only reported")
     dataset: str | None = option(
-        None, help="your own data set: a folder of datasets' save_to_disk or of files, or an id of the hub"
+        None,
+        help="your own data set: a folder of datasets' save_to_disk or of files, or an id of the hub; with --task a"
+        " copy of the task's data set",
     )
     dataset_config: str | None = option(None, help="configuration of --dataset, where it has several")
     text: str | None = option(
