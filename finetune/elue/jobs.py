@@ -8,13 +8,14 @@ from typing import Any
 from transformers import AutoConfig
 
 from elastic_model import ElasticBertModel
-from elastic_model.folders import new_folder
+from elastic_model.folders import new_file, new_folder
 from finetune.config import TaskOptions, TrainOptions
 from finetune.data import Encoded
 from finetune.elue.config import LAST_EXIT, SIZES, SizeOptions
 from finetune.elue.points import Subject
 from finetune.elue.tasks import ELUE_TASKS, Answers, answers_to, task_called
 from finetune.examples import Examples, read_examples
+from finetune.labels import encode_labels
 from finetune.prepare import (
     chosen_task,
     encode_split,
@@ -174,3 +175,19 @@ def subject_of(options: SizeOptions, job: Job, checkpoint: Path) -> tuple[Subjec
         for split, rows in examples.items()
     }
     return Subject(model, tokenizer, labels, options.eval_batch_size), splits
+
+
+def encoded_train(job: Job, subject: Subject, seed: int) -> Encoded:
+    """The tokenised train split of a job, with the rows that fine-tuning draws by this seed."""
+    rows = some_rows(read_examples(job.task, "train"), job.train_rows, seed)
+    return encode_split(rows, "train", job.task, subject.labels, subject.tokenizer, job.max_length)
+
+
+def write_labels(jobs: list[Job], folder: Path) -> None:
+    """The true labels of the test rows, as `score --labels` reads them."""
+    folder.mkdir(exist_ok=True)
+    for job in jobs:
+        labels = encode_labels(job.task, job.test, list(job.kind.classes), job.kind.problem_type)
+        lines = [f"{index}\t{label:.6g}" for index, label in enumerate(labels.tolist())]
+        with new_file(folder / f"{job.name}.tsv") as file:
+            file.write_text("\n".join(["index\tlabel", *lines]) + "\n")

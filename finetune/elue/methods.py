@@ -15,7 +15,7 @@ class Setting:
     name: str
     exit_layer: int | None = None
     policy: Mapping[str, Any] | None = None
-    length_config: list[float] | None = None
+    length_config: list[float] | list[int] | None = None
     layer_config: list[int] | None = None
 
     @property

@@ -117,9 +117,19 @@ def _quality(subject: Subject, logits: np.ndarray, encoded: Encoded) -> float:
 
 
 def write_point(
-    subject: Subject, setting: Setting, outputs: Outputs, encoded: Encoded, folder: Path, classes: Sequence[str]
+    subject: Subject,
+    setting: Setting,
+    outputs: Outputs,
+    encoded: Encoded,
+    folder: Path,
+    classes: Sequence[str],
+    suffix: str = "",
 ) -> None:
-    """The test file of one operating point; classes: ELUE's order of them, empty for regression."""
+    """The test file of one operating point.
+
+    classes: ELUE's order of them, empty for regression; suffix: behind the modules' names, where other points have
+    others of the same name.
+    """
     logits, left_at = leave(subject, setting, outputs)
     answers = answers_of(logits, encoded, subject.labels)
     numbers = {subject.labels.names.index(name): number for number, name in enumerate(classes)}
@@ -130,6 +140,6 @@ def write_point(
             tokens, layer = row
             asked = None if setting.exit_layer is None else [layer]
             steps = steps_of(subject.config, tokens, **setting.sub_network, exit_layer=layer, asked=asked)
-            paths[row] = modules_text(steps)
+            paths[row] = modules_text(replace(step, name=step.name + suffix) for step in steps)
     rows = [paths[row] for row in zip(encoded.lengths, left_at.tolist(), strict=True)]
     write_predictions(folder / f"{setting.name}.tsv", named, rows)

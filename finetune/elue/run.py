@@ -10,11 +10,11 @@ from typing import Any
 
 from transformers import logging
 
-from elastic_model.folders import check_output, claim_folder, new_file, new_folder
+from elastic_model.folders import check_output, claim_folder, new_folder
 from elastic_model.provenance import file_hash
 from finetune.elue.config import RunOptions
 from finetune.elue.costs import CostTable, ModuleCost, load_costs, table_of, write_table
-from finetune.elue.jobs import Job, jobs_of, layers_of, subject_of, training_of
+from finetune.elue.jobs import Job, jobs_of, layers_of, subject_of, training_of, write_labels
 from finetune.elue.leaderboard import leaderboard_of, text, write_board
 from finetune.elue.methods import METHODS, Method, Setting, chosen_methods, constant_share
 from finetune.elue.points import Subject, choose_settings, outputs_of, write_point
@@ -22,7 +22,6 @@ from finetune.elue.score import points_of, true_labels
 from finetune.elue.scoring import Result, TaskResult, read_reference, write_result
 from finetune.elue.submission import MODULES_FILE, files_of
 from finetune.elue.tasks import ELUE_TASKS
-from finetune.labels import encode_labels
 from finetune.prepare import load_classifier, weight_files
 from finetune.train import train
 
@@ -106,16 +105,6 @@ def _points(
         yield setting, passes[key]
 
 
-def _write_labels(jobs: list[Job], folder: Path) -> None:
-    """The true labels of the test rows, as `score --labels` reads them."""
-    folder.mkdir(exist_ok=True)
-    for job in jobs:
-        labels = encode_labels(job.task, job.test, list(job.kind.classes), job.kind.problem_type)
-        lines = [f"{index}\t{label:.6g}" for index, label in enumerate(labels.tolist())]
-        with new_file(folder / f"{job.name}.tsv") as file:
-            file.write_text("\n".join(["index\tlabel", *lines]) + "\n")
-
-
 def _result(name: str, method: Method, jobs: list[Job], folder: Path) -> Result:
     """A method's test files read back and scored, as anybody's would be."""
     tasks = {}
@@ -139,7 +128,7 @@ def run(options: RunOptions) -> int:
     _check(options, methods, jobs)
     reference = read_reference(Path(options.reference)) if options.reference else None
     folder = claim_folder(Path(options.output))
-    _write_labels(jobs, folder / "labels")
+    write_labels(jobs, folder / "labels")
     for job in jobs:
         for name, method in methods.items():
             for seed in job.seeds if method.fits(job.kind.problem_type) else []:

@@ -1,5 +1,6 @@
 """A small task with a signal, and options of a run on it that takes seconds."""
 
+import gzip
 import random
 
 import pytest
@@ -59,3 +60,56 @@ def trained(small_task, tiny_tokenizer, tmp_path_factory):
     run = options_for(small_task, folder / "start", folder / "checkpoint", train=more, epochs=6, learning_rate=1e-3)
     assert train(run) == 0
     return run
+
+
+SIDES = {"0": "treaty harvest revenue", "1": "energy Congress medicine"}
+
+
+def _sentence(draw, label):
+    words = draw.choices(SIDES[label].split(), k=3) + draw.choices(NOISE, k=draw.randint(2, 9))
+    return " ".join(draw.sample(words, len(words)))
+
+
+def _sentiment(rows, seed):
+    draw = random.Random(seed)
+    lines = [f"{_sentence(draw, label)}\t{label}" for label in draw.choices("01", k=rows)]
+    return "\n".join(["sentence\tlabel", *lines, "the treaty\t0", "this medicine\t1"]) + "\n"
+
+
+def _similarity(rows, seed):
+    draw = random.Random(seed)
+    lines = []
+    for _ in range(rows):
+        first, second = draw.choice("01"), draw.choice("01")
+        score = 5.0 * (first == second) + draw.uniform(-0.1, 0.1)
+        lines.append(f"g\tf\ty\ti\t{score:.2f}\t{_sentence(draw, first)}\t{_sentence(draw, second)}")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture
+def elue_data(tmp_path, monkeypatch):
+    """A folder of local data sets with small splits of SST-2 and STS-B."""
+    (tmp_path / "data" / "sst2").mkdir(parents=True)
+    (tmp_path / "data" / "stsb").mkdir()
+    for seed, (split, rows) in enumerate({"train": 90, "dev": 30, "test": 40}.items()):
+        (tmp_path / "data" / "sst2" / f"{split}.tsv").write_text(_sentiment(rows, seed))
+        (tmp_path / "data" / "stsb" / f"sts-{split}.csv").write_text(_similarity(rows, seed))
+    train = tmp_path / "data" / "sst2" / "train.tsv"
+    (tmp_path / "data" / "sst2" / "train.tsv.gz").write_bytes(gzip.compress(train.read_bytes()))
+    monkeypatch.setenv("ELASTIC_MODEL_DATA", str(tmp_path / "data"))
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def elue_start(tmp_path_factory, tiny_tokenizer):
+    """A checkpoint without a head, from random weights."""
+    import torch
+
+    from elastic_model import ElasticBertConfig, ElasticBertModel
+
+    folder = tmp_path_factory.mktemp("elue") / "start"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    ElasticBertModel(ElasticBertConfig(vocab_size=200, max_position_embeddings=64, **sizes)).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder

@@ -207,7 +207,7 @@ class Page(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.tables, self.circles, self.references = {}, 0, []
+        self.tables, self.circles, self.references, self.inside = {}, 0, [], False
         self.feed(html)
 
     def handle_starttag(self, tag, attributes):

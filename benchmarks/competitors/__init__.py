@@ -1,0 +1,1 @@
+"""Methods that exist only to be compared with: each writes ELUE's test files."""

@@ -1,0 +1,92 @@
+"""`python -m benchmarks.competitors NAME --model DIR --output DIR`: ELUE's test files of a method from elsewhere.
+
+The flags are those of `python -m finetune elue run` that say what is run on.
+"""
+
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from elastic_model.arguments import parse, run
+from elastic_model.folders import check_output, claim_folder, new_folder
+from finetune.elue.config import LAST_EXIT, SizeOptions
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """A method, where it is from, and the settings that matter; the module of its name has the function."""
+
+    paper: str
+    settings: str
+
+
+COMPETITORS = {
+    "head_prune": Competitor(
+        "Michel et al. 2019, Are Sixteen Heads Really Better than One?",
+        "|dL/dgate| per head, l2-normalised by layer; 100 to 20 % of the heads kept; no training after pruning",
+    ),
+    "dynabert": Competitor(
+        "Hou et al. 2020, DynaBERT: Dynamic BERT with Adaptive Width and Depth",
+        "width only: heads and FFN nested by importance, 1, 3/4, 1/2, 1/4; KL of logits + MSE of all hidden states",
+    ),
+    "power_bert": Competitor(
+        "Goyal et al. 2020, PoWER-BERT: Accelerating BERT Inference via Progressive Word-vector Elimination",
+        "soft-extract, lambda 1e-4 to 3e-3, retention rate 1e-2; mass rounded up; re-trained at the fixed lengths",
+    ),
+}
+
+
+def _usage() -> str:
+    lines = [f"  {name:12} {one.paper}\n{'':15}{one.settings}" for name, one in COMPETITORS.items()]
+    return "\n".join(["usage: python -m benchmarks.competitors NAME --model DIR --output DIR ...", "", *lines])
+
+
+def _command(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else 2
+    name, *flags = argv
+    if name not in COMPETITORS:
+        raise ValueError(f"competitor {name!r} is unknown; allowed: {', '.join(COMPETITORS)}")
+    return compete(name, parse(SizeOptions, flags, prog=f"python -m benchmarks.competitors {name}"))
+
+
+def compete(name: str, options: SizeOptions) -> int:
+    """Fine-tune (or take a checkpoint), run the method, write its test files, a task and a seed after the other; what
+    is there is not made again."""
+    from benchmarks.competitors.common import Start
+    from finetune.elue.costs import CostTable, write_table
+    from finetune.elue.jobs import encoded_train, jobs_of, subject_of, training_of, write_labels
+    from finetune.elue.submission import MODULES_FILE
+    from finetune.train import train
+
+    check_output(Path(options.output))
+    method = getattr(importlib.import_module(f"benchmarks.competitors.{name}"), name)
+    jobs = jobs_of(options)
+    folder = claim_folder(Path(options.output))
+    write_labels(jobs, folder / "labels")
+    for job in jobs:
+        for seed in job.seeds:
+            written = folder / "submissions" / name / f"seed-{seed}" / job.name
+            if (written / MODULES_FILE).is_file():
+                continue
+            checkpoint = job.checkpoint
+            if checkpoint is None:
+                training = training_of(options, job, {"exit_layers": LAST_EXIT}, "single_exit", seed)
+                code = train(training)
+                if code:
+                    return code
+                checkpoint = training.output
+            subject, splits = subject_of(options, job, Path(checkpoint))
+            splits["train"] = encoded_train(job, subject, seed)
+            with new_folder(written) as new:
+                modules = method(Start(options, job, seed, subject, splits), new)
+                write_table(CostTable(modules), new / MODULES_FILE)
+    print(f"python -m finetune elue score --name {name} --labels {folder / 'labels'} \\")
+    print(f"  --submission {folder / 'submissions' / name}/seed-N --reference REFERENCE --output OUTPUT")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(lambda: _command(sys.argv[1:])))

@@ -1,0 +1,77 @@
+"""Narrower models: gates on heads and FFN neurons, their importance, and the model without some of them."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from elastic_model import ElasticBertConfig
+from elastic_model.modeling_elasticbert import ElasticBertExitModel
+
+Gates = list[torch.Tensor]  # one a layer, (heads,) or (neurons,)
+
+
+@contextmanager
+def gated(model: ElasticBertExitModel, heads: Gates, neurons: Gates) -> Iterator[None]:
+    """Multiply each head's context and each FFN neuron by its gate."""
+    size = model.config.attention_head_size
+
+    def by(gate: torch.Tensor):
+        return lambda module, inputs: (inputs[0] * gate,)
+
+    hooks = []
+    for layer, head, neuron in zip(model.elasticbert.encoder.layer, heads, neurons, strict=True):
+        wide = head.repeat_interleave(size)
+        hooks.append(layer.attention.output.dense.register_forward_pre_hook(by(wide)))
+        hooks.append(layer.output.dense.register_forward_pre_hook(by(neuron)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def importance(model: ElasticBertExitModel, batches: Iterable[dict[str, torch.Tensor]]) -> tuple[Gates, Gates]:
+    """|dL/dgate| at gates of one, summed over batches (Michel et al. 2019; Hou et al. 2020, section 2.1)."""
+    config = model.config
+    heads = [torch.ones(count, requires_grad=True) for count in config.num_attention_heads_per_layer]
+    neurons = [torch.ones(count, requires_grad=True) for count in config.intermediate_size_per_layer]
+    sums = [torch.zeros_like(gate) for gate in (*heads, *neurons)]
+    model.eval()
+    for batch in batches:
+        with gated(model, heads, neurons):
+            loss = model(**batch).loss
+        for total, gradient in zip(sums, torch.autograd.grad(loss, [*heads, *neurons]), strict=True):
+            total += gradient.abs()
+    return sums[: len(heads)], sums[len(heads) :]
+
+
+def narrowed(model: ElasticBertExitModel, heads: list[list[int]], neurons: list[list[int]]) -> ElasticBertExitModel:
+    """The model with these heads and FFN neurons of each layer alone: its matrices are really smaller."""
+    size = model.config.attention_head_size
+    config = ElasticBertConfig.from_dict(
+        {
+            **model.config.to_dict(),
+            "num_attention_heads_per_layer": [len(kept) for kept in heads],
+            "intermediate_size_per_layer": [len(kept) for kept in neurons],
+        }
+    )
+    weights = model.state_dict()
+    for index, (kept_heads, kept_neurons) in enumerate(zip(heads, neurons, strict=True)):
+        columns = torch.tensor([head * size + column for head in kept_heads for column in range(size)])
+        rows = torch.tensor(kept_neurons)
+        prefix = f"elasticbert.encoder.layer.{index}."
+        for name in ("query", "key", "value"):
+            for part in ("weight", "bias"):
+                key = f"{prefix}attention.self.{name}.{part}"
+                weights[key] = weights[key][columns]
+        key = f"{prefix}attention.output.dense.weight"
+        weights[key] = weights[key][:, columns]
+        for part in ("weight", "bias"):
+            key = f"{prefix}intermediate.dense.{part}"
+            weights[key] = weights[key][rows]
+        key = f"{prefix}output.dense.weight"
+        weights[key] = weights[key][:, rows]
+    narrow = type(model)(config)
+    narrow.load_state_dict(weights)
+    return narrow.eval()

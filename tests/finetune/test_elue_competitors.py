@@ -1,0 +1,123 @@
+"""Methods from elsewhere: what each claims of its models, and that their test files are scored as anybody's."""
+
+import itertools
+
+import pytest
+import torch
+
+from benchmarks.competitors.__main__ import COMPETITORS, _command
+from benchmarks.competitors.dynabert import widths_of
+from benchmarks.competitors.head_prune import kept_heads
+from benchmarks.competitors.power_bert import configuration_of, soft_extract
+from benchmarks.competitors.width import gated, importance, narrowed
+from elastic_model import ElasticBertForSequenceClassification
+from elastic_model.arguments import run
+from elastic_model.cost import flops
+from finetune.__main__ import _command as finetune_command
+from finetune.elue.scoring import read_result
+
+
+@pytest.fixture
+def model(tiny_config):
+    """A single-exit classifier."""
+    torch.manual_seed(0)
+    tiny_config.exit_layers = [4]
+    return ElasticBertForSequenceClassification(tiny_config).eval()
+
+
+@pytest.fixture
+def batch():
+    """Three rows, the last two padded."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 200, (3, 12), generator=draw)
+    mask = torch.arange(12) < torch.tensor([12, 7, 3])[:, None]
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": torch.tensor([0, 1, 2])}
+
+
+def inputs(batch):
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+
+HEADS = [[0, 2], [1], [0, 1, 2, 3], [3]]
+NEURONS = [[*range(0, 64, 2)], [*range(5)], [*range(64)], [7]]
+
+
+def masks(kept, counts):
+    return [torch.zeros(count).index_fill(0, torch.tensor(one), 1.0) for one, count in zip(kept, counts, strict=True)]
+
+
+@torch.no_grad()
+def test_the_narrow_model_is_the_masked_one(model, batch):
+    with gated(model, masks(HEADS, [4] * 4), masks(NEURONS, [64] * 4)):
+        expected = model(**inputs(batch)).logits
+    narrow = narrowed(model, HEADS, NEURONS)
+    torch.testing.assert_close(narrow(**inputs(batch)).logits, expected, atol=1e-5, rtol=0)
+    assert flops(narrow.config, 12) < flops(model.config, 12)
+    assert not torch.allclose(expected, model(**inputs(batch)).logits, atol=1e-4)
+
+
+def test_importance_is_the_gradient_of_the_gates(model, batch):
+    heads, neurons = importance(model, [batch, batch])
+    once, _ = importance(model, [batch])
+    assert [len(gate) for gate in heads] == [4] * 4 and [len(gate) for gate in neurons] == [64] * 4
+    assert all(torch.allclose(twice, 2 * one) for twice, one in zip(heads, once, strict=True))
+    step = 1e-2
+    ones = [torch.ones(4) for _ in range(4)], [torch.ones(64) for _ in range(4)]
+    losses = []
+    for sign in (1, -1):
+        moved = [gate.clone() for gate in ones[0]]
+        moved[1][2] += sign * step
+        with gated(model, moved, ones[1]), torch.no_grad():
+            losses.append(model(**batch).loss)
+    assert float(abs(losses[0] - losses[1]) / (2 * step)) == pytest.approx(float(once[1][2]), rel=2e-2, abs=1e-5)
+
+
+@torch.no_grad()
+def test_soft_extract_keeping_everything_is_the_model(model, batch):
+    logits = soft_extract(model, batch, torch.ones(4, 12))
+    torch.testing.assert_close(logits, model(**inputs(batch)).logits, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_soft_extract_of_zeros_and_ones_drops_the_least_significant(model, batch):
+    """Of tokens that are kept by rank in the last layer alone, [CLS] and so the answer is the same: hard or soft."""
+    lengths = [12, 12, 12, 4]
+    retention = (torch.arange(12) < torch.tensor(lengths)[:, None]).float()
+    expected = model(**inputs(batch), length_config=lengths).logits
+    torch.testing.assert_close(soft_extract(model, batch, retention), expected, atol=1e-5, rtol=0)
+
+
+def test_the_learned_configuration_never_rises():
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        lengths = configuration_of(torch.rand(6, 32, generator=draw))
+        assert min(lengths) >= 2 and all(after <= before for before, after in itertools.pairwise(lengths))
+    assert configuration_of(torch.tensor([[1.0, 1.0, 0.2], [0.5, 0.0, 0.0], [1.0, 1.0, 1.0]])) == [3, 2, 2]
+
+
+def test_widths_are_nested_and_heads_stay_in_every_layer():
+    scores = [torch.tensor([0.1, 0.9, 0.5, 0.2]), torch.tensor([3.0, 1.0, 2.0, 0.0])]
+    assert widths_of(scores, 0.5) == [[1, 2], [0, 2]]
+    assert widths_of(scores, 0.25) == [[1], [0]]
+    assert kept_heads(scores, 0.5) == [[1], [0, 1, 2]]
+    assert kept_heads(scores, 1.0) == [[0, 1, 2, 3]] * 2
+
+
+def test_an_unknown_competitor_is_named(capsys):
+    assert run(lambda: _command(["tinybert"])) == 2
+    assert "competitor 'tinybert' is unknown; allowed: head_prune, dynabert, power_bert" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPETITORS)
+def test_a_competitor_from_checkpoint_to_score(name, elue_data, elue_start):
+    short = ["--epochs", "1", "--max-length", "32", "--batch-size", "16", "--learning-rate", "1e-3", "--seeds", "0"]
+    out = elue_data / "out"
+    flags = ["--model", str(elue_start), "--output", str(out), "--tasks", "sst2", "stsb", *short]
+    assert run(lambda: _command([name, *flags])) == 0
+    own = ["--submission", str(out / "submissions" / name / "seed-0"), "--labels", str(out / "labels")]
+    assert run(lambda: finetune_command(["elue", "score", *own, "--output", str(elue_data / "scored")])) == 0
+    tasks = read_result(elue_data / "scored").tasks
+    assert set(tasks) == {"sst2", "stsb"}
+    for task in tasks.values():
+        assert len(task.points) >= 4 and len({point.flops for point in task.points}) > 1
