@@ -35,6 +35,24 @@ def card_notes(report: dict[str, Any]) -> str:
     )
 
 
+STOCK = """\
+---
+library_name: transformers
+---
+
+# {name}
+
+A stock BERT made of the first {exit} layers of an elastic checkpoint and the exit after them; it needs no code but
+transformers'. Its outputs differ from that exit's by at most {stock_difference:.1g}.
+
+{notes}"""
+
+
+def stock_card(name: str, report: dict[str, Any]) -> str:
+    """The card of a stock BERT folder."""
+    return STOCK.format(name=name, notes=card_notes(report), **report)
+
+
 def summary(result: dict[str, Any]) -> str:
     """What the checks of one file found, in a line."""
     size = f"{result['bytes'] / 2**20:.0f} MiB"

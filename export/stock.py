@@ -42,8 +42,9 @@ def write_stock(checkpoint: Checkpoint, layer: int, folder: Path) -> float:
     its logits from those of the exit after `layer`; ValueError where BERT has no such model."""
     config = stock_config(checkpoint.config, layer)
     name, head = STOCK[checkpoint.architecture]
-    with transformers.initialization.no_init_weights():
-        model = getattr(transformers, name)(config).eval()
+    if head == "qa_outputs":
+        config.num_labels = 2  # start and end
+    model = getattr(transformers, name)(config).eval()
     tensors = stock_tensors(checkpoint, layer, head, set(model.state_dict()))
     model.load_state_dict(tensors)
     difference = largest_difference(checkpoint, layer, model)

@@ -20,9 +20,9 @@ from elastic_model.operating_points import FILE, OperatingPoints
 from elastic_model.processor import ONNX_FILES, cpu_flags, fitting_files
 from elastic_model.provenance import append_stage
 from elastic_model.session import REPORT, ElasticSession, Text, load_tokenizer
-from export.arithmetic import ARITHMETICS, INT8, arithmetic_of
+from export.arithmetic import ARITHMETICS, INT8, Arithmetic, arithmetic_of
 from export.builder import save_model
-from export.card import card_notes
+from export.card import card_notes, stock_card
 from export.check import (
     Answers,
     Reference,
@@ -83,7 +83,11 @@ def export_checkpoint(options: ExportOptions) -> dict[str, Any]:
         }
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         append_stage(folder, "export", parent=options.checkpoint, settings={"files": files})
-        write_card(folder, name=options.output.resolve().name, notes=card_notes(report))
+        name = options.output.resolve().name
+        if options.to is None:
+            write_card(folder, name=name, notes=card_notes(report))
+        else:
+            (folder / "README.md").write_text(stock_card(name, report), encoding="utf-8")
     return report
 
 
@@ -126,38 +130,57 @@ def write_all(
     task = task_of(config, points.policy if points else None, checkpoint.architecture)
     if sample and sample.labels and task.problem_type not in (SINGLE_LABEL, REGRESSION):
         raise ValueError(f"--label: quality is measured for classification and regression, not {task.problem_type}")
-    report: dict[str, Any] = {"activations": options.activations}
-    for file in checkpoint.files():
-        if options.to is None or file.name.startswith(("tokenizer", "vocab", "merges", "special", "provenance")):
-            shutil.copyfile(file, folder / file.name)
-    exit_layers = config.exit_layers
-    if plain is not None:
-        exit_layers, config = [plain], cut_config(config, plain)
-        report["exit"] = plain
-        if options.to:
-            report["stock_difference"] = write_stock(checkpoint, plain, folder)
-        else:
-            patch_config(folder, {"exit_policy": {"name": "constant", "layer": plain}, "length_config": None})
-    elif options.at:
-        patch_config(folder, {"exit_policy": config.exit_policy, "length_config": config.length_config})
+    report = {"activations": options.activations, **write_checkpoint(options, checkpoint, plain, folder)}
     if points is not None and plain is None:
         points.save(folder)
-    expected = references(checkpoint, task, exit_layers)
+    expected = references(checkpoint, task, config.exit_layers if plain is None else [plain])
     tokenizer = load_tokenizer(options.checkpoint / "tokenizer.json", checkpoint.max_tokens, task.problem_type)
     rows = sample_rows(checkpoint, sample, tokenizer)
     ranges = input_ranges(checkpoint, rows) if options.activations == "static" else None
     for name in files:
         arithmetic = arithmetic_of(name, options.activations, ranges)
-        if plain is None:
-            model = build_graph(config, checkpoint.tensors, task, arithmetic)
-        else:
-            model = build_plain_graph(config, checkpoint.tensors, task, arithmetic, plain)
-        entries = metadata(config, task, checkpoint.max_tokens, versions(), REQUIRES, plain)
-        if points is not None and plain is None:
-            entries["elastic_operating_points"] = json.dumps(points.to_dict())
-        onnx.helper.set_model_props(model, entries)
-        save_model(model, folder / "onnx" / f"{name}.onnx")
+        write_graph(checkpoint, task, arithmetic, plain, points, folder / "onnx" / f"{name}.onnx")
     return Written(task, expected, rows), report
+
+
+def write_checkpoint(
+    options: ExportOptions, checkpoint: Checkpoint, plain: int | None, folder: Path
+) -> dict[str, Any]:
+    """What is not ONNX: the checkpoint's own files, or stock BERT's, set to run as the ONNX files do."""
+    for file in checkpoint.files():
+        if options.to is None or file.name.startswith(("tokenizer", "vocab", "merges", "special", "provenance")):
+            shutil.copyfile(file, folder / file.name)
+    if options.to is not None and plain is not None:
+        return {"exit": plain, "stock_difference": write_stock(checkpoint, plain, folder)}
+    if plain is not None:
+        patch_config(folder, {"exit_policy": {"name": "constant", "layer": plain}, "length_config": None})
+        return {"exit": plain}
+    if options.at:
+        chosen = {name: getattr(checkpoint.config, name) for name in ("exit_policy", "length_config")}
+        patch_config(folder, chosen)
+        return {"at": options.at}
+    return {}
+
+
+def write_graph(
+    checkpoint: Checkpoint,
+    task: Task,
+    arithmetic: Arithmetic,
+    plain: int | None,
+    points: OperatingPoints | None,
+    file: Path,
+) -> None:
+    """One ONNX file with its metadata."""
+    config = checkpoint.config if plain is None else cut_config(checkpoint.config, plain)
+    if plain is None:
+        model = build_graph(config, checkpoint.tensors, task, arithmetic)
+    else:
+        model = build_plain_graph(config, checkpoint.tensors, task, arithmetic, plain)
+    entries = metadata(config, task, checkpoint.max_tokens, versions(), REQUIRES, plain)
+    if points is not None and plain is None:
+        entries["elastic_operating_points"] = json.dumps(points.to_dict())
+    onnx.helper.set_model_props(model, entries)
+    save_model(model, file)
 
 
 def sample_rows(checkpoint: Checkpoint, sample: Sample | None, tokenizer: Tokenizer) -> list[Any]:

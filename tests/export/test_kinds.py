@@ -1,0 +1,284 @@
+"""Every kind of artefact from end to end: heads, plain and stock files, defaults at a point, ways to compute."""
+
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import transformers
+from transformers import AutoTokenizer
+
+from elastic_model import (
+    ElasticBertForQuestionAnswering,
+    ElasticBertForSequenceClassification,
+    ElasticBertForTokenClassification,
+    ElasticBertModel,
+    ElasticSession,
+    cost,
+)
+from elastic_model.operating_points import OperatingPoint, OperatingPoints, checkpoint_hash
+from export.config import ExportOptions
+from export.write import export_checkpoint
+from tests.export.graphs import lively, torch_output
+from tests.export.test_graph import VARIANTS
+
+TEXTS = ["A treaty of commerce was signed in the spring.", "Our people are strong.", "The debt has been reduced."]
+INT8 = "model_quint8_avx2"
+CONTEXT = "The mails reach every county of the western States. " * 12 + "A treaty was signed in the spring."
+
+
+@pytest.fixture
+def checkpoint_of(tiny_config, tiny_tokenizer, tmp_path):
+    """Saves a lively checkpoint of a kind, with fields of its configuration changed."""
+
+    def make(kind=ElasticBertForSequenceClassification, **fields):
+        for name, value in fields.items():
+            setattr(tiny_config, name, value)
+        model = lively(tiny_config, kind=kind)
+        model.save_pretrained(tmp_path / "checkpoint")
+        tiny_tokenizer.save_pretrained(tmp_path / "checkpoint")
+        return model, tmp_path / "checkpoint"
+
+    return make
+
+
+def exported(checkpoint, **options):
+    out = checkpoint.parent / "out"
+    report = export_checkpoint(ExportOptions(checkpoint, out, **{"files": [INT8], **options}))
+    return out, report
+
+
+def test_words_get_a_tag_each(checkpoint_of):
+    model, checkpoint = checkpoint_of(
+        ElasticBertForTokenClassification, exit_policy={"name": "entropy", "threshold": 0.9}
+    )
+    out, report = exported(checkpoint)
+    assert report["files"]["model"]["largest_difference"]["4"] < 1e-4
+    session = ElasticSession.from_pretrained(out, "model", threads=1)
+    words = "A treaty of commerce was signed".split()
+    (given,) = session([words])
+    assert set(given) == {"label", "score", "words", "exit_layer", "point"}
+    assert given["words"] == words and len(given["label"]) == len(given["score"]) == 6
+    (found,) = session("A treaty of commerce was signed")
+    assert found == given
+    tokens = AutoTokenizer.from_pretrained(checkpoint)(words, is_split_into_words=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**tokens).logits[0]
+    first = [tokens.word_ids().index(number) for number in range(len(words))]
+    assert given["label"] == [model.config.id2label[one] for one in logits[first].argmax(-1).tolist()]
+
+
+def test_a_long_text_is_tagged_to_its_end(checkpoint_of):
+    _, checkpoint = checkpoint_of(ElasticBertForTokenClassification)
+    out, _ = exported(checkpoint)
+    session = ElasticSession.from_pretrained(out, "model", threads=1)
+    words = ("The mails reach every county of the western States " * 30).split()
+    (given,) = session([words])
+    (text,) = session(" ".join(words))
+    assert given["words"] == text["words"] == words
+    assert given["label"] == text["label"] and None not in given["label"]
+    assert session.exit_logits(["A treaty.", "The debt has been reduced."]).shape[:2] == (4, 2)
+
+
+def test_questions_are_answered_from_the_end_of_a_long_context(checkpoint_of):
+    model, checkpoint = checkpoint_of(ElasticBertForQuestionAnswering)
+    out, report = exported(checkpoint)
+    assert set(report["files"]["model"]["largest_difference"]) == {"1", "2", "3", "4"}
+    session = ElasticSession.from_pretrained(out, "model", threads=1)
+    (result,) = session([("Who was strong?", CONTEXT)])
+    assert set(result) == {"label", "score", "start", "end", "exit_layer", "point"}
+    assert CONTEXT[result["start"] : result["end"]] == result["label"] != ""
+    windows = session.encode([("Who was strong?", CONTEXT)])
+    assert len(windows) > 3
+    logits = session.exit_logits([("Who was strong?", CONTEXT)])
+    assert logits.shape == (4, len(windows), max(len(one.ids) for one in windows), 2)
+    batch = {"input_ids": np.array([windows[0].ids]), "token_type_ids": np.array([windows[0].type_ids])}
+    expected = torch_output(model, batch)
+    np.testing.assert_allclose(logits[-1, 0, : len(windows[0].ids), 0], expected.start_logits[0], atol=1e-4)
+    with pytest.raises(ValueError, match="pair of question and context"):
+        session(["no context"])
+
+
+def test_vectors_are_means_of_the_last_states(checkpoint_of):
+    model, checkpoint = checkpoint_of(ElasticBertModel)
+    out, _ = exported(checkpoint)
+    session = ElasticSession.from_pretrained(out, "model", threads=1)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    for text, result in zip(TEXTS, session(TEXTS, max_layer=3), strict=True):
+        with torch.no_grad():
+            output = model(**tokenizer(text, return_tensors="pt"), exit_policy={"name": "constant", "layer": 3})
+        np.testing.assert_allclose(result["embedding"], output.last_hidden_state[0].mean(0), atol=1e-5)
+        assert result["exit_layer"] == 3
+
+
+@pytest.mark.parametrize("variant", ["plain", "pruned", "static", "roberta"])
+def test_a_plain_file_answers_as_its_exit(checkpoint_of, variant):
+    fields = {"vocab_size": 200, **VARIANTS[variant]}
+    model, checkpoint = checkpoint_of(**fields)
+    layer = 4 if variant == "static" else 2
+    out, report = exported(checkpoint, exit=layer)
+    assert report["exit"] == layer
+    session = onnxruntime.InferenceSession(out / "onnx/model.onnx", providers=["CPUExecutionProvider"])
+    assert not session.get_overridable_initializers() and [one.name for one in session.get_outputs()] == ["logits"]
+    import onnx
+
+    assert not {"If", "Loop", "Scan"} & {node.op_type for node in onnx.load(out / "onnx/model.onnx").graph.node}
+    (result,) = ElasticSession.from_pretrained(out, "model", threads=1)(TEXTS[0])
+    with torch.no_grad():
+        batch = AutoTokenizer.from_pretrained(checkpoint)(TEXTS[0], return_tensors="pt")
+        batch = {name: value for name, value in batch.items() if name != "token_type_ids" or variant != "roberta"}
+        logits = model(**batch, exit_policy={"name": "constant", "layer": layer}).logits[0]
+        alike = type(model).from_pretrained(out)(**batch).logits[0]
+    assert result["exit_layer"] == layer and result["label"] == model.config.id2label[int(logits.argmax())]
+    assert result["score"] == pytest.approx(float(logits.softmax(-1).max()), abs=1e-4)
+    torch.testing.assert_close(alike, logits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "auto"),
+    [
+        (ElasticBertForSequenceClassification, "AutoModelForSequenceClassification"),
+        (ElasticBertForTokenClassification, "AutoModelForTokenClassification"),
+        (ElasticBertForQuestionAnswering, "AutoModelForQuestionAnswering"),
+    ],
+)
+def test_a_stock_folder_is_bert(checkpoint_of, kind, auto):
+    model, checkpoint = checkpoint_of(kind)
+    out, report = exported(checkpoint, to="bert", exit=3)
+    assert report["stock_difference"] <= 1e-5
+    assert not list(out.glob("*.py")) and "auto_map" not in json.loads((out / "config.json").read_text())
+    stock = getattr(transformers, auto).from_pretrained(out).eval()
+    assert type(stock).__name__ == kind.__name__.replace("Elastic", "")
+    batch = AutoTokenizer.from_pretrained(out)(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        theirs, ours = stock(**batch), model(**batch, exit_policy={"name": "constant", "layer": 3})
+    real = batch["attention_mask"].bool()
+    for name in set(theirs) & {"logits", "start_logits", "end_logits"}:
+        both = [one[name] if one[name].shape[1] != real.shape[1] else one[name][real] for one in (ours, theirs)]
+        torch.testing.assert_close(*both, atol=1e-5, rtol=0)
+    inputs = {name: value.numpy() for name, value in batch.items()}
+    session = onnxruntime.InferenceSession(out / "onnx/model.onnx", providers=["CPUExecutionProvider"])
+    name = session.get_outputs()[0].name
+    found = session.run([name], inputs)[0]
+    expected = theirs[name].numpy()
+    if found.shape[1] == real.shape[1]:
+        found, expected = found[real.numpy()], expected[real.numpy()]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_what_stock_bert_cannot_be_is_said(checkpoint_of):
+    _, checkpoint = checkpoint_of(num_attention_heads_per_layer=[4, 2, 4, 4], attention_head_size=8)
+    with pytest.raises(ValueError, match="the same heads and FFN width in every layer"):
+        exported(checkpoint, to="bert", exit=3)
+    assert not (checkpoint.parent / "out").exists()
+
+
+def test_a_file_at_a_point_runs_at_it_by_itself(checkpoint_of):
+    policy = {"name": "entropy", "threshold": 0.2}
+    model, checkpoint = checkpoint_of(exit_policy=policy)
+    lengths = [1.0, 0.5, 0.5, 0.25]
+    table = [
+        OperatingPoint("full", [0.0] * 4, 4.0, flops=4e6),
+        OperatingPoint("short", [0.9] * 4, 2.0, length_config=lengths, flops=1e6),
+    ]
+    OperatingPoints(checkpoint_hash(checkpoint), policy, table).save(checkpoint)
+    out, _ = exported(checkpoint)
+    usual = ElasticSession.from_pretrained(out, "model", threads=1)
+    by_budget = usual(TEXTS, budget={"speedup": 4}, cost=True)
+    assert {result["point"] for result in by_budget} == {"short"}
+    out, _ = exported(checkpoint, at="speedup=4")
+    by_itself = ElasticSession.from_pretrained(out, "model", threads=1)(TEXTS, cost=True)
+    assert by_itself == by_budget
+    batch = AutoTokenizer.from_pretrained(checkpoint)(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(
+            **batch, exit_policy={"name": "entropy", "threshold": 0.9}, length_config=[1.0, 0.5, 0.5, 0.25]
+        )
+        alike = type(model).from_pretrained(out)(**batch)
+    torch.testing.assert_close(alike.logits, expected.logits)
+    assert [result["exit_layer"] for result in by_itself] == expected.exit_layers.tolist()
+    for row, result in enumerate(by_itself):
+        tokens = int(batch["attention_mask"][row].sum())
+        flops = cost.flops(model.config, tokens, length_config=lengths, exit_layer=int(expected.exit_layers[row]))
+        assert result["flops"] == flops
+    with pytest.raises(ValueError, match="no operating point named 'quick'; the names are: full, short"):
+        exported(checkpoint, at="quick")
+
+
+@pytest.mark.parametrize("activations", ["tensor", "static"])
+def test_scales_of_a_tensor(checkpoint_of, activations):
+    _, checkpoint = checkpoint_of()
+    (checkpoint / "rows.txt").write_text("\n".join(TEXTS * 3))
+    out, report = exported(checkpoint, activations=activations, rows=checkpoint / "rows.txt", min_agreement=0.5)
+    assert report["files"][INT8]["int8_share"] > 0.95 and report["files"][INT8]["relative_error"]["4"] < 0.2
+    assert len(ElasticSession.from_pretrained(out, INT8, threads=1)(TEXTS)) == 3
+
+
+def test_weights_of_sixteen_bits_are_half_as_large(checkpoint_of):
+    _, checkpoint = checkpoint_of(hidden_size=64, intermediate_size=256)
+    _, report = exported(checkpoint, files=["model_fp16", "model_bf16"])
+    files = report["files"]
+    for name, error in (("model_fp16", 0.01), ("model_bf16", 0.05)):
+        assert files[name]["bytes"] < 0.8 * files["model"]["bytes"]
+        assert max(files[name]["relative_error"].values()) < error
+
+
+def test_quality_on_labelled_rows(checkpoint_of):
+    _, checkpoint = checkpoint_of()
+    (checkpoint / "rows.tsv").write_text("text\tlabel\n" + "".join(f"{text}\tearly\n" for text in TEXTS))
+    _, report = exported(checkpoint, rows=checkpoint / "rows.tsv", label="label", min_agreement=0.3)
+    assert 0 <= report["files"]["model"]["quality"]["full"] <= 1
+    with pytest.raises(ValueError, match="no column 'truth'"):
+        exported(checkpoint, rows=checkpoint / "rows.tsv", label="truth")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"exit": 9}, "the exits are after layers"),
+        ({"exit": 0}, "must be a layer from 1"),
+        ({"at": "full"}, "no operating_points.json"),
+        ({"at": "full", "exit": 2}, "a plain file .* has none"),
+        ({"activations": "static"}, "needs --rows"),
+        ({"label": "label"}, "needs --rows"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(checkpoint_of, options, says):
+    _, checkpoint = checkpoint_of()
+    with pytest.raises(ValueError, match=says):
+        exported(checkpoint, **options)
+    assert not (checkpoint.parent / "out").exists()
+
+
+def test_outlying_channels_are_evened_out(checkpoint_of, monkeypatch):
+    """A few LayerNorm channels forty times as large, with weights as much smaller: per token, one scale would leave
+    the others two bits. Evened out, the error stays within two hundredths."""
+    from export import encoder
+    from tests.export.graphs import batch_of, session_of
+
+    model, _ = checkpoint_of(hidden_size=64, num_attention_heads=4, intermediate_size=128)
+    with torch.no_grad():
+        for layer in model.elasticbert.encoder.layer:
+            for norm, consumers in (
+                (layer.attention.output.LayerNorm, [layer.intermediate.dense]),
+                (layer.output.LayerNorm, []),
+            ):
+                norm.weight[[3, 17]] *= 40
+                for linear in consumers:
+                    linear.weight[:, [3, 17]] /= 40
+        layers = model.elasticbert.encoder.layer
+        for below, above in zip(layers, layers[1:], strict=False):
+            del below
+            for linear in (above.attention.self.query, above.attention.self.key, above.attention.self.value):
+                linear.weight[:, [3, 17]] /= 40
+        for layer in range(1, 5):
+            model.elasticbert.encoder.pooler.at(layer).dense.weight[:, [3, 17]] /= 40
+    batch = batch_of(model.config, [9, 30, 17, 5] * 4)
+    expected = torch.stack(torch_output(model, batch).exit_logits).numpy()
+    errors = []
+    for factors in (encoder.smoothing, lambda *_: None):
+        monkeypatch.setattr(encoder, "smoothing", factors)
+        found = session_of(model, INT8).run(["exit_logits"], batch)[0]
+        errors.append(np.abs(found - expected).mean() / np.sqrt(np.square(expected).mean()))
+    assert errors[0] < 0.03 < 2 * errors[0] < errors[1]
