@@ -48,8 +48,8 @@ def test_commands_parse(command):
     options = {"pretrain": PretrainConfig, "export predict": PredictOptions}
     options |= {f"finetune {name}": kind for name, (kind, _) in COMMANDS.items()}
     package, *rest = command[2:]
-    name = f"{package} {rest[0]}"
-    kind, flags = (options[name], rest[1:]) if name in options else (options.get(package, ExportOptions), rest)
+    words = next((words for words in (2, 1) if " ".join([package, *rest[:words]]) in options), 0)
+    kind, flags = options.get(" ".join([package, *rest[:words]]), ExportOptions), rest[words:]
     parsed = parse(kind, flags)
     named = [word for word in flags if word.startswith(("pretrain/", "finetune/"))]
     assert all((ROOT / path).is_file() for path in named)
