@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, logging
 
@@ -27,15 +27,17 @@ from elastic_model.folders import check_output, claim_folder, is_ours, new_file
 from elastic_model.front import area_under_front, pareto_front
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from elastic_model.operating_points import FILE, OperatingPoint, OperatingPoints, checkpoint_hash
+from elastic_model.session import ElasticSession
 from finetune.candidates import STEPS, Lengths, initial, offspring, shares
 from finetune.config import SearchOptions
 from finetune.data import Encoded
 from finetune.evaluate import check_learned, score_of, table
-from finetune.examples import read_examples
+from finetune.examples import Examples, read_examples
 from finetune.explore import Observed, explore
 from finetune.figures import plot_areas, plot_front
 from finetune.kinds import answers_of
 from finetune.labels import Labels
+from finetune.latency import Latency, latency_of_point, measure_latency
 from finetune.metrics import metric
 from finetune.policies import Policy, candidates, never, policy_name, thresholds
 from finetune.prepare import (
@@ -67,16 +69,31 @@ class Found:
 
 
 @dataclass
+class Served:
+    """The exported graph whose latency is the cost: its session, the rows that are timed, and what they showed."""
+
+    session: ElasticSession
+    encodings: list[Any]
+    latency: Latency
+
+    def time(self, limits: list[float], lengths: list[float]) -> dict[str, Any]:
+        """What an operating point records of these thresholds and shares."""
+        return latency_of_point(self.session, self.encodings, self.latency.batch, limits, lengths)
+
+
+@dataclass
 class Search:
     """What a search works on, and what it has found: `generations`, configurations in the order they were tried."""
 
     options: SearchOptions
     model: ElasticBertExitModel
     tokenizer: PreTrainedTokenizerBase
+    examples: Examples
     encoded: Encoded
     labels: Labels
     policies: list[Policy]
     settings: dict[str, Any]
+    served: "Served | None" = None
     generations: list[list[Lengths]] = field(default_factory=list)
     found: dict[Lengths, list[Found]] = field(default_factory=dict)
 
@@ -126,7 +143,8 @@ def measure(search: Search, lengths: Lengths, observed: Observed, encoded: Encod
         flops = float(costs[left, rows].mean())
         quality = float(score(answers, encoded.labels))
         means = float(padded[left].mean()), float(layers[left].mean())
-        tried.append(Found(lengths, setting, quality, flops, flops, *means))
+        cost = flops if search.served is None else search.served.latency.of_rows(layers[left], costs[left, rows])
+        tried.append(Found(lengths, setting, quality, cost, flops, *means))
     kept = pareto_front([one.cost for one in tried], [one.quality for one in tried])
     return [one for place, one in enumerate(tried) if place in kept or not place]  # and full depth, where it stands
 
@@ -254,23 +272,34 @@ def operating_points(search: Search, encoded: Encoded, weights: str) -> Operatin
         rows = np.arange(len(left))
         flops = exit_flops(config, encoded.lengths, shares(one.lengths), encoded.head).double().numpy()
         answers = answers_of(seen.logits[left, rows], encoded, search.labels)
+        limits, served = thresholds(policy["name"], policy, len(exits), problem_type), search.served
         points.append(
             OperatingPoint(
                 name,
-                thresholds(policy["name"], policy, len(exits), problem_type),
+                limits,
                 float(np.array(exits)[left].mean()),
                 shares(one.lengths),
                 flops=float(flops[left, rows].mean()),
                 quality={**asdict(score_of(answers, encoded, search.labels, options.seed)), "split": options.split},
+                latency_ms=None if served is None else served.time(limits, shares(one.lengths)),
             )
         )
     lossless = named.get("lossless", named["full"])
-    return OperatingPoints(weights, search.policies[lossless.setting], points)
+    policy = search.policies[lossless.setting]
+    return OperatingPoints(weights, policy, points + guaranteed(Path(options.model), policy["name"]))
+
+
+def guaranteed(folder: Path, policy: str) -> list[OperatingPoint]:
+    """The points there are that `calibrate` gave a guarantee: a search does not know better."""
+    if not (folder / FILE).is_file():
+        return []
+    known = OperatingPoints.load(folder)
+    return [one for one in known.points if one.calibration and known.policy["name"] == policy]
 
 
 def prepare(options: SearchOptions) -> tuple[Search, Encoded]:
     """What the search works on, read and checked, and all rows of the split."""
-    for name in ("rows", "first", "points", "eval_batch_size"):
+    for name in ("rows", "first", "points", "eval_batch_size", "latency_batch", "latency_threads", "latency_rows"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
     for name in ("iterations", "mutations", "crossovers"):
@@ -298,7 +327,34 @@ def prepare(options: SearchOptions) -> tuple[Search, Encoded]:
     free = ("output", "resume", "model", "points", "iterations", "eval_batch_size")
     settings = {name: value for name, value in vars(options).items() if name not in free}
     settings |= {"checkpoint": checkpoint_hash(folder), "rows_hash": rows_hash(encoded)}
-    return Search(options, model, tokenizer, encoded, labels, policies, settings), every
+    return Search(options, model, tokenizer, some, encoded, labels, policies, settings), every
+
+
+def load_served(options: SearchOptions, search: Search, folder: Path) -> Served:
+    """The exported graph, timed; or, of a search that is resumed, as it was timed when the search began.
+
+    ValueError where the folder is not an export of this checkpoint, or cannot do what the search needs.
+    """
+    exported = Path(str(options.latency))
+    session = ElasticSession.from_pretrained(exported, threads=options.latency_threads)
+    policy = search.policies[0]["name"]
+    if checkpoint_hash(exported) != search.settings["checkpoint"]:
+        raise ValueError(f"{exported} is not an export of {options.model}: its weights are others; export it again")
+    if "length_config" not in session.inputs or (session.policy or {}).get("name") != policy:
+        raise ValueError(
+            f"{session.file} must have length_config as an input and the exit policy {policy!r}, "
+            f"it has {sorted(session.inputs)} and {session.policy}; export the checkpoint again"
+        )
+    texts = search.examples.select(list(range(min(options.latency_rows, len(search.examples)))))
+    rows = list(zip(texts.texts, texts.pairs, strict=True)) if texts.pairs else texts.texts
+    encodings = session.tokenizer.encode_batch(rows)
+    begun = folder / JOURNAL
+    if options.resume and begun.is_file():
+        known = json.loads(begun.read_text(encoding="utf-8").splitlines()[0]).get("measured")
+        if known:
+            return Served(session, encodings, Latency(**known))
+    head, batch = search.encoded.head, options.latency_batch
+    return Served(session, encodings, measure_latency(session, search.model.config, encodings, batch, head))
 
 
 def result_of(search: Search, history: list[dict[str, Any]], points: OperatingPoints) -> dict[str, Any]:
@@ -309,6 +365,8 @@ def result_of(search: Search, history: list[dict[str, Any]], points: OperatingPo
         "rows": len(search.encoded),
         "settings_of_the_exit_policy": len(search.policies),
         "iterations": history,
+        "cost": "FLOPs of a row, on its real tokens" if search.served is None else "milliseconds of a batch",
+        "latency": search.settings.get("measured"),
         "full": asdict(search.full()),
         "front": [{**asdict(one), "policy": search.policies[one.setting]} for one in search.front()],
         "constant_ratio": [asdict(one) for one in curve],
@@ -324,7 +382,9 @@ def write(search: Search, folder: Path, history: list[dict[str, Any]], points: O
     plot_areas(folder / "area.png", [one["area"] for one in history])
     lines = {name: [(one["cost"], one["quality"]) for one in result[name]] for name in ("constant_ratio", "front")}
     plot_front(folder / "front.png", lines, result["full"]["cost"], result["metric"])
-    points.save(Path(search.options.model))
+    for place in (search.options.model, search.options.latency):
+        if place is not None:
+            points.save(Path(place))
 
 
 def show(points: OperatingPoints) -> str:
@@ -353,6 +413,11 @@ def search(options: SearchOptions) -> None:
     accelerator = Accelerator()
     work, every = prepare(options)
     work.model.to(accelerator.device)
+    if options.latency is not None:
+        work.served = load_served(options, work, folder)
+        (work.served.latency,) = broadcast_object_list([work.served.latency])  # one for all processes
+        work.settings["measured"] = asdict(work.served.latency)
+        accelerator.print(f"latency: {work.served.latency}")
     if accelerator.is_main_process:
         if not options.resume and is_ours(folder):
             shutil.rmtree(folder)

@@ -1,7 +1,10 @@
 """Search: configurations never rise, what they share changes no answer, a kill changes no result."""
 
 import itertools
+import json
 import random
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +16,14 @@ from elastic_model import (
     ElasticBertForSequenceClassification,
     ElasticBertForTokenClassification,
 )
+from elastic_model.arguments import run
 from elastic_model.checks import check_length_config
+from elastic_model.operating_points import OperatingPoints
+from export.__main__ import export
 from finetune.candidates import STEPS, constant_ratio, crossover, initial, mutate, offspring, shares
+from finetune.config import SearchOptions
 from finetune.explore import explore_batch
+from finetune.search import JOURNAL, RESULT, read_journal, search
 
 
 def test_configurations_never_rise():
@@ -92,3 +100,95 @@ def test_sharing_changes_no_answer(kind):
         torch.testing.assert_close(logits[:, place], torch.stack(plain)[:, place], atol=1e-5, rtol=0)
         if kind == "a learned head":
             torch.testing.assert_close(doubt, output.exit_uncertainty, atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def checkpoint(tiny_config, tiny_tokenizer, tmp_path):
+    """A classifier of random weights, large ones: it answers otherwise at every exit and length."""
+    torch.manual_seed(0)
+    tiny_config.initializer_range = 0.3
+    ElasticBertForSequenceClassification(tiny_config).save_pretrained(tmp_path / "checkpoint")
+    tiny_tokenizer.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def options_of(checkpoint, small_task, output, **changes):
+    own = {"dev": str(small_task / "more.tsv"), "text": "text", "label": "label", "max_length": 32, "rows": 40}
+    small = {"iterations": 2, "mutations": 5, "crossovers": 5, "first": 5}
+    return SearchOptions(**{"model": str(checkpoint), "output": str(output), **own, **small, **changes})
+
+
+def result_of(output):
+    """What a search found, without what it took."""
+    result = json.loads((output / RESULT).read_text())
+    return {**result, "iterations": [{**one, "seconds": 0} for one in result["iterations"]]}
+
+
+def test_a_search_from_end_to_end(checkpoint, small_task, tmp_path, capsys):
+    search(options_of(checkpoint, small_task, tmp_path / "whole"))
+    result, points = result_of(tmp_path / "whole"), OperatingPoints.load(checkpoint)
+    areas = [one["area"] for one in result["iterations"]]
+    assert areas == sorted(areas) and areas[0] < areas[-1] <= 1 and len(areas) == 3
+    assert (tmp_path / "whole/front.png").stat().st_size and (tmp_path / "whole/area.png").stat().st_size
+    lines = (tmp_path / "whole" / JOURNAL).read_text().splitlines()
+    tried = [tuple(json.loads(line)["lengths"]) for line in lines[1:]]
+    assert len(set(tried)) == len(tried) == result["iterations"][-1]["configurations"] >= 15
+    policy, lengths = points.at(max_drop=100)
+    model = ElasticBertForSequenceClassification.from_pretrained(checkpoint).eval()
+    left = model(torch.tensor([[2, 9, 8, 7, 3]]), exit_policy=policy, length_config=lengths).exit_layers
+    assert left.item() in model.exit_layers and points.at("full").mean_exit_layer == 4
+    assert {"full", "best"} <= {one.name for one in points.points} and "speed-up" in capsys.readouterr().out
+
+    torn = tmp_path / "killed"
+    shutil.copytree(tmp_path / "whole", torn)
+    (torn / JOURNAL).write_text("\n".join(lines[:9]) + "\n" + lines[9][:40])
+    search(options_of(checkpoint, small_task, torn, resume=True))
+    assert result_of(torn) == result and (torn / JOURNAL).read_text().splitlines()[:9] == lines[:9]
+    with pytest.raises(ValueError, match="holds a search with mutations = 5, not 6"):
+        search(options_of(checkpoint, small_task, torn, resume=True, mutations=6))
+
+
+def test_one_axis_alone_is_searched_alone(checkpoint, small_task, tmp_path):
+    search(options_of(checkpoint, small_task, tmp_path / "lengths", axes="lengths"))
+    search(options_of(checkpoint, small_task, tmp_path / "exits", axes="exits"))
+    lengths, exits = (result_of(tmp_path / axes) for axes in ("lengths", "exits"))
+    assert {one["mean_exit_layer"] for one in lengths["front"]} == {4.0}
+    assert {tuple(one["lengths"]) for one in exits["front"]} == {(STEPS,) * 4} and len(exits["front"]) > 1
+
+
+def test_a_damaged_journal_is_named(tmp_path):
+    (tmp_path / JOURNAL).write_text('{"seed": 0}\n{"lengths"\n{}\n')
+    with pytest.raises(ValueError, match="line 2: damaged"):
+        read_journal(tmp_path, {"seed": 0})
+
+
+def test_latency_as_the_cost(checkpoint, small_task, tmp_path):
+    run(lambda: export([str(checkpoint), str(tmp_path / "exported")]))
+    options = options_of(checkpoint, small_task, tmp_path / "out", latency=str(tmp_path / "exported"), latency_rows=8)
+    search(options)
+    for folder in (checkpoint, tmp_path / "exported"):
+        points = OperatingPoints.load(folder)
+        assert all(one.latency_ms["value"] > 0 and one.latency_ms["batch"] == 1 for one in points.points)
+    slowest = max(one.latency_ms["value"] for one in points.points)
+    assert points.at(latency_ms=slowest) and result_of(tmp_path / "out")["latency"]["batch"] == 1
+    with pytest.raises(ValueError, match="is not an export of"):
+        model = ElasticBertForSequenceClassification.from_pretrained(checkpoint)
+        torch.nn.init.zeros_(model.classifiers.at(4).weight)
+        (checkpoint / "operating_points.json").unlink()
+        model.save_pretrained(checkpoint)
+        search(options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rows": 0}, "rows must be at least 1, got 0"),
+        ({"mutation_probability": 2.0}, "mutation_probability lies from 0 to 1"),
+        ({"exit_policy": "learned"}, "asks a learned exit head"),
+        ({"exit_policy": "constant"}, "'constant' cannot be calibrated"),
+    ],
+)
+def test_bad_options_are_named(checkpoint, small_task, tmp_path, changes, says):
+    with pytest.raises(ValueError, match=says):
+        search(options_of(checkpoint, small_task, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
