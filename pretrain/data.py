@@ -111,7 +111,7 @@ class Examples:
     @property
     def lengths(self) -> np.ndarray:
         """(examples,): tokens of each, special tokens included"""
-        return self.table[:, 2] - self.table[:, 1] + SPECIAL_TOKENS_OF_A_PAIR
+        return self.table[:, 2] - self.table[:, 1] + SPECIAL_TOKENS_OF_A_PAIR - ~self.ordered
 
     def token_counts(self) -> np.ndarray:
         """(vocabulary,): how often each token occurs in these passages"""

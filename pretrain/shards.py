@@ -109,8 +109,11 @@ class ShardWriter:
         self.files[name].write(np.asarray(values, dtype).tobytes())
 
     def add(self, batch: list[list[str]], encoder: Tokenizer) -> None:
-        """Documents, each a list of sentences; those without a token are left out."""
-        pieces = [sentence for document in batch for sentence in document]
+        """Documents, each a list of sentences; those without a token are left out.
+
+        Byte-level tokenizers see the space before a sentence, as inside the text; to others it makes no difference.
+        """
+        pieces = [" " * (place > 0) + sentence for document in batch for place, sentence in enumerate(document)]
         ids: Iterator[list[int]] = iter(_encode(pieces, encoder))
         for document in batch:
             encoded = [next(ids) for _ in document]

@@ -55,6 +55,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def word_starts(tokenizer: PreTrainedTokenizerBase) -> list[bool]:
     """For every entry of the vocabulary: whether it starts a word (WordPiece marks the others, byte-level these)."""
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    if any(token.startswith("##") for token in tokens):
-        return [not token.startswith("##") for token in tokens]
+    model = tokenizer.backend_tokenizer.model
+    if isinstance(model, models.WordPiece):  # not by the look of the tokens: byte-level ones know ## as text
+        return [not token.startswith(model.continuing_subword_prefix) for token in tokens]
     return [token.startswith(("\u0120", WORD_START)) for token in tokens]

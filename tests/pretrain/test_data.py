@@ -1,10 +1,13 @@
+import json
+
 import numpy as np
 import pytest
 import torch
 
-from pretrain.data import Examples, GlobalBatches, Share, check_batch_size, passages, split_documents
+from pretrain.data import Examples, GlobalBatches, Pool, Share, check_batch_size, passages, split_documents
 from pretrain.masking import IGNORED
 from pretrain.prepare import prepare
+from pretrain.statistics import statistics, table
 
 
 @pytest.fixture
@@ -177,3 +180,107 @@ def test_held_out_text_is_masked_the_same_whatever_the_training_masks(options):
             sum((row != IGNORED).sum() for row in labels) / (examples.table[:, 2] - examples.table[:, 1]).sum()
         )
     assert shares[False] == pytest.approx(0.4, abs=0.03) and shares[True] == pytest.approx(0.15, abs=0.03)
+
+
+@pytest.fixture
+def mixed(options, corpus_file, corpus_text, tmp_path):
+    """-> examples of a large source and of one a fourth of its size, with these weights."""
+    small = tmp_path / "small.txt"
+    small.write_text("\n\n".join(corpus_text.replace("treaty", "pact").split("\n\n")[:10]) + "\n")
+
+    def make(**weights):
+        mixture = {name: {"text": str(file)} for name, file in (("large", corpus_file), ("small", small))}
+        for name, weight in weights.items():
+            mixture[name]["weight"] = weight
+        config = options(text=[], mixture=json.dumps(mixture))
+        return Examples(prepare(config), config, held_out=False)
+
+    return make
+
+
+def shown(batches, epoch):
+    """(examples, 2): what the batches of an epoch show"""
+    return np.concatenate([batches.rows(step)[1] for step in range(epoch * len(batches), (epoch + 1) * len(batches))])
+
+
+def test_weights_are_the_sources_shares_of_every_epoch(mixed):
+    examples = mixed(large=1, small=1)
+    batches = GlobalBatches(examples, 8, Share(0, 1, 8))
+    for epoch in (0, 1, 5):
+        of_small = examples.source[shown(batches, epoch)[:, 1]] == 1
+        assert of_small.mean() == pytest.approx(0.5, abs=0.02)
+    assert (examples.source == 1).mean() < 0.25
+
+
+def test_a_source_is_shown_whole_before_any_of_it_is_shown_again_and_then_masked_anew(mixed):
+    examples = mixed(large=1, small=1)
+    pool = GlobalBatches(examples, 8, Share(0, 1, 8)).pools[1]
+    drawn = np.concatenate([pool.draw(epoch) for epoch in range(4)])
+    assert len({tuple(row) for row in drawn}) == len(drawn)  # never the same example with the same masks
+    for number in range(drawn[:, 0].max()):
+        assert sorted(drawn[drawn[:, 0] == number, 1]) == pool.examples.tolist()
+    index = pool.examples[0]
+    assert not np.array_equal(examples.example(0, index)["labels"], examples.example(1, index)["labels"])
+
+
+def test_a_pool_is_a_function_of_seed_and_epoch():
+    pools = [Pool(np.arange(100, 130), 50, seed) for seed in ((1, 0), (1, 0), (1, 1), (2, 0))]
+    later, again, of_other_source, of_other_seed = (pool.draw(7) for pool in pools)
+    assert np.array_equal(later, again)
+    assert not np.array_equal(later, of_other_source) and not np.array_equal(later, of_other_seed)
+
+
+def test_without_weights_sources_are_shown_as_one_text_is(mixed):
+    examples = mixed()
+    batches = GlobalBatches(examples, 1, Share(0, 1, 1))
+    assert sorted(shown(batches, 3)[:, 1]) == list(range(len(examples)))
+
+
+def test_a_mixture_is_the_same_for_any_number_of_processes(mixed):
+    examples = mixed(large=1, small=3)
+    whole = GlobalBatches(examples, 8, Share(0, 1, 8))[40]
+    shares = [GlobalBatches(examples, 8, Share(number, 2, 2))[40] for number in range(2)]
+    assert rows_of([batch for share in shares for batch in share]) == rows_of(whole)
+
+
+def test_statistics_count_what_the_examples_hold(mixed):
+    examples = mixed(large=1, small=3)
+    batches = GlobalBatches(examples, 8, Share(0, 1, 4))
+    held_out = Examples(examples.corpus, examples.config, held_out=True)
+    found = statistics(examples.corpus, batches, held_out)
+    large, small, total = found["sources"]["large"], found["sources"]["small"], found["total"]
+    for name in ("documents", "sentences", "tokens", "examples", "pairs", "held_out"):
+        assert large[name] + small[name] == total[name]
+    assert (total["documents"], total["sentences"]) == (50, 600)
+    made = [examples.example(0, index) for index in range(len(examples))]
+    assert total["pairs"] == sum(example["sentence_order_label"] != IGNORED for example in made)
+    assert total["padding"] == pytest.approx(1 - np.mean([len(example["input_ids"]) / 24 for example in made]))
+    assert (large["share"], small["share"], total["unknown"]) == (0.25, 0.75, 0.0)
+    masks = [batch["attention_mask"] for step in range(len(batches)) for batch in batches[step]]
+    padding = sum((mask == 0).sum() for mask in masks) / sum(mask.numel() for mask in masks)
+    assert found["padding_in_batches"] == pytest.approx(float(padding)) and padding < total["padding"]
+    assert json.loads(json.dumps(found)) == found
+    assert [line.split()[0] for line in table(found).splitlines()] == [
+        "documents",
+        "large",
+        "small",
+        "total",
+        "padding",
+    ]
+
+
+def test_unknown_tokens_are_counted(options, corpus_text, tmp_path):
+    prepare(options()).tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "greek.txt").write_text(corpus_text + "\n\n\u03b1\u03b2 \u03b3.\n")
+    corpus = prepare(options(text=tmp_path / "greek.txt", tokenizer=tmp_path / "tokenizer"))
+    assert corpus.total("unknown") == 2
+
+
+def test_passages_are_packed_to_the_length(options):
+    config = options(short_probability=0, max_length=32)
+    corpus = prepare(config)
+    examples = Examples(corpus, config, held_out=False)
+    ends = {int(shard.sentences[place]) for shard in corpus.shards for place in shard.documents}
+    sentence = np.diff(corpus.shards[0].sentences).max()
+    for _, start, stop in examples.table.tolist():
+        assert stop - start + sentence > 29 or stop in ends  # no further sentence fits, or the document ends

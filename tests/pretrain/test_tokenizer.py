@@ -1,7 +1,11 @@
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from pretrain.data import Examples
+from pretrain.masking import IGNORED
+from pretrain.prepare import prepare
 from pretrain.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_wordpiece, word_starts
 
 
@@ -62,3 +66,55 @@ def test_word_starts_are_the_pieces_without_the_continuation_mark(corpus_text):
     ids = tokenizer("the senatetreaty", add_special_tokens=False).input_ids
     pieces = tokenizer.convert_ids_to_tokens(ids)
     assert starts[ids].tolist() == [not piece.startswith("##") for piece in pieces] and not starts[ids].all()
+
+
+@pytest.fixture
+def byte_level(corpus_text, tmp_path):
+    """The folder of a byte-level BPE tokenizer, as RoBERTa has one, that knows ## as text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>", "pad_token": "<pad>"}
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=list(special.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([corpus_text, " ##" * 1000], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path / "byte_level")
+    return tmp_path / "byte_level"
+
+
+def test_a_byte_level_tokenizer_reads_a_document_as_it_stands(byte_level, options, corpus_text):
+    corpus = prepare(options(tokenizer=byte_level))
+    document = corpus_text.split("\n\n")[0].replace("\n", " ")
+    shard = corpus.shards[0]
+    tokens = shard.tokens[: shard.sentences[shard.documents[1]]].tolist()
+    assert tokens == corpus.tokenizer(document, add_special_tokens=False).input_ids
+    assert corpus.total("unknown") == 0
+
+
+def test_words_of_a_byte_level_tokenizer_start_at_its_spaces(byte_level):
+    tokenizer = load_tokenizer(byte_level)
+    starts = np.array(word_starts(tokenizer))
+    ids = tokenizer(" the ## treatyharbor", add_special_tokens=False).input_ids
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    assert "\u0120##" in pieces and starts[ids].tolist() == [piece[0] == "\u0120" for piece in pieces]
+    assert starts[ids].sum() == 3 < len(ids)
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "byte level"])
+def test_whole_words_are_masked_whole(kind, byte_level, options):
+    config = options(whole_words=True, **({"tokenizer": byte_level} if kind == "byte level" else {}))
+    examples = Examples(prepare(config), config, held_out=False)
+    continued = 0
+    for index in range(200):
+        example = examples.example(0, index)
+        predicted = example["labels"] != IGNORED
+        ids = np.where(predicted, example["labels"], example["input_ids"])
+        inside = ~np.isin(ids, [examples.cls, examples.sep])
+        joined = np.flatnonzero(inside[1:] & inside[:-1] & ~examples.starts[ids[1:]])  # to the token after
+        assert (predicted[joined] == predicted[joined + 1]).all()
+        continued += predicted[joined].sum()
+    assert continued > 50
