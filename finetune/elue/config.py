@@ -14,7 +14,9 @@ REFERENCE_HELP = (
 class ScoreOptions:
     """Score a submission in ELUE's format: its points, its Pareto front, its distance from a reference curve."""
 
-    submission: str = option(help="folder of the test files: TASK.tsv, or TASK/POINT.tsv for several operating points")
+    submission: str = option(
+        help="the test files: a folder of TASK.tsv, or of TASK/POINT.tsv for several operating points; or one TASK.tsv"
+    )
     model_file: str | None = option(
         None,
         help="what the modules cost: a table (.tsv, .json), a config.json, a checkpoint folder, a folder with "
@@ -24,7 +26,9 @@ class ScoreOptions:
         False, help="run the Python code of a model.py, which can do anything that you can do; only for code you trust"
     )
     labels: str | None = option(
-        None, help="folder with TASK.tsv (columns index, label) of the true labels (default: the task's test split)"
+        None,
+        help="the true labels: a file with the columns index and label, or a folder of TASK.tsv (default: the task's "
+        "test split)",
     )
     reference: str | None = option(None, help=REFERENCE_HELP)
     name: str | None = option(None, help="what the submission is called (default: its folder)")

@@ -16,16 +16,19 @@ from finetune.examples import read_examples
 from finetune.labels import encode_labels
 from finetune.metrics import metric
 from finetune.tables import read_table
-from finetune.tasks import find_task
+from finetune.tasks import DATA_VARIABLE, find_task
 
 
-def true_labels(task: str, folder: Path | None) -> np.ndarray:
-    """The labels of a task's test rows, in the order of the index: of TASK.tsv in a folder, else of the test split."""
+def true_labels(task: str, given: Path | None) -> np.ndarray:
+    """The labels of a task's test rows, in the order of the index: of a file, or of TASK.tsv in a folder, where one is
+    given; else of the test split."""
     kind = answers_to(task)
-    if folder is None:
+    if given is None:
         found = find_task(task)
+        if "test" not in found.splits:
+            raise ValueError(f"the test labels of {task} are not public; set {DATA_VARIABLE}, or give --labels")
         return encode_labels(found, read_examples(found, "test"), list(kind.classes), kind.problem_type)
-    return _read_labels(folder / f"{task}.tsv", kind)
+    return _read_labels(given / f"{task}.tsv" if given.is_dir() else given, kind)
 
 
 def _read_labels(file: Path, kind: Answers) -> np.ndarray:
@@ -33,8 +36,8 @@ def _read_labels(file: Path, kind: Answers) -> np.ndarray:
     numbers = {name: number for number, name in enumerate(kind.classes)}
     numbers |= {str(number): number for number in range(len(kind.classes))}
     labels: dict[int, float] = {}
-    for row in rows:
-        index, label = str(row["index"]), str(row["label"])
+    for number, row in enumerate(rows):
+        index, label = str(row.cells.get("index", number)), str(row["label"])
         if not index.isdecimal() or int(index) >= len(rows) or int(index) in labels:
             raise ValueError(f"{row.place}: index {index!r} must be one of 0 to {len(rows) - 1}, each once")
         try:

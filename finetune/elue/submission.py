@@ -91,9 +91,11 @@ def write_predictions(file: Path, answers: Sequence[int | float], paths: Sequenc
 
 
 def files_of(folder: Path) -> dict[str, dict[str, Path]]:
-    """{task: {operating point: file}} of a submission: TASK.tsv, or TASK/POINT.tsv for several points."""
+    """{task: {operating point: file}} of a submission: TASK.tsv, or TASK/POINT.tsv for several points; or one file."""
+    if folder.is_file():
+        return {_task_of(folder): {folder.stem: folder}}
     if not folder.is_dir():
-        raise ValueError(f"submission {folder} is not a folder; give the folder of the test files (TASK/POINT.tsv)")
+        raise ValueError(f"submission {folder} does not exist; give the folder of the test files (TASK/POINT.tsv)")
     found: dict[str, dict[str, Path]] = {}
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.name.startswith("."):

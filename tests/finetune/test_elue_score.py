@@ -161,6 +161,26 @@ def score(folder, *flags):
     return run(lambda: _command(["elue", "score", *own, "--model-file", str(folder / "model.tsv"), *flags]))
 
 
+def test_one_file_and_its_labels(submission, capsys):
+    """Labels without an index are in the order of the rows."""
+    (submission / "true.tsv").write_text("label\npositive\npositive\nnegative\nnegative\n")
+    one = submission / "SST-2.tsv"
+    shutil.copy(submission / "submission" / "SST-2" / "one.tsv", one)
+    flags = ["--submission", str(one), "--labels", str(submission / "true.tsv")]
+    model = ["--model-file", str(submission / "model.tsv")]
+    assert run(lambda: _command(["elue", "score", *flags, *model])) == 0
+    assert re.search(r"SST-2 +SST-2 +SST-2 +5e-06 +100.00 +front", capsys.readouterr().out)
+
+
+def test_without_labels_and_data_the_remedy_is_named(submission, capsys, monkeypatch):
+    monkeypatch.delenv("ELASTIC_MODEL_DATA", raising=False)
+    flags = ["--submission", str(submission / "submission"), "--model-file", str(submission / "model.tsv")]
+    assert run(lambda: _command(["elue", "score", *flags])) == 2
+    assert (
+        "the test labels of sst2 are not public; set ELASTIC_MODEL_DATA, or give --labels" in capsys.readouterr().err
+    )
+
+
 def test_score_and_leaderboard(submission, capsys):
     assert score(submission, "--name", "first", "--output", str(submission / "first")) == 0
     printed = capsys.readouterr().out
@@ -272,7 +292,7 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil
     ],
 )
 def test_the_page_sorts_in_a_browser(page, tmp_path, link, expected):
-    """As a link does; the buttons call the same function. A dash is last whichever way."""
+    """A link clicks the buttons of the table's head. A dash is last whichever way."""
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--dump-dom"]
     profile = f"--user-data-dir={tmp_path / 'profile'}"
     done = subprocess.run(
