@@ -1,6 +1,6 @@
 """What preparing text costs: seconds, and the peak memory of all processes, on files of growing size.
 
-    ELASTIC_MODEL_DATA=... python -m benchmarks.preparation        # minutes; writes benchmarks/results/preparation.json
+    ELASTIC_MODEL_DATA=... python -m benchmarks.preparation       # minutes; writes benchmarks/results/preparation.json
 
 Each measurement is a fresh process with an empty cache: first WordPiece is trained on the text and the shards are
 made, then the shards alone are made again with other numbers of processes and compared, byte for byte.
