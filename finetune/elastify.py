@@ -200,11 +200,11 @@ def prepare(options: ElastifyOptions, accelerator: Accelerator) -> ElastifyRun:
         raise ValueError(f"texts {options.texts} is not a file")
     config = AutoConfig.from_pretrained(options.model)
     problem_type = _check_original(options.model, config, options)
-    check_length(config, options.max_length)
     texts = _read_splits(options)
+    original, model = load_stock(options.model, problem_type), _load(options.model, problem_type, config, options)
+    check_length(model.config, options.max_length)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     splits = {split: encode(rows, tokenizer, options.max_length) for split, rows in texts.items()}
-    original, model = load_stock(options.model, problem_type), _load(options.model, problem_type, config, options)
     say = partial(ask, original, tokenizer=tokenizer, batch_size=options.eval_batch_size, accelerator=accelerator)
     revision = getattr(config, "_commit_hash", None)
     run = ElastifyRun(

@@ -1,5 +1,6 @@
 """Unlabelled texts: one a line, or the columns of a table."""
 
+import lzma
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def _lines(file: Path) -> list[str]:
     try:
         with OPENERS.get(file.suffix.lower(), open)(file, "rt", encoding="utf-8-sig") as lines:
             return [line.strip() for line in lines if line.strip()]
-    except (UnicodeDecodeError, EOFError) as error:
+    except (UnicodeDecodeError, EOFError, lzma.LZMAError) as error:
         raise ValueError(f"{file}: not a readable text file in UTF-8 ({error})") from error
 
 
@@ -34,7 +35,9 @@ def read_texts(file: Path, text: str | None, pair: str | None) -> Texts:
     if text is None:
         if pair is not None:
             raise ValueError("--pair is a column of a table: give the column of the first text with --text")
-        if file.suffixes[:1] != [".txt"] and form_of(file) != "tsv":
+        endings = [ending.lower() for ending in file.suffixes if ending.lower() not in OPENERS]
+        if endings[-1:] != [".txt"]:
+            form_of(file)  # names the forms there are
             raise ValueError(f"{file} is a table: name the column of its text with --text")
         found = Texts(_lines(file), None)
     else:

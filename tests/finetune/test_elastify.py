@@ -1,6 +1,7 @@
 """elastify: exits for stock models that learn from the models themselves; the last exit stays what they are."""
 
 import json
+import lzma
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,11 @@ def test_texts_are_lines_or_columns(tmp_path):
     (tmp_path / "t.tsv").write_text("a\tb\nfirst one\tsecond\nthird\tfourth\n")
     found = read_texts(tmp_path / "t.tsv", "a", "b")
     assert (found.texts, found.pairs) == (["first one", "third"], ["second", "fourth"])
+    with pytest.raises(ValueError, match="t.tsv is a table: name the column of its text with --text"):
+        read_texts(tmp_path / "t.tsv", None, None)
+    with lzma.open(tmp_path / "my.t.txt.xz", "wt") as packed:
+        packed.write("one\ntwo\n")
+    assert read_texts(tmp_path / "my.t.txt.xz", None, None).texts == ["one", "two"]
     (tmp_path / "t.txt").write_text("first\n\n second\tstill the second \n")
     assert read_texts(tmp_path / "t.txt", None, None).texts == ["first", "second\tstill the second"]
 
