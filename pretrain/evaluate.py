@@ -117,6 +117,8 @@ def _evaluation(total: torch.Tensor, exit_layers: list[int], examples: int) -> E
 
 def load_for_evaluation(config: EvaluateConfig) -> tuple[ElasticBertForPreTraining, list[str]]:
     """The model, and names of the weights that its checkpoint does not hold: drawn at random, by the seed."""
+    if not (config.model / "config.json").is_file():
+        raise ValueError(f"model: {config.model} is no checkpoint folder (it holds no config.json)")
     set_verbosity_error()
     disable_progress_bar()
     torch.manual_seed(config.seed)

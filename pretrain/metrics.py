@@ -88,8 +88,8 @@ class Window:
         seconds = time.perf_counter() - self.started
         return {
             "tokens_per_second": round(self.tokens / seconds, 1),
-            "model_tflops_per_second": round(self.flops / seconds / 1e12, 4),
-            "model_flops_utilisation": None if peak_flops is None else round(self.flops / seconds / peak_flops, 4),
+            "model_tflops_per_second": float(f"{self.flops / seconds / 1e12:.4g}"),
+            "model_flops_utilisation": peak_flops and float(f"{self.flops / seconds / peak_flops:.4g}"),
         }
 
 

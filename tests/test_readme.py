@@ -43,9 +43,9 @@ def test_commands_parse(command):
     from elastic_model.arguments import parse
     from export.config import ExportOptions, PredictOptions
     from finetune.__main__ import COMMANDS
-    from pretrain.config import PretrainConfig
+    from pretrain.config import EvaluateConfig, PretrainConfig
 
-    options = {"pretrain": PretrainConfig, "export predict": PredictOptions}
+    options = {"pretrain": PretrainConfig, "pretrain evaluate": EvaluateConfig, "export predict": PredictOptions}
     options |= {f"finetune {name}": kind for name, (kind, _) in COMMANDS.items()}
     package, *rest = command[2:]
     words = next((words for words in (2, 1) if " ".join([package, *rest[:words]]) in options), 0)

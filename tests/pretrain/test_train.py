@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import math
 import os
@@ -8,12 +9,14 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
 from elastic_model import ElasticBertForPreTraining, ElasticBertForSequenceClassification
 from elastic_model.folders import is_ours
 from pretrain.checkpoint import find_checkpoints
 from pretrain.distributed import start_accelerator
+from pretrain.metrics import update_flops
 from pretrain.prepare import prepare
 from pretrain.train import Run, learning_rate, train
 
@@ -71,6 +74,91 @@ def test_the_log_tells_both_losses_of_every_exit(options):
     evaluation = json.loads((config.output / "evaluation.json").read_text())
     assert evaluation.pop("step") == 12 and evaluation == held_out[-1]
     assert all(0 <= accuracy <= 1 for accuracy in evaluation["sop_accuracy"].values())
+
+
+def test_the_log_tells_accuracies_and_speed(options):
+    config = options(peak_tflops=0.001, steps=6)
+    train(config)
+    (first, second) = [line for line in metrics(config.output) if "mlm_loss" in line]
+    for line in (first, second):
+        assert line.keys() == first.keys() and "distillation_loss" not in line
+        assert all(0 <= value <= 1 for name in ("mlm_accuracy", "sop_accuracy") for value in line[name].values())
+        assert line["tokens_per_second"] > 0 and line["peak_memory_gib"] > 0.01 and line["gradient_norm"] > 0
+        share = line["model_tflops_per_second"] / line["model_flops_utilisation"]
+        assert share == pytest.approx(0.001, rel=1e-2)
+    assert second["tokens"] > first["tokens"]
+
+
+def test_a_sandwich_is_in_the_log_and_in_the_parameters(options, tmp_path):
+    plain, elastic = (
+        options(output=tmp_path / name, steps=4, log_every=2, **flags)
+        for name, flags in (("plain", {}), ("elastic", {"length_drop": 0.3, "layer_drop": 0.3, "sandwich": 1}))
+    )
+    for config in (plain, elastic):
+        train(config)
+    lines = [line for line in metrics(elastic.output) if "mlm_loss" in line]
+    assert len(lines) == 2 and all(line["distillation_loss"] > 0 for line in lines)
+    assert not same(weights(plain.output), weights(elastic.output))
+
+
+def test_students_are_functions_of_seed_and_step(options):
+    config = options(length_drop=0.2, num_hidden_layers=3, exit_groups=1)
+    runs = [Run(config, start_accelerator(config), prepare(config)) for _ in range(2)]
+    drawn = []
+    for step in range(3):
+        for run in runs:
+            run.progress.step = step
+        (exits, students), again = (run._subnetworks() for run in runs)
+        assert (exits, students) == again and exits == [1, 2, 3] and len(students) == 1 + config.sandwich
+        assert all(student["layer_config"] == [1, 2, 3] for student in students)  # no LayerDrop
+        drawn.append(students[1])
+    assert drawn[0] != drawn[1] != drawn[2]
+
+
+def test_a_weighting_of_the_last_exit_computes_no_other(options):
+    config = options(exit_loss="last", steps=3)
+    train(config)
+    (line,) = [line for line in metrics(config.output) if "mlm_loss" in line]
+    assert list(line["mlm_loss"]) == ["2"]
+    (evaluation,) = [line["held_out"] for line in metrics(config.output) if "held_out" in line]
+    assert list(evaluation["mlm_loss"]) == ["1", "2"]
+
+
+def test_model_flops_are_those_of_the_exits_computed(options):
+    """Against the matrix products that PyTorch counts; attention in the form that it can count."""
+    config = options(num_hidden_layers=4, short_probability=0.0, batch_size=4)
+    run = Run(config, start_accelerator(config), prepare(config))
+    model = run.plain_model
+    model.set_attn_implementation("eager")
+    (batch,) = run.batches[0]
+    rows, length = batch["input_ids"].shape
+    real = int(batch["attention_mask"].sum())
+    masked = int((batch["labels"] != -100).sum())
+    for exits in ([4], [1, 3, 4]):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(**batch, exits=exits, mlm_count=1, sop_count=1)
+        expected = update_flops(model.config, rows, rows * length, masked, exits)
+        assert expected == pytest.approx(3 * counter.get_total_flops(), rel=0.1)  # masked tokens a row are rounded
+        assert update_flops(model.config, rows, real, masked, exits) <= expected
+    students = [{"length_config": [0.5] * 4, "layer_config": [1, 2]}]
+    one, both = (update_flops(model.config, rows, real, masked, [4], taught) for taught in ((), students))
+    assert 1.2 < both / one < 1.9
+
+
+def test_a_tracker_gets_the_numbers(options):
+    pytest.importorskip("tensorboardX")
+    config = options(tracker="tensorboard", steps=3)
+    assert train(config) == 0
+    events = b"".join(path.read_bytes() for path in config.output.rglob("events.out.tfevents*"))
+    assert all(name in events for name in (b"mlm_loss/2", b"sop_accuracy/1", b"tokens_per_second"))
+
+
+def test_a_tracker_that_is_not_there_is_named(options):
+    missing = next(name for name in ("aim", "comet_ml", "clearml") if importlib.util.find_spec(name) is None)
+    config = options(tracker=missing)
+    with pytest.raises(ValueError, match=f"tracker '{missing}' is not installed"):
+        train(config)
+    assert not config.output.exists()
 
 
 def test_training_learns_more_than_frequencies(options):
