@@ -50,8 +50,8 @@ def _search(start: Start, weight: float) -> list[int]:
     """The configuration search of section 3.4: L(theta, r) + lambda sum_l l mass_l over both."""
     model = copy.deepcopy(start.model)
     layers = model.config.num_hidden_layers
-    retention = nn.Parameter(torch.ones(layers, start.job.max_length))
-    depth = torch.arange(1, layers + 1, dtype=torch.float32)
+    retention = nn.Parameter(torch.ones(layers, start.job.max_length, device=model.device))
+    depth = torch.arange(1, layers + 1, dtype=torch.float32, device=model.device)
 
     def losses(batch: Batch) -> Iterator[torch.Tensor]:
         loss = exit_task_loss(soft_extract(model, batch, retention), batch["labels"], start.problem_type)

@@ -33,9 +33,9 @@ def gated(model: ElasticBertExitModel, heads: Gates, neurons: Gates) -> Iterator
 
 def importance(model: ElasticBertExitModel, batches: Iterable[dict[str, torch.Tensor]]) -> tuple[Gates, Gates]:
     """|dL/dgate| at gates of one, summed over batches (Michel et al. 2019; Hou et al. 2020, section 2.1)."""
-    config = model.config
-    heads = [torch.ones(count, requires_grad=True) for count in config.num_attention_heads_per_layer]
-    neurons = [torch.ones(count, requires_grad=True) for count in config.intermediate_size_per_layer]
+    config, device = model.config, model.device
+    heads = [torch.ones(count, device=device, requires_grad=True) for count in config.num_attention_heads_per_layer]
+    neurons = [torch.ones(count, device=device, requires_grad=True) for count in config.intermediate_size_per_layer]
     sums = [torch.zeros_like(gate) for gate in (*heads, *neurons)]
     model.eval()
     for batch in batches:
@@ -72,6 +72,6 @@ def narrowed(model: ElasticBertExitModel, heads: list[list[int]], neurons: list[
             weights[key] = weights[key][rows]
         key = f"{prefix}output.dense.weight"
         weights[key] = weights[key][:, rows]
-    narrow = type(model)(config)
+    narrow = type(model)(config).to(model.device)
     narrow.load_state_dict(weights)
     return narrow.eval()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from transformers import AutoConfig
 
 from elastic_model import ElasticBertModel
@@ -167,7 +168,8 @@ def training_of(
 
 def subject_of(options: SizeOptions, job: Job, checkpoint: Path) -> tuple[Subject, dict[str, Encoded]]:
     """A checkpoint with the tokenised dev and test splits of its task."""
-    model, tokenizer = load_classifier(checkpoint, job.max_length), load_tokenizer(checkpoint)
+    model = load_classifier(checkpoint, job.max_length).to(Accelerator().device)
+    tokenizer = load_tokenizer(checkpoint)
     labels = labels_of_model(TaskOptions(model=str(checkpoint), task=job.name), job.task, model.config)
     examples = {"dev": read_examples(job.task, "dev"), "test": job.test}
     splits = {

@@ -27,6 +27,7 @@ from finetune.elue.scoring import (
 from finetune.elue.tasks import ELUE_TASKS
 
 ENDS = "beyond the ends of the reference its quality is taken to stay as it is there"
+SPREAD = "in brackets the standard deviation over seeds"
 
 
 @dataclass(frozen=True)
@@ -193,8 +194,8 @@ def text(board: Leaderboard) -> str:
         parts.append("no reference was given (--reference): points, but no scores")
     else:
         entries = sum(one.outside for entry in board.entries for one in entry.tasks.values())
-        beyond = f"; {entries} points lie beyond" if entries else ""
-        parts.append(f"ELUE scores, percent points against {board.reference}; {ENDS}{beyond}")
+        beyond = f" ({entries} points lie beyond)" if entries else ""
+        parts.append(f"ELUE scores, percent points against {board.reference}; {ENDS}{beyond}; {SPREAD}")
     parts.append(columns(*head_and_cells(board)))
     parts += ["\n".join(board.notes)] if board.notes else []
     parts += [columns(*methods_table(board))] if any(entry.note for entry in board.entries) else []
@@ -230,7 +231,7 @@ def write_board(board: Leaderboard, folder: Path) -> None:
         for task in board.tasks
     }
     scored = "no reference: no scores" if board.reference is None else f"percent points against {board.reference}"
-    notes = [f"ELUE scores: {scored}; {ENDS}.", *board.notes, *split_warnings(board.rows)]
+    notes = [f"ELUE scores: {scored}; {ENDS}; {SPREAD}.", *board.notes, *split_warnings(board.rows)]
     html = page(*head_and_cells(board), [*methods, *tables], curves, notes)
     (folder / "leaderboard.html").write_text(html, encoding="utf-8")
 

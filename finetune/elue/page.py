@@ -44,10 +44,13 @@ def _table(name: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     return f'<table id="{name}">\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>'
 
 
+def _colour(name: str, names: list[str]) -> str:
+    return f'stroke="{COLOURS[names.index(name) % len(COLOURS)]}"'
+
+
 def _style(name: str, names: list[str]) -> str:
-    number = names.index(name)
-    dashes = ' stroke-dasharray="5 3"' if number >= len(COLOURS) else ""
-    return f'stroke="{COLOURS[number % len(COLOURS)]}"{dashes}'
+    dashes = ' stroke-dasharray="5 3"' if names.index(name) >= len(COLOURS) else ""
+    return _colour(name, names) + dashes
 
 
 def _legend(names: list[str]) -> str:
@@ -101,7 +104,7 @@ def _figure(task: str, curves: Mapping[str, Series], names: list[str]) -> str:
             x, y = at(flops / 1e6, quality)
             title = f"{name}, {point}: {flops / 1e6:.4g} MFLOPs, {quality:.2f}"
             kind = "on-front" if on_front else "point"
-            circle = f'<circle class="{kind}" cx="{x}" cy="{y}" r="3" {style}>'
+            circle = f'<circle class="{kind}" cx="{x}" cy="{y}" r="3" {_colour(name, names)}>'
             parts.append(f"{circle}<title>{escape(title)}</title></circle>")
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">MFLOPs a row</text>')
