@@ -159,9 +159,12 @@ class EvaluateOptions(TaskOptions):
     """Quality of a task checkpoint at every exit and over a sweep of exit thresholds."""
 
     split: Literal["train", "dev", "test"] = option("dev", help="which split")
-    policy: str | None = option(None, help="exit policy to sweep (default: the checkpoint's, else as in train)")
+    exit_policy: str | None = option(None, help="exit policy to sweep (default: the checkpoint's, else as in train)")
     thresholds: list[float] = option([], help="thresholds of the sweep (default: a grid from never to always)")
-    output: str | None = option(None, help="folder for curve.json (what is printed) and predictions.tsv")
+    length_config: list[float] = option([], help="shares of the tokens kept, one a layer (default: the checkpoint's)")
+    length_rate: float | None = option(None, help="the same as one rate: each layer keeps this share of what it gets")
+    timed_rows: int = option(128, help="rows that wall time is measured on, really run; 0: no times")
+    output: str | None = option(None, help="folder for curve.json (what is printed), curve.png and predictions.tsv")
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,8 @@
 """Quality of a task checkpoint at every exit, and what an exit policy makes of it."""
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase, logging
 
 from elastic_model import ElasticBertConfig
+from elastic_model.checks import check_length_config
 from elastic_model.cost import mean_flops
 from elastic_model.exit_policies import simulate
 from elastic_model.folders import check_output, new_folder
@@ -20,6 +22,7 @@ from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from finetune.config import EvaluateOptions
 from finetune.data import Encoded, collate, inputs_of, sorted_batches
 from finetune.examples import read_examples
+from finetune.figures import plot_front
 from finetune.kinds import answers_of, text_of
 from finetune.labels import Labels
 from finetune.metrics import interval, metric
@@ -28,6 +31,7 @@ from finetune.prepare import chosen_task, encode_split, labels_of_model, load_cl
 from finetune.teacher import ask
 
 LINES = 20  # of a sweep that are printed
+TIMED = 4  # of the thresholds given that are run for their wall time; the others have theirs from stored logits
 
 
 @dataclass(frozen=True)
@@ -132,11 +136,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
 
 
-def exit_table(per_exit: dict[int, list[Score]], config: ElasticBertConfig, encoded: Encoded) -> str:
+def exit_table(
+    per_exit: dict[int, list[Score]], config: ElasticBertConfig, encoded: Encoded, lengths: list[float] | None = None
+) -> str:
     """Quality by exit layer, a line an exit, with the cost of stopping there."""
     metrics = [score.metric for score in next(iter(per_exit.values()))]
     cost = {
-        layer: mean_flops(config, encoded.lengths, [layer] * len(encoded), head=encoded.head) for layer in per_exit
+        layer: mean_flops(config, encoded.lengths, [layer] * len(encoded), length_config=lengths, head=encoded.head)
+        for layer in per_exit
     }
     rows = [[layer, f"{cost[layer] / 1e6:.4g}", *scored] for layer, scored in per_exit.items()]
     return table(["exit layer", "MFLOPs a row", *(f"{name} (95 % interval)" for name in metrics)], rows)
@@ -173,7 +180,7 @@ def spread(outcomes: list[Outcome], count: int) -> list[Outcome]:
 
 
 def _policies(options: EvaluateOptions, logits: np.ndarray, labels: Labels, saved: Policy | None) -> list[Policy]:
-    name = policy_name(options.policy or (saved or {}).get("name"), labels.problem_type)
+    name = policy_name(options.exit_policy or (saved or {}).get("name"), labels.problem_type)
     if not options.thresholds:
         return candidates(name, logits, labels.problem_type)
     if name == "patience" and labels.problem_type != "regression":
@@ -198,13 +205,58 @@ def policy_text(policy: Policy | None) -> str:
     return ", ".join([policy["name"], *(f"{name} {value}" for name, value in policy.items() if name != "name")])
 
 
-def outcome_table(outcomes: dict[str, Outcome]) -> str:
-    """A line an outcome: what it is, the mean exit layer, every metric."""
+def outcome_table(outcomes: dict[str, Outcome], more: Mapping[str, Mapping[str, str]] | None = None) -> str:
+    """A line an outcome: what it is, the mean exit layer, every metric; `more`: {column: {outcome: cell}}."""
+    more = more or {}
     rows = [
         [name, f"{one.mean_exit_layer:.2f}", *(f"{value:.4f}" for value in one.quality.values())]
+        + [cells.get(name, "-") for cells in more.values()]
         for name, one in outcomes.items()
     ]
-    return table(["", "mean exit layer", *next(iter(outcomes.values())).quality], rows)
+    return table(["", "mean exit layer", *next(iter(outcomes.values())).quality, *more], rows)
+
+
+def lengths_of(options: EvaluateOptions, config: ElasticBertConfig) -> list[float] | None:
+    """The shares asked for, one a layer: as given, or a constant rate from layer to layer; None: the checkpoint's."""
+    if options.length_config and options.length_rate is not None:
+        raise ValueError("give --length_config or --length_rate, not both")
+    if options.length_rate is None:
+        check_length_config(options.length_config or None, config.num_hidden_layers)
+        return options.length_config or None
+    if not 0 < options.length_rate <= 1:
+        raise ValueError(f"length_rate must lie above 0 and at most be 1, got {options.length_rate}")
+    return [options.length_rate**layer for layer in range(1, config.num_hidden_layers + 1)]
+
+
+@torch.no_grad()
+def milliseconds(
+    model: ElasticBertExitModel,
+    encoded: Encoded,
+    tokenizer: PreTrainedTokenizerBase,
+    options: EvaluateOptions,
+    policy: Policy | None,
+    lengths: list[float] | None,
+) -> float:
+    """Wall time of a row, in batches of rows of like length, rows leaving as the policy says."""
+    rows = list(range(min(options.timed_rows, len(encoded))))
+    order = sorted_batches([encoded.lengths[row] for row in rows], options.eval_batch_size)
+    batches = [inputs_of(collate(encoded, one, tokenizer, model.device)) for one in order]
+    how = {"exit_policy": policy or {"name": "never"}, "length_config": lengths}
+    model(**batches[0], **how)  # warm-up
+    began = time.perf_counter()
+    for batch in batches:
+        model(**batch, **how)
+    return (time.perf_counter() - began) * 1e3 / len(rows)
+
+
+def costs_of(
+    one: Outcome, options: EvaluateOptions, config: ElasticBertConfig, encoded: Encoded, lengths: list[float] | None
+) -> dict[str, float]:
+    """FLOPs of a row on average, on its real tokens and if all rows were padded to the maximum length."""
+    return {
+        name: mean_flops(config, tokens, one.left_at.tolist(), length_config=lengths, head=encoded.head)
+        for name, tokens in (("flops", encoded.lengths), ("padded_flops", [options.max_length] * len(encoded.lengths)))
+    }
 
 
 def _write_predictions(file: Path, encoded: Encoded, own: Outcome, labels: Labels) -> None:
@@ -215,16 +267,43 @@ def _write_predictions(file: Path, encoded: Encoded, own: Outcome, labels: Label
             lines.write(f"{number}\t{text_of(answer, labels)}\t{text_of(label, labels)}\t{layer}\n")
 
 
-def _curve(options: EvaluateOptions, exits: dict[int, list[Score]], outcomes: dict[str, Outcome]) -> dict[str, Any]:
+def _curve(
+    options: EvaluateOptions,
+    lengths: list[float] | None,
+    exits: dict[int, list[Score]],
+    outcomes: dict[str, Outcome],
+    costs: dict[str, dict[str, float]],
+) -> dict[str, Any]:
     """What is printed, as JSON holds it."""
     return {
         "split": options.split,
+        "length_config": lengths,
         "exits": {layer: [asdict(score) for score in scored] for layer, scored in exits.items()},
         "policies": {
-            name: {"policy": one.policy, "mean_exit_layer": one.mean_exit_layer, "quality": one.quality}
+            name: {
+                "policy": one.policy,
+                "mean_exit_layer": one.mean_exit_layer,
+                "quality": one.quality,
+                **costs[name],
+            }
             for name, one in outcomes.items()
         },
     }
+
+
+def _cells(costs: dict[str, dict[str, float]]) -> dict[str, dict[str, str]]:
+    """Costs as columns of a table."""
+    units = {"flops": ("MFLOPs a row", 1e6), "padded_flops": ("MFLOPs, padded", 1e6), "ms": ("ms a row", 1.0)}
+    return {
+        head: {name: f"{one[key] / unit:.4g}" for name, one in costs.items() if key in one}
+        for key, (head, unit) in units.items()
+    }
+
+
+def _plot(image: Path, outcomes: dict[str, Outcome], costs: dict[str, dict[str, float]], metric: str) -> None:
+    """The deciding metric of the outcomes against their FLOPs."""
+    points = [(costs[name]["flops"], one.quality[metric]) for name, one in outcomes.items()]
+    plot_front(image, {"exit policy": points}, max(cost for cost, _ in points), metric)
 
 
 def evaluate(options: EvaluateOptions) -> None:
@@ -239,21 +318,31 @@ def evaluate(options: EvaluateOptions) -> None:
     labels = labels_of_model(options, task, model.config)
     examples = read_examples(task, options.split)
     encoded = encode_split(examples, options.split, task, labels, tokenizer, options.max_length)
-    logits = exit_logits(model, encoded, tokenizer, options.eval_batch_size, accelerator)
+    lengths = lengths_of(options, model.config)
+    logits = exit_logits(model, encoded, tokenizer, options.eval_batch_size, accelerator, lengths)
     layers, saved = list(model.config.exit_layers), model.config.exit_policy
     exits = {layer: scores(one, encoded, labels, options.seed) for layer, one in zip(layers, logits, strict=True)}
     doubts = exit_uncertainty(model, encoded, tokenizer, options.eval_batch_size, accelerator)
     policies = _policies(options, logits, labels, saved)
     check_learned(policies[0], model.config)
+    if lengths is not None and policies[0]["name"] == "learned":
+        raise ValueError("the learned exit head is evaluated at the checkpoint's own lengths: leave --length_* away")
     swept = [outcome(policy, logits, layers, encoded, labels, doubts) for policy in policies]
     own = outcome(saved, logits, layers, encoded, labels, doubts)
     outcomes = {policy_text(one.policy): one for one in (swept if options.thresholds else spread(swept, LINES))}
-    outcomes |= {"the checkpoint's own": own}
+    outcomes |= {"full depth": outcome(None, logits, layers, encoded, labels), "the checkpoint's own": own}
+    costs = {name: costs_of(one, options, model.config, encoded, lengths) for name, one in outcomes.items()}
+    for name in [*list(outcomes)[: TIMED if options.thresholds else 0], "full depth", "the checkpoint's own"]:
+        if options.timed_rows and accelerator.is_main_process:
+            how = (options, outcomes[name].policy, lengths)
+            costs[name]["ms"] = milliseconds(model, encoded, tokenizer, *how)
     accelerator.print(
         f"{task.name}, {options.split}: {len(encoded)} rows, {encoded.cut} cut to {options.max_length} tokens"
     )
-    accelerator.print(exit_table(exits, model.config, encoded), outcome_table(outcomes), sep="\n\n")
+    shown = exit_table(exits, model.config, encoded, lengths), outcome_table(outcomes, _cells(costs))
+    accelerator.print(*shown, sep="\n\n")
     if options.output and accelerator.is_main_process:
         with new_folder(Path(options.output)) as folder:
-            (folder / "curve.json").write_text(json.dumps(_curve(options, exits, outcomes), indent=1))
+            (folder / "curve.json").write_text(json.dumps(_curve(options, lengths, exits, outcomes, costs), indent=1))
+            _plot(folder / "curve.png", outcomes, costs, labels.metrics[0])
             _write_predictions(folder / "predictions.tsv", encoded, own, labels)

@@ -1,7 +1,7 @@
 """Latency on this machine: measured with the exported graph, and predicted for candidates from such measurements.
 
 A batch takes a constant, a part for each layer that is run for it, and a part for its FLOPs; the three are fitted by
-least squares on batches timed at several lengths and depths. Predictions make a search deterministic once the three
+non-negative least squares on batches timed at several lengths and depths. Predictions make a search deterministic once the three
 are known; what is kept in the end is timed itself.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.optimize import nnls
 
 from elastic_model.cost import exit_flops
 from elastic_model.session import ElasticSession
@@ -70,7 +71,7 @@ def measure_latency(session: ElasticSession, config: Any, encodings: Sequence[An
             features.append(np.stack([np.ones(len(deepest)), deepest, total / 1e9], axis=1))
             times.append(spent)
     design, measured = np.concatenate(features), np.concatenate(times)
-    fitted, *_ = np.linalg.lstsq(design, measured, rcond=None)
+    fitted, _ = nnls(design, measured)
     left, spread = measured - design @ fitted, measured - measured.mean()
     fit = 1 - float((left**2).sum() / (spread**2).sum())
     return Latency(float(fitted[0]), float(fitted[1]), float(fitted[2]), fit, batch, session.threads)

@@ -58,7 +58,7 @@ ROWS = [f"the {word}\t{label}" for label in ("early", "middle", "late") for word
         ({"batch_size": 0}, r"batch_size must be at least 1, got 0"),
         ({"warmup": 1.5}, r"warmup is a share of the updates, from 0 to 1, got 1.5"),
         ({"learning_rate": 0.0}, r"learning_rate must be above 0, got 0.0"),
-        ({"exit_policy": "voting"}, r"exit policy 'voting' cannot be calibrated"),
+        ({"exit_policy": "constant"}, r"exit policy 'constant' cannot be calibrated"),
         ({"exit_loss": "max"}, r"exit_loss must be one of sum, last, .* got 'max'"),
         ({"problem_type": "regression"}, r"a classifier of other labels: early, middle, late; the task has score"),
         ({"model": "/nowhere"}, r"model /nowhere is not a folder"),
@@ -182,7 +182,7 @@ def test_evaluate_writes_what_it_prints(trained, small_task, tmp_path, capsys):
     printed, curve = capsys.readouterr().out, json.loads((tmp_path / "evaluation/curve.json").read_text())
     for layer in "1234":
         assert f"{curve['exits'][layer][0]['value']:.4f}" in printed
-    policies = [one["mean_exit_layer"] for one in curve["policies"].values()][:-1]
+    policies = [one["mean_exit_layer"] for one in curve["policies"].values()][:-2]
     assert policies == sorted(policies, reverse=True) and policies[-1] < policies[0]
     rows = [line.split("\t") for line in (tmp_path / "evaluation/predictions.tsv").read_text().splitlines()]
     own = curve["policies"]["the checkpoint's own"]
@@ -192,9 +192,26 @@ def test_evaluate_writes_what_it_prints(trained, small_task, tmp_path, capsys):
 
 
 def test_evaluate_takes_a_policy_and_thresholds(trained, small_task, capsys):
-    evaluate(evaluation_of(trained, small_task, policy="confidence", thresholds=[0.2, 0.9]))
+    evaluate(evaluation_of(trained, small_task, exit_policy="confidence", thresholds=[0.2, 0.9]))
     printed = capsys.readouterr().out
     assert "confidence, threshold 0.2  1.00" in printed and "confidence, threshold 0.9" in printed
+
+
+def test_evaluate_takes_lengths(trained, small_task, tmp_path, capsys):
+    curves = []
+    for number, lengths in enumerate([{}, {"length_rate": 0.5}, {"length_config": [0.5, 0.25, 0.125, 0.0625]}]):
+        evaluate(evaluation_of(trained, small_task, output=str(tmp_path / str(number)), **lengths))
+        curves.append(json.loads((tmp_path / f"{number}/curve.json").read_text())["policies"]["full depth"])
+        assert (tmp_path / f"{number}/curve.png").stat().st_size
+    assert curves[1]["flops"] == curves[2]["flops"] < curves[0]["flops"] < curves[0]["padded_flops"]
+    assert all(curve["ms"] > 0 for curve in curves) and "MFLOPs, padded" in capsys.readouterr().out
+    for wrong, says in (
+        ({"length_rate": 1.5}, "length_rate must lie above 0"),
+        ({"length_rate": 0.5, "length_config": [0.5] * 4}, "not both"),
+        ({"length_config": [0.5, 0.6, 0.5, 0.5]}, "must not rise"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            evaluate(evaluation_of(trained, small_task, **wrong))
 
 
 def test_evaluate_names_a_checkpoint_that_is_no_classifier(trained, small_task, tiny_config, tiny_tokenizer, tmp_path):

@@ -1,0 +1,154 @@
+"""The command that certifies thresholds: what it promises holds on what it writes, and what it cannot it refuses."""
+
+import json
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from elastic_model import ElasticBertForSequenceClassification, ElasticSession
+from elastic_model.arguments import run
+from elastic_model.operating_points import FILE, OperatingPoints
+from export.__main__ import export
+from finetune.__main__ import _command
+from finetune.calibrate import calibrate
+from finetune.config import CalibrateOptions
+
+
+@pytest.fixture
+def checkpoint(tiny_config, tiny_tokenizer, tmp_path):
+    """A classifier of random weights whose exits grow surer and more alike from layer to layer."""
+    torch.manual_seed(0)
+    model = ElasticBertForSequenceClassification(tiny_config).eval()
+    torch.nn.init.normal_(model.classifiers.at(4).weight, std=3.0)
+    for layer in (1, 2, 3):
+        model.elasticbert.encoder.pooler.at(layer).load_state_dict(model.elasticbert.encoder.pooler.at(4).state_dict())
+        model.classifiers.at(layer).load_state_dict(model.classifiers.at(4).state_dict())
+    model.save_pretrained(tmp_path / "checkpoint")
+    tiny_tokenizer.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def options_of(checkpoint, small_task, **changes):
+    own = {"dev": str(small_task / "more.tsv"), "text": "text", "label": "label", "max_length": 32}
+    return CalibrateOptions(**{"model": str(checkpoint), "max_disagreement": 0.2, **own, **changes})
+
+
+@pytest.fixture
+def texts(small_task, tmp_path):
+    lines = [line.split("\t")[0] for line in (small_task / "more.tsv").read_text().splitlines()[1:]]
+    (tmp_path / "texts.txt").write_text("\n".join(lines) + "\n")
+    return tmp_path / "texts.txt"
+
+
+def answers(model, tokenizer, lines, **how):
+    batch = tokenizer(lines, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        output = model(**batch, **how)
+    return output.logits.argmax(-1), output.exit_layers
+
+
+def test_the_checkpoint_answers_as_was_promised(checkpoint, small_task, texts, tiny_tokenizer, tmp_path, capsys):
+    calibrate(options_of(checkpoint, small_task, output=str(tmp_path / "report.json")))
+    report, point = (
+        json.loads((tmp_path / "report.json").read_text()),
+        OperatingPoints.load(checkpoint).at("calibrated"),
+    )
+    model = ElasticBertForSequenceClassification.from_pretrained(checkpoint).eval()
+    lines = texts.read_text().splitlines()
+    early, left = answers(model, tiny_tokenizer, lines)  # the config's own policy
+    full, _ = answers(model, tiny_tokenizer, lines, exit_policy={"name": "never"})
+    assert (early != full).sum() == report["failures"] <= report["upper_bound"] * 240 < 0.2 * 240
+    assert Counter(map(str, left.tolist())) == report["exit_counts"] == point.calibration["exit_counts"]
+    assert point.mean_exit_layer < 4 and report["speedup"] > 1 and "exchangeable" in capsys.readouterr().out
+    assert sum(one["rows"] for one in report["classes"]) == 240
+    assert sum(one["failures"] for one in report["classes"]) == report["failures"]
+
+
+def test_unlabelled_texts_against_an_original(checkpoint, small_task, texts, tmp_path, capsys):
+    original = tmp_path / "original"
+    ElasticBertForSequenceClassification.from_pretrained(checkpoint).save_pretrained(original)
+    for file in checkpoint.glob("tokenizer*"):
+        (original / file.name).write_bytes(file.read_bytes())
+    own = {"dev": None, "text": None, "label": None, "texts": str(texts)}
+    calibrate(options_of(checkpoint, small_task, **own, reference=str(original)))
+    first = OperatingPoints.load(checkpoint).at("calibrated")
+    assert first.quality is None and first.calibration["against"] == "original"
+    calibrate(options_of(checkpoint, small_task))
+    assert OperatingPoints.load(checkpoint).at("calibrated").thresholds == first.thresholds
+
+
+def test_an_exported_folder_is_calibrated_on_what_it_serves(checkpoint, small_task, texts, tmp_path, capsys):
+    assert run(lambda: export([str(checkpoint), str(tmp_path / "exported")])) == 0
+    calibrate(options_of(tmp_path / "exported", small_task))
+    session = ElasticSession.from_pretrained(tmp_path / "exported")
+    point, lines = session.points.at("calibrated"), texts.read_text().splitlines()
+    early, full = session(lines, budget="calibrated"), session.exit_logits(lines)[-1].argmax(-1)
+    wrong = sum(one["label"] != session.labels[best] for one, best in zip(early, full, strict=True))
+    assert wrong == point.calibration["failures"] and point.calibration["file"] == session.file.stem
+    assert Counter(str(one["exit_layer"]) for one in early) == point.calibration["exit_counts"]
+
+    for name, kept in (("same", early), ("other", [{"exit_layer": 4}] * 200)):
+        rows = [f"x\t{one['exit_layer']}" for one in kept]
+        (tmp_path / f"{name}.tsv").write_text("\n".join(["label\texit_layer", *rows]))
+    calibrate(options_of(tmp_path / "exported", small_task, drift=str(tmp_path / "same.tsv")))
+    assert "no drift is seen" in capsys.readouterr().out
+    calibrate(options_of(tmp_path / "exported", small_task, drift=str(tmp_path / "other.tsv")))
+    assert "calibrate anew" in capsys.readouterr().out
+
+
+def test_accuracy_and_lengths(checkpoint, small_task, capsys):
+    bound = {"max_disagreement": None, "max_accuracy_loss": 0.2}
+    calibrate(options_of(checkpoint, small_task, **bound, length_config=[1.0, 0.9, 0.9, 0.9]))
+    point = OperatingPoints.load(checkpoint).at("calibrated")
+    assert point.length_config == [1.0, 0.9, 0.9, 0.9] and point.calibration["bounds"] == "accuracy loss"
+    assert json.loads((checkpoint / "config.json").read_text())["length_config"] == [1.0, 0.9, 0.9, 0.9]
+
+
+def test_regression_within_a_tolerance(tiny_config, tiny_tokenizer, small_task, tmp_path, capsys):
+    torch.manual_seed(0)
+    tiny_config.num_labels = 1
+    model = ElasticBertForSequenceClassification(tiny_config)
+    model.save_pretrained(tmp_path / "checkpoint")
+    tiny_tokenizer.save_pretrained(tmp_path / "checkpoint")
+    scores = "\n".join(f"the {word} treaty\t{number / 7:.3f}" for number, word in enumerate(200 * ["army", "people"]))
+    (tmp_path / "scores.tsv").write_text(f"text\tlabel\n{scores}\n")
+    options = options_of(tmp_path / "checkpoint", small_task, dev=str(tmp_path / "scores.tsv"), tolerance=0.3)
+    calibrate(options)
+    policy, _ = OperatingPoints.load(tmp_path / "checkpoint").at("calibrated")
+    assert policy["name"] == "patience" and max(policy["threshold"]) > 0
+    with pytest.raises(ValueError, match="regression needs --tolerance"):
+        calibrate(options_of(tmp_path / "checkpoint", small_task))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"max_disagreement": 0.01}, "240 calibration rows cannot bound a rate by 0.01 .* at least 299 are needed"),
+        ({"max_disagreement": None}, "give one bound: --max-disagreement or --max-accuracy-loss"),
+        ({"max_accuracy_loss": 0.1}, "give one bound"),
+        ({"max_disagreement": 0.0}, "max_disagreement must lie between 0 and 1"),
+        ({"confidence": 1.0}, "confidence must lie between 0 and 1"),
+        ({"tolerance": 0.5}, "--tolerance is for regression"),
+        ({"exit_policy": "constant"}, "'constant' cannot be calibrated"),
+        ({"length_config": [0.5, 0.6, 0.6, 0.6]}, "must not rise"),
+        ({"model": "/nowhere"}, "/nowhere is not a folder"),
+    ],
+)
+def test_what_cannot_be_certified_is_named_and_nothing_is_written(checkpoint, small_task, changes, says):
+    before = (checkpoint / "config.json").read_text()
+    with pytest.raises(ValueError, match=says):
+        calibrate(options_of(checkpoint, small_task, **changes))
+    assert not (checkpoint / FILE).exists() and (checkpoint / "config.json").read_text() == before
+
+
+def test_a_single_class_and_hyphens(checkpoint, small_task, tmp_path, capsys):
+    (tmp_path / "one.tsv").write_text("text\tlabel\n" + "the army\tearly\n" * 100)
+    argv = ["calibrate", str(checkpoint), "--dev", str(tmp_path / "one.tsv"), "--text", "text", "--label", "label"]
+    argv += ["--max-length", "32", "--max-disagreement", "0.2", "--confidence", "0.95"]
+    assert run(lambda: _command(argv)) == 2
+    assert re.search("the dev split has one class only", capsys.readouterr().err)
+    argv[3] = str(small_task / "more.tsv")
+    assert run(lambda: _command(argv)) == 0 and np.isfinite(OperatingPoints.load(checkpoint).at("calibrated").flops)
