@@ -86,7 +86,7 @@ def number_of(label: Any) -> float | None:
 
 
 def check_shape(examples: Examples, problem_type: ProblemType) -> None:
-    """ValueError where texts or labels are not of the form that the problem type has."""
+    """ValueError where texts or labels are not of the form that the problem type has, or a class is missing."""
     words = isinstance(examples.texts[0], list)
     if words != (problem_type == "token_classification"):
         found = "lists of words" if words else "texts"
@@ -96,3 +96,7 @@ def check_shape(examples: Examples, problem_type: ProblemType) -> None:
     if isinstance(examples.labels[0], dict) != (problem_type == "question_answering"):
         expected = "answers as SQuAD has them" if problem_type == "question_answering" else "labels"
         raise ValueError(f"{examples.places[0]}: {problem_type} needs {expected}, got {examples.labels[0]!r:.80}")
+    if problem_type == "single_label_classification":
+        for label, place in zip(examples.labels, examples.places, strict=True):
+            if label is None or label != label or not str(label).strip():
+                raise ValueError(f"{place}: the row has no label (its value: {label!r}); remove it")

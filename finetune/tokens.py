@@ -102,7 +102,8 @@ def encode_tags(
             raise ValueError(f"{place}: tag {unknown!r} is not among the tags of the model: {', '.join(numbers)}")
     if len(found := {tag for tags in truth for tag in tags}) < 2:
         raise ValueError(f"the {split} split has one class only, {found} ({len(truth)} sentences); it needs two")
-    encoding = tokenizer(examples.texts, is_split_into_words=True, truncation=True, max_length=max_length)
+    spaced = [[f" {word}" for word in words] for words in examples.texts]  # byte-level BPE knows words by their space
+    encoding = tokenizer(spaced, is_split_into_words=True, truncation=True, max_length=max_length)
     words = [_first_pieces(encoding.word_ids(row), len(tags)) for row, tags in enumerate(truth)]
     targets = [[IGNORED] * len(ids) for ids in encoding["input_ids"]]
     for row, (places, tags) in enumerate(zip(words, truth, strict=True)):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune.examples import find_problem_type, read_examples
+from finetune.examples import Examples, check_shape, find_problem_type, read_examples
 from finetune.kinds import KINDS
 from finetune.labels import Labels, check_labels, encode_labels, find_labels
 from finetune.tasks import DATA_VARIABLE, TASKS, find_task, own_task
@@ -111,6 +111,12 @@ def test_a_label_unseen_in_training_is_named_with_those_allowed(tmp_path):
 def test_an_empty_text_is_named_with_its_row(tmp_path):
     with pytest.raises(ValueError, match=r"row 3: column 'text' has no text"):
         examples_of(tmp_path, "a\t1", " \t0")
+
+
+@pytest.mark.parametrize("label", [None, "", " ", float("nan")])
+def test_a_row_without_a_class_is_named(label):
+    with pytest.raises(ValueError, match="row 2: the row has no label"):
+        check_shape(Examples(["a", "b"], None, ["1", label], ["row 1", "row 2"]), "single_label_classification")
 
 
 def test_own_files_need_their_columns(tmp_path):

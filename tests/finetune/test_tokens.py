@@ -71,6 +71,24 @@ def test_tags_stand_at_first_pieces_and_are_read_there(tiny_tokenizer):
     assert rows.labels[0] == ("B-x", "I-x", "O", "B-y")
 
 
+def test_byte_level_words_are_read_as_in_running_text():
+    """RoBERTa's pieces of a word say whether a space stood before it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import RobertaTokenizerFast
+
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    trained.train_from_iterator(["of our schools and our harvest"] * 5, trainer)
+    model = json.loads(trained.to_str())["model"]
+    tokenizer = RobertaTokenizerFast(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+    rows = encoded(examples_of([("of", "O"), ("our", "B-x"), ("schools", "I-x")]), tokenizer)
+    pieces = tokenizer.convert_ids_to_tokens(rows.rows[0]["input_ids"])
+    assert [pieces[place] for place in rows.words[0]][1:] == ["Ġour", "Ġschools"]
+
+
 def test_words_behind_the_length_are_answered_o_and_counted(tiny_tokenizer):
     rows = encoded(examples_of([("harvest", "B-x")] * 30, [("of", "O")] * 2), tiny_tokenizer, max_length=12)
     assert rows.cut == 1 and (rows.words[0] == -1).sum() > 15 and max(rows.lengths) == 12
