@@ -225,6 +225,8 @@ class ReleaseConfig:
     private: bool = option(False, help="with --push, a repository that is made for it is private")
 
     def __post_init__(self) -> None:
+        if not (self.model / "config.json").is_file():
+            raise ValueError(f"model: {self.model} is no checkpoint folder (it holds no config.json)")
         if self.private and not self.push:
             raise ValueError("private says who may see what is uploaded: it needs --push REPO_ID")
 
