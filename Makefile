@@ -61,7 +61,7 @@ checkpoints: $(INSTALLED)  ## make the checkpoints that benchmarks need, e.g. TA
 	$(RUN) -m benchmarks.checkpoints $(TASKS)
 
 release: $(INSTALLED)  ## CHECKPOINT=folder as a complete, checked hub folder in OUT (default: release/); PUSH=org/name uploads it
-	$(RUN) -m pretrain release --model $(CHECKPOINT) --output $(OUT) $(if $(PUSH),--push $(PUSH))
+	HF_HUB_OFFLINE=$(if $(PUSH),0,1) $(RUN) -m pretrain release --model $(CHECKPOINT) --output $(OUT) $(if $(PUSH),--push $(PUSH))
 
 gpu-check: $(INSTALLED)  ## what this machine's GPU does with pre-training, in ten minutes at most; goes on where it stopped
 	$(RUN) -m benchmarks.gpu_check

@@ -51,8 +51,12 @@ def start_accelerator(config: PretrainConfig) -> Accelerator:
     """The accelerator, on the CPU where there is nothing faster; ValueError where the launcher asked for more
     processes than train together."""
     no_device, deepspeed = not torch.accelerator.is_available(), _asked_for("DEEPSPEED")
-    if no_device and deepspeed:
-        _deepspeed_on_cpu()
+    if no_device:
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # DeepSpeed, imported where it is installed, need not look for one
+        if deepspeed:
+            _without_compiled_collective()
     accelerator = Accelerator(
         cpu=no_device and not deepspeed,  # with DeepSpeed, cpu=True would mean: without DeepSpeed
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if no_device and deepspeed else None,
@@ -70,12 +74,11 @@ def _asked_for(what: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{what}", "false").lower() == "true"
 
 
-def _deepspeed_on_cpu() -> None:
-    """Tell DeepSpeed not to look for a GPU, nor to compile a collective of its own when it starts.
+def _without_compiled_collective() -> None:
+    """Tell DeepSpeed to leave collectives on a CPU to gloo, and to compile none of its own when it starts.
 
-    gloo does without; and a run that is killed while it compiles leaves a lock on which every later one would wait.
+    A run that is killed while it compiles leaves a lock on which every later one would wait.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

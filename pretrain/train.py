@@ -155,7 +155,7 @@ class Run:
         share = Share(accelerator.process_index, accelerator.num_processes, self.micro_batch_size)
         self.batches = GlobalBatches(self.train_examples, config.batch_size, share)
         self.unigram = unigram_losses(self.train_examples.token_counts())
-        model = build_model(config, corpus.tokenizer, self.unigram)
+        self.plain_model = model = build_model(config, corpus.tokenizer, self.unigram)
         self.exit_layers = model.config.exit_layers
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.progress = Progress()
@@ -176,10 +176,6 @@ class Run:
     def model(self) -> torch.nn.Module:
         """What is called: the model, or what spreads it over the processes."""
         return self.engine.model
-
-    @property
-    def plain_model(self) -> ElasticBertForPreTraining:
-        return self.accelerator.unwrap_model(self.model)
 
     def loader(self) -> Iterator[list[Batch]]:
         """This process's micro-batches of every update that is left."""
