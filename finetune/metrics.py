@@ -8,12 +8,14 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 
 Metric = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 SAMPLES = 1000  # bootstrap resamples: the ends of a 95 % interval then move by about a tenth of its width
 WEIGHTS_AT_ONCE = 4_000_000  # counts that are held together
+SCORED = 100_000  # answers whose reading is kept: the settings of a sweep differ in few
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -101,14 +103,16 @@ def _ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return ((np.cumsum(inside, axis=1) - inside / 2) / weights.sum(axis=1, keepdims=True))[:, group]
 
 
-def _entities(answers: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Entities right, answered and true in every sample, (samples, 3); rows are tuples of IOB2 tags, one a word."""
+@lru_cache(SCORED)
+def _entities_of(tags: tuple[str, ...]) -> frozenset[tuple[str, int, int]]:
     from seqeval.metrics.sequence_labeling import get_entities
 
-    pairs = [
-        (set(get_entities(list(given))), set(get_entities(list(true))))
-        for given, true in zip(answers, labels, strict=True)
-    ]
+    return frozenset(get_entities(list(tags)))
+
+
+def _entities(answers: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Entities right, answered and true in every sample, (samples, 3); rows are tuples of IOB2 tags, one a word."""
+    pairs = [(_entities_of(given), _entities_of(true)) for given, true in zip(answers, labels, strict=True)]
     counts = [(len(given & true), len(given), len(true)) for given, true in pairs]
     return weights @ np.array(counts, dtype=np.float64)
 
@@ -143,6 +147,7 @@ def normalise_answer(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
+@lru_cache(SCORED)
 def squad_scores(answer: str, truths: tuple[str, ...]) -> tuple[float, float]:
     """Exact match and F1 of an answer, the best over the true ones (Rajpurkar et al. 2016, section 6.1).
 
