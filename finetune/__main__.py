@@ -1,6 +1,7 @@
 """`python -m finetune COMMAND ...`: options are parsed before anything slow is imported."""
 
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -43,7 +44,11 @@ def _command(argv: list[str]) -> int:
 
 def main() -> None:
     """Run the command that the command line names; bad input ends with one line and exit code 2."""
-    sys.exit(run(lambda: _command(sys.argv[1:])))
+    code = run(lambda: _command(sys.argv[1:]))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        os._exit(code)  # torch's gloo threads now and then abort an interpreter that ends in the usual way
+    sys.exit(code)
 
 
 if __name__ == "__main__":

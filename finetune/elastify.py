@@ -31,7 +31,7 @@ from finetune.recipe import INNER_EXITS, SANDWICH, Phase
 from finetune.run import METRICS, Run, check_numbers
 from finetune.state import Progress
 from finetune.tasks import ProblemType
-from finetune.teacher import ask, final_logits, load_stock
+from finetune.teacher import ask, check_name, final_logits, load_stock
 from finetune.texts import Texts, read_texts
 from finetune.train import run_to_the_end
 
@@ -198,6 +198,7 @@ def prepare(options: ElastifyOptions, accelerator: Accelerator) -> ElastifyRun:
     check_output(Path(options.output))
     if not Path(options.texts).is_file():
         raise ValueError(f"texts {options.texts} is not a file")
+    check_name(options.model)
     config = AutoConfig.from_pretrained(options.model)
     problem_type = _check_original(options.model, config, options)
     texts = _read_splits(options)

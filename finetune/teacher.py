@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,19 @@ from transformers import (
 )
 
 import elastic_model.auto  # noqa: F401  an elastic model may teach too
+from elastic_model.provenance import HUB_ID
 from finetune.data import Encoded, collate, inputs_of, sorted_batches
 
 MODELS = {
     "question_answering": AutoModelForQuestionAnswering,
     "token_classification": AutoModelForTokenClassification,
 }
+
+
+def check_name(name: str) -> None:
+    """ValueError where `name` is neither a folder nor what a hub id looks like."""
+    if not Path(name).is_dir() and not HUB_ID.fullmatch(name):
+        raise ValueError(f"model {name} is neither a folder nor a hub id (organisation/name)")
 
 
 def load_stock(name: str, problem_type: str) -> torch.nn.Module:
@@ -40,6 +48,7 @@ def label_order(name: str, names: list[str], problem_type: str) -> list[int] | N
 
     ValueError where it has other labels.
     """
+    check_name(name)
     config = AutoConfig.from_pretrained(name)
     if problem_type == "question_answering":
         return None

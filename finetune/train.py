@@ -119,6 +119,14 @@ def _anyone(asked: bool, accelerator: Accelerator) -> bool:
     return bool(accelerator.reduce(torch.tensor(float(asked), device=accelerator.device)).item())
 
 
+def _mean(losses: list[float], accelerator: Accelerator) -> float:
+    """The mean loss of some updates, over all processes' rows."""
+    mean = float(np.mean(losses))
+    if accelerator.num_processes == 1:
+        return mean
+    return float(accelerator.reduce(torch.tensor(mean, device=accelerator.device), "mean"))
+
+
 def _is_due(update: int, every: int | None, plan: Plan) -> bool:
     return update % (every or plan.updates_per_epoch) == 0 or update in plan.ends
 
@@ -149,7 +157,7 @@ def fit_phase(run: Run, number: int, progress: Progress, asked: threading.Event,
         progress.update += 1
         bar.update()
         if _is_due(progress.update, options.log_steps, plan):
-            run.log({"update": progress.update, "loss": float(np.mean(losses)), "learning_rate": rate,
+            run.log({"update": progress.update, "loss": _mean(losses, accelerator), "learning_rate": rate,
                      "updates_per_second": len(losses) / (time.monotonic() - since)})  # fmt: skip
             since, losses = time.monotonic(), []
         if _is_due(progress.update, options.eval_steps, plan):

@@ -139,6 +139,7 @@ def test_agreement_on_known_answers():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"model": "/no/such/model"}, "model /no/such/model is neither a folder nor a hub id"),
         ({"texts": "missing.txt"}, "texts missing.txt is not a file"),
         ({"pair": "b"}, "give the column of the first text with --text"),
         ({"batch_size": 500}, "228 texts to train on, fewer than a batch"),
@@ -151,7 +152,7 @@ def test_agreement_on_known_answers():
 def test_bad_input_is_named_before_anything_is_written(tiny_tokenizer, tmp_path, options, changes, message):
     original = stock_model(tmp_path / "stock", tiny_tokenizer, "bert", "single_label_classification")
     with pytest.raises(ValueError, match=message):
-        elastify(options(original, **changes))
+        elastify(options(**{"model": original, **changes}))
     assert not Path(options(original).output).exists()
 
 
