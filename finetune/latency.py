@@ -1,8 +1,8 @@
 """Latency on this machine: measured with the exported graph, and predicted for candidates from such measurements.
 
 A batch takes a constant, a part for each layer that is run for it, and a part for its FLOPs; the three are fitted by
-non-negative least squares on batches timed at several lengths and depths. Predictions make a search deterministic once the three
-are known; what is kept in the end is timed itself.
+non-negative least squares on batches timed at several lengths and depths. Predictions make a search deterministic once
+the three are known; what is kept in the end is timed itself.
 """
 
 import platform

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, logging
@@ -96,6 +97,7 @@ class Search:
     served: "Served | None" = None
     generations: list[list[Lengths]] = field(default_factory=list)
     found: dict[Lengths, list[Found]] = field(default_factory=dict)
+    seconds: dict[Lengths, float] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:
@@ -151,12 +153,13 @@ def measure(search: Search, lengths: Lengths, observed: Observed, encoded: Encod
 
 def evaluate(search: Search, lengths: list[Lengths], accelerator: Accelerator) -> None:
     """Pass new configurations through the model; each process takes neighbours, which share most."""
-    ordered, count = sorted(lengths), accelerator.num_processes
+    began, ordered, count = time.monotonic(), sorted(lengths), accelerator.num_processes
     start, stop = (len(ordered) * (accelerator.process_index + one) // count for one in (0, 1))
     how = (search.model, search.encoded, search.tokenizer, search.options.eval_batch_size)
     observed = explore(*how, ordered[start:stop]) if stop > start else {}
     found = gather_object([(one, measure(search, one, values)) for one, values in observed.items()])
     search.found |= dict(found)
+    search.seconds |= dict.fromkeys(lengths, (time.monotonic() - began) / len(lengths))
 
 
 def first_generation(search: Search) -> list[Lengths]:
@@ -179,11 +182,14 @@ def next_generation(search: Search, number: int) -> list[Lengths]:
     return offspring(parents, known, options.mutations, options.crossovers, options.mutation_probability, draw)
 
 
-def read_journal(folder: Path, settings: dict[str, Any]) -> dict[Lengths, list[Found]]:
-    """What a search wrote before it was killed; a line cut short is left out. ValueError for other settings."""
+def read_journal(folder: Path, settings: dict[str, Any]) -> dict[Lengths, tuple[list[Found], float]]:
+    """What a search found before it was killed, and the seconds of each configuration; a line cut short is left out.
+
+    ValueError for other settings.
+    """
     file = folder / JOURNAL
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    found: dict[Lengths, list[Found]] = {}
+    found: dict[Lengths, tuple[list[Found], float]] = {}
     for number, line in enumerate(lines):
         try:
             record = json.loads(line)
@@ -200,13 +206,14 @@ def read_journal(folder: Path, settings: dict[str, Any]) -> dict[Lengths, list[F
                 )
             continue
         lengths = tuple(record["lengths"])
-        found[lengths] = [Found(**{**one, "lengths": lengths}) for one in record["candidates"]]
+        candidates = [Found(**{**one, "lengths": lengths}) for one in record["candidates"]]
+        found[lengths] = candidates, record["seconds"]
     return found
 
 
-def write_journal(folder: Path, records: list[dict[str, Any]], anew: bool = False) -> None:
-    """Add lines, or begin with them; on the disk when it returns."""
-    with (folder / JOURNAL).open("w" if anew else "a", encoding="utf-8") as lines:
+def add_to_journal(folder: Path, records: list[dict[str, Any]]) -> None:
+    """Add lines; they are on the disk when it returns."""
+    with (folder / JOURNAL).open("a", encoding="utf-8") as lines:
         lines.writelines(json.dumps(record) + "\n" for record in records)
         lines.flush()
         os.fsync(lines.fileno())
@@ -214,32 +221,35 @@ def write_journal(folder: Path, records: list[dict[str, Any]], anew: bool = Fals
 
 def record_of(search: Search, lengths: Lengths) -> dict[str, Any]:
     """A configuration with its candidates, as the journal holds it."""
-    return {"lengths": list(lengths), "candidates": [asdict(one) for one in search.found[lengths]]}
+    found = [asdict(one) for one in search.found[lengths]]
+    return {"lengths": list(lengths), "seconds": search.seconds[lengths], "candidates": found}
 
 
 def evolve(search: Search, folder: Path, accelerator: Accelerator) -> Iterator[dict[str, Any]]:
     """Generation after generation; yields what each gave. What the journal holds is not computed again."""
     known = read_journal(folder, search.settings) if search.options.resume else {}
-    if accelerator.is_main_process:  # also cuts a torn line off
-        records = [{"lengths": list(one), "candidates": [asdict(each) for each in known[one]]} for one in known]
-        write_journal(folder, [search.settings, *records], anew=True)
+    search.found |= {one: found for one, (found, _) in known.items()}
+    search.seconds |= {one: seconds for one, (_, seconds) in known.items()}
+    if accelerator.is_main_process:  # whole lines only, the settings first
+        records = [search.settings, *(record_of(search, one) for one in known)]
+        with new_file(folder / JOURNAL) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    accelerator.wait_for_everyone()
     last = 0 if search.options.axes == "exits" else search.options.iterations
     for number in range(last + 1):
-        began = time.monotonic()
         lengths = next_generation(search, number) if number else first_generation(search)
         new = [one for one in lengths if one not in known]
-        search.found |= {one: known[one] for one in lengths if one in known}
         if new:
             evaluate(search, new, accelerator)
         search.generations.append(lengths)
         if accelerator.is_main_process:
-            write_journal(folder, [record_of(search, one) for one in new])
+            add_to_journal(folder, [record_of(search, one) for one in new])
         yield {
             "iteration": number,
-            "configurations": len(search.found),
+            "configurations": sum(map(len, search.generations)),
             "area": search.area(),
             "front": len(search.front()),
-            "seconds": time.monotonic() - began,
+            "seconds": sum(search.seconds[one] for one in lengths),
         }
 
 
@@ -404,13 +414,26 @@ def show(points: OperatingPoints) -> str:
     return table(["point", "speed-up", "MFLOPs a row", "mean exit layer", "quality (95 % interval)", "lengths"], rows)
 
 
+def start_processes() -> Accelerator:
+    """The accelerator; ValueError where a launcher started several processes that would each search alone."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    on_cpus = launched > 1 and not torch.cuda.is_available()
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpus else [])
+    if accelerator.num_processes != launched:
+        raise ValueError(
+            f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}; "
+            "on CPUs set ACCELERATE_USE_CPU=true"
+        )
+    return accelerator
+
+
 def search(options: SearchOptions) -> None:
     """Search, measure the points of the front on the whole split, keep them with the checkpoint."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder = Path(options.output or f"{options.model.rstrip('/')}.search")
     check_output(folder)
-    accelerator = Accelerator()
+    accelerator = start_processes()
     work, every = prepare(options)
     work.model.to(accelerator.device)
     if options.latency is not None:

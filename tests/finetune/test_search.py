@@ -2,8 +2,11 @@
 
 import itertools
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -191,3 +194,17 @@ def test_bad_options_are_named(checkpoint, small_task, tmp_path, changes, says):
     with pytest.raises(ValueError, match=says):
         search(options_of(checkpoint, small_task, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(checkpoint, small_task, tmp_path):
+    search(options_of(checkpoint, small_task, tmp_path / "one"))
+    flags = {**vars(options_of(checkpoint, small_task, tmp_path / "two")), "metrics": None, "resume": None}
+    words = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, "-m", "finetune", "search", *words], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert result_of(tmp_path / "two") == result_of(tmp_path / "one")
