@@ -26,11 +26,11 @@ TEXTS = {
     "novels and reviews": ["eltec_eng.txt.xz", "imdb_train_reviews.txt.xz"],
 }
 PREPARE = """
-import json, os, sys, time
-from pathlib import Path
-from pretrain.config import PretrainConfig
-from pretrain.prepare import prepare
-if __name__ == "__main__":
+if __name__ == "__main__":  # the processes that it starts import nothing of this, as with `python -m pretrain`
+    import json, os, time
+    from pathlib import Path
+    from pretrain.config import PretrainConfig
+    from pretrain.prepare import prepare
     given = json.loads(os.environ["PREPARATION"])
     paths = {name: Path(given.pop(name)) for name in ("cache", "output", "tokenizer") if given.get(name)}
     start = time.perf_counter()
