@@ -52,6 +52,11 @@ class Job:
         return f"{ELUE_TASKS[self.name]}: {made}, {self.max_length} tokens, {len(self.test):,} test rows, {seeds}"
 
 
+def words(given: list[str]) -> list[str]:
+    """The words of an option that takes several, apart or joined by commas."""
+    return [word for one in given for word in one.split(",") if word]
+
+
 def _named(given: list[str], flag: str) -> dict[str, str]:
     """{task: value} of TASK=VALUE words."""
     named = {}
@@ -98,7 +103,7 @@ def jobs_of(options: SizeOptions) -> list[Job]:
     checkpoints, data = _named(options.checkpoints, "checkpoints"), _named(options.data, "data")
     sizes = {name: _sizes(options, name) for name in SIZES}
     jobs = []
-    for name in dict.fromkeys(map(task_called, options.tasks)):
+    for name in dict.fromkeys(map(task_called, words(options.tasks))):
         checkpoint = checkpoints.get(name)
         if checkpoint is None and options.model is None:
             raise ValueError(f"--model is required: --checkpoints has none for {name}")

@@ -84,8 +84,8 @@ def leave(subject: Subject, setting: Setting, outputs: Outputs) -> tuple[np.ndar
 def choose_settings(
     subject: Subject, policy: str, lengths: Sequence[list[float] | None], dev: Encoded, count: int
 ) -> list[Setting]:
-    """`count` settings of a policy (and of lengths, jointly): those nearest to costs spread evenly over the Pareto
-    front on dev. Where the front has fewer, some stand for several."""
+    """At most `count` settings of a policy (and of lengths, jointly): on dev's Pareto front, those nearest to costs
+    spread evenly between its ends."""
     tried: list[Setting] = []
     costs: list[float] = []
     qualities: list[float] = []
@@ -108,8 +108,10 @@ def choose_settings(
             qualities.append(_quality(subject, answered, dev))
     front = pareto_front(costs, qualities)
     targets = np.linspace(costs[front[0]], costs[front[-1]], count)
-    nearest = [min(front, key=lambda one: abs(costs[one] - target)) for target in targets]
-    return [replace(tried[one], name=f"point_{number}") for number, one in enumerate(nearest, start=1)]
+    nearest: dict[int, int] = {}  # setting -> the first target that it is nearest to
+    for number, target in enumerate(targets, start=1):
+        nearest.setdefault(min(front, key=lambda one: abs(costs[one] - target)), number)
+    return [replace(tried[one], name=f"point_{number}") for one, number in nearest.items()]
 
 
 def _quality(subject: Subject, logits: np.ndarray, encoded: Encoded) -> float:

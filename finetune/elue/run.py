@@ -14,7 +14,7 @@ from elastic_model.folders import check_output, claim_folder, new_folder
 from elastic_model.provenance import file_hash
 from finetune.elue.config import RunOptions
 from finetune.elue.costs import CostTable, ModuleCost, load_costs, table_of, write_table
-from finetune.elue.jobs import Job, jobs_of, layers_of, subject_of, training_of, write_labels
+from finetune.elue.jobs import Job, jobs_of, layers_of, subject_of, training_of, words, write_labels
 from finetune.elue.leaderboard import leaderboard_of, text, write_board
 from finetune.elue.methods import METHODS, Method, Setting, chosen_methods, constant_share
 from finetune.elue.points import Subject, choose_settings, outputs_of, write_point
@@ -124,7 +124,7 @@ def run(options: RunOptions) -> int:
     """Run ELUE and print the leaderboard; exit code 0, or 143 after SIGTERM (a second call goes on)."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    methods, jobs = chosen_methods(options.methods), jobs_of(options)
+    methods, jobs = chosen_methods(words(options.methods)), jobs_of(options)
     _check(options, methods, jobs)
     reference = read_reference(Path(options.reference)) if options.reference else None
     folder = claim_folder(Path(options.output))
