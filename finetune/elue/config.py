@@ -74,7 +74,7 @@ class SizeOptions:
     output: str = option(help="folder of the run; a run that was interrupted goes on where it stopped")
     tasks: list[str] = option(
         ["sst2", "imdb", "mrpc", "stsb"],
-        help="of ELUE's six: sst2, imdb, snli, scitail, mrpc, stsb; or joined by commas",
+        help="sst2, imdb, snli, scitail, mrpc, stsb; or joined by commas",
     )
     checkpoints: list[str] = option([], help="TASK=FOLDER: a task checkpoint to take instead of fine-tuning")
     data: list[str] = option(
