@@ -17,6 +17,7 @@ from elastic_model import ElasticBertConfig
 from elastic_model.cost import flops, modules
 from elastic_model.folders import new_file
 
+METRICS = "metrics.jsonl"
 PER_EXIT = ("mlm_loss", "sop_loss", "mlm_accuracy", "sop_accuracy")
 
 # dense bf16 TFLOPS of one device, from the makers' data sheets; a name that fits two rows is the upper one's

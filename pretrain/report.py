@@ -12,6 +12,7 @@ from elastic_model.folders import new_file
 from elastic_model.provenance import Metric, append_stage, describe_data
 from pretrain.config import FREE_ON_RESUME, PretrainConfig
 from pretrain.evaluate import Evaluation
+from pretrain.metrics import METRICS
 from pretrain.prepare import Corpus
 
 
@@ -61,8 +62,18 @@ def describe(folder: Path, config: PretrainConfig, corpus: Corpus, result: Evalu
         seed=config.seed,
         license=config.license,
     )
-    notes = f"Held-out documents, nats per masked token:\n\n```\n{result.table()}\n```\n"
+    notes = f"Pre-training: {_course(config)}.\n\nHeld-out documents, nats per masked token:\n\n```\n{result.table()}\n```\n"
     write_card(folder, name=config.output.resolve().name, notes=notes)
+
+
+def _course(config: PretrainConfig) -> str:
+    """How far the run went and how fast, from the last line of its log."""
+    lines = [json.loads(text) for text in (config.output / METRICS).read_text().splitlines()]
+    last = [line for line in lines if "mlm_loss" in line][-1]
+    return (
+        f"{last['step']:,} updates of {config.batch_size:,} examples, {last['tokens']:,} tokens, {last['skipped']} updates "
+        f"skipped, at last {last['tokens_per_second']:,.0f} tokens a second"
+    )
 
 
 def _metrics(result: Evaluation) -> list[Metric]:

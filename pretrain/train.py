@@ -42,12 +42,11 @@ from pretrain.data import Batch, Examples, GlobalBatches, Share, check_batch_siz
 from pretrain.distributed import Tensors, on_main_process, start_accelerator, start_engine
 from pretrain.evaluate import Evaluation, evaluate, unigram_losses
 from pretrain.masking import IGNORED
-from pretrain.metrics import Update, Window, cut_metrics, flat, peak_flops, peak_memory, update_flops
+from pretrain.metrics import METRICS, Update, Window, cut_metrics, flat, peak_flops, peak_memory, update_flops
 from pretrain.prepare import Corpus, prepare
 from pretrain.report import describe, plot_losses
 from pretrain.statistics import statistics, table
 
-METRICS = "metrics.jsonl"
 EVALUATION = "evaluation.json"
 DATA = "data.json"
 STOPPED = 143  # 128 + SIGTERM: saved, to be resumed

@@ -18,7 +18,7 @@ from pretrain.checkpoint import find_checkpoints
 from pretrain.distributed import start_accelerator
 from pretrain.metrics import update_flops
 from pretrain.prepare import prepare
-from pretrain.train import Run, learning_rate, train
+from pretrain.train import Run, build_optimizer, learning_rate, train
 
 
 def weights(output):
@@ -59,7 +59,8 @@ def test_a_run_leaves_a_checkpoint_that_transformers_reads(options):
     assert is_ours(output) and (output / "losses.png").stat().st_size > 10_000
     assert [path.name for path in find_checkpoints(output)] == ["checkpoint-8", "checkpoint-12"]
     assert same(weights(output), weights(output / "checkpoint-12"))
-    assert "mlm_loss" in (output / "README.md").read_text()
+    card = (output / "README.md").read_text()
+    assert "mlm_loss" in card and "12 updates of 8 examples" in card and "0 updates skipped" in card
 
 
 def test_the_log_tells_both_losses_of_every_exit(options):
@@ -297,6 +298,30 @@ def test_learning_rate_warms_up_and_decays(options):
     assert all(values[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] for values in rates.values())
     assert rates["linear"][5:] == pytest.approx([5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
     assert rates["cosine"][7] == pytest.approx(0.5) and rates["constant"][9] == 1.0
+
+
+def test_biases_and_norms_are_not_decayed(options):
+    config = options(weight_decay=0.1)
+    run = Run(config, start_accelerator(config), prepare(config))
+    names = {parameter: name for name, parameter in run.plain_model.named_parameters()}
+    optimizer = build_optimizer(run.plain_model, config)
+    decayed, exempt = ([names[one] for one in group["params"]] for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert len(decayed) + len(exempt) == len(names) == len({*decayed, *exempt})
+    assert all(name.endswith("bias") or "LayerNorm" in name for name in exempt)
+    assert not any(name.endswith("bias") or "LayerNorm" in name for name in decayed)
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for(options):
+    """With plain descent in place of AdamW, the step is the rate times the clipped gradient."""
+    config = options(clip_norm=0.01, dropout=0.0)
+    run = Run(config, start_accelerator(config), prepare(config))
+    before = {name: parameter.detach().clone() for name, parameter in run.plain_model.named_parameters()}
+    run.engine.optimizer = torch.optim.SGD(run.plain_model.parameters(), lr=0.0)
+    run.update(run.batches[0])
+    steps = [parameter.detach() - before[name] for name, parameter in run.plain_model.named_parameters()]
+    moved = torch.stack([step.norm() for step in steps]).norm()
+    assert run.norm > 1 and moved.item() == pytest.approx(0.01 * learning_rate(0, config), rel=1e-2)
 
 
 def test_a_warm_start_takes_shape_weights_and_tokenizer(options, tmp_path):
