@@ -99,7 +99,7 @@ def report(run: TaskRun, full: Outcome, chosen: Outcome, test: Outcome | None, s
     lines = []
     for split, per_exit in scored.items():
         rows = run.splits[split]
-        lines += [f"{split}: {len(rows)} rows, {rows.cut} of them cut to {run.options.max_length} tokens"]
+        lines += [f"{split}: {rows.size(run.options.max_length)}"]
         lines += [exit_table(per_exit, run.model.config, rows), ""]
     deciding, permitted = run.labels.metrics[0], run.options.permitted_loss
     lines += [

@@ -44,6 +44,10 @@ class Encoded:
         """Where logits are per token, their real tokens (rows, tokens); None where they are per row."""
         return None
 
+    def size(self, max_length: int) -> str:
+        """How many rows there are, and what the length did to them, in words."""
+        return f"{len(self)} rows, {self.cut} of them cut to {max_length} tokens"
+
     def per_example(self, layers: np.ndarray) -> np.ndarray:
         """The layers, from 1, that rows (rows,) left at, as one number an example."""
         return layers

@@ -336,9 +336,7 @@ def evaluate(options: EvaluateOptions) -> None:
         if options.timed_rows and accelerator.is_main_process:
             how = (options, outcomes[name].policy, lengths)
             costs[name]["ms"] = milliseconds(model, encoded, tokenizer, *how)
-    accelerator.print(
-        f"{task.name}, {options.split}: {len(encoded)} rows, {encoded.cut} cut to {options.max_length} tokens"
-    )
+    accelerator.print(f"{task.name}, {options.split}: {encoded.size(options.max_length)}")
     shown = exit_table(exits, model.config, encoded, lengths), outcome_table(outcomes, _cells(costs))
     accelerator.print(*shown, sep="\n\n")
     if options.output and accelerator.is_main_process:

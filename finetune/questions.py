@@ -30,6 +30,10 @@ class EncodedQuestions(TokenEncoded):
 
     head = "question_answering"
 
+    def size(self, max_length: int) -> str:
+        """How many questions there are, and in how many windows, in words."""
+        return f"{len(self.contexts)} questions in {len(self)} windows of {max_length} tokens"
+
     def per_example(self, layers: np.ndarray) -> np.ndarray:
         """The highest layer of a question's windows."""
         return np.maximum.reduceat(layers, self.first[:-1])
@@ -102,8 +106,7 @@ def encode_questions(
         "start_positions": np.array([start for start, _ in spans]),
         "end_positions": np.array([end for _, end in spans]),
     }
-    cut = int((np.diff(first) > 1).sum())
-    return EncodedQuestions(rows_of(encoding), targets, truth, cut, first, contexts, offsets, in_context)
+    return EncodedQuestions(rows_of(encoding), targets, truth, 0, first, contexts, offsets, in_context)
 
 
 def _cut(questions: list[str], tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[str]:
