@@ -1,7 +1,10 @@
 """`python -m export predict`: a file of texts, answered by an exported folder."""
 
+import json
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import Any
 
 from elastic_model.folders import new_file
 from elastic_model.operating_points import BUDGETS
@@ -9,21 +12,50 @@ from elastic_model.session import ElasticSession
 from export.config import PredictOptions
 from export.rows import read_texts
 
-COLUMNS = ("label", "score", "exit_layer", "point")
+LAST = ("exit_layer", "point")
 
 
 def predict_file(options: PredictOptions) -> None:
-    """A line per text, in order: label, score, exit_layer, point."""
+    """A line per text, in order: label, score, what else the task answers, exit_layer, point; lists as JSON."""
     session = ElasticSession.from_pretrained(options.folder, options.file, options.threads)
     texts = read_texts(options.input, options.text, options.pair)
-    budget = read_budget(options.budget)
-    results = session(texts, budget=budget, max_layer=options.max_layer, batch_size=options.batch_size)
-    lines = ["\t".join(COLUMNS), *("\t".join(str(result[column]) for column in COLUMNS) for result in results)]
+    results = session(
+        iter(texts),
+        budget=read_budget(options.budget),
+        max_layer=options.max_layer,
+        batch_size=options.batch_size,
+        progress=(lambda done: show_progress(done, len(texts))) if sys.stderr.isatty() else None,
+    )
     with new_file(options.output) if options.output else nullcontext() as path:
         if path is None:
-            sys.stdout.write("\n".join(lines) + "\n")
+            sys.stdout.writelines(lines(results))
         else:
-            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            with path.open("w", encoding="utf-8", newline="\n") as output:
+                output.writelines(lines(results))
+
+
+def lines(results: Iterator[dict[str, Any]]) -> Iterator[str]:
+    """A header and a line per result, as they come."""
+    columns: list[str] = []
+    for result in results:
+        if not columns:
+            columns = ["label", "score"] if "label" in result else []
+            columns += [name for name in result if name not in (*columns, *LAST)] + list(LAST)
+            yield "\t".join(columns) + "\n"
+        yield "\t".join(_cell(result[column]) for column in columns) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list):
+        return json.dumps(value, ensure_ascii=False)
+    return " ".join(str(value).split()) if isinstance(value, str) else str(value)
+
+
+def show_progress(done: int, total: int) -> None:
+    """A line on the terminal, overwritten as it goes."""
+    print(f"\r{done} of {total} texts", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def read_budget(text: str | None) -> str | dict[str, float] | None:

@@ -50,6 +50,8 @@ def _columns(file: Path, lines: list[str], text: str, pair: str | None) -> list[
         cells = line.split("\t")
         if len(cells) != len(header):
             raise ValueError(f"{file}, line {number}: {len(cells)} cells under {len(header)} columns")
-        first = cells[header.index(text)]
-        texts.append(first if pair is None else (first, cells[header.index(pair)]))
+        found = [cells[header.index(name)] for name in (text, pair) if name is not None]
+        if not all(cell.strip() for cell in found):
+            raise ValueError(f"{file}, line {number}: an empty text; leave such lines out")
+        texts.append(found[0] if pair is None else (found[0], found[1]))
     return texts

@@ -1,18 +1,22 @@
 """The client of an exported folder, in a process that cannot import torch and in this one."""
 
 import json
+import os
+import pickle
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from elastic_model import ElasticSession, processor
 from elastic_model.exit_policies import normalised_entropy, predict
 from elastic_model.operating_points import OperatingPoint, OperatingPoints
+from tests.elastic_model.hub_server import HubServer
 from tests.export.graphs import lively
 
 TEXTS = [
@@ -57,8 +61,13 @@ def exported(tmp_path_factory, tiny_tokenizer):
     model.save_pretrained(folder / "checkpoint")
     tiny_tokenizer.save_pretrained(folder / "checkpoint")
     table = [
-        OperatingPoint(name, [threshold] * 4, layer, flops=layer * 1e6)
-        for name, threshold, layer in [("full", 0.0, 4.0), ("usual", usual, 3.5), ("fast", 1.0, 1.0)]
+        OperatingPoint(name, [threshold] * 4, layer, lengths, flops=layer * 1e6)
+        for name, threshold, layer, lengths in [
+            ("full", 0.0, 4.0, None),
+            ("usual", usual, 3.5, None),
+            ("short", 0.0, 2.0, [1.0, 0.5, 0.5, 0.2]),
+            ("fast", 1.0, 1.0, None),
+        ]
     ]
     points = OperatingPoints(checkpoint_hash(folder / "checkpoint"), config.exit_policy, table)
     points.save(folder / "checkpoint")
@@ -116,6 +125,113 @@ def test_budgets_choose_the_operating_point(session):
     assert max(result["exit_layer"] for result in session(TEXTS, max_layer=2)) == 2
 
 
+def test_a_point_with_lengths_drops_tokens(session):
+    short, full = session(TEXTS, budget="short", cost=True), session(TEXTS, budget="full", cost=True)
+    assert all(less["flops"] < more["flops"] for less, more in zip(short, full, strict=True))
+    assert any(less["score"] != more["score"] for less, more in zip(short, full, strict=True))
+    encodings = session.encode(TEXTS)
+    outputs = session.run(encodings, session.never, 4, [1.0, 0.5, 0.5, 0.2])
+    labels = [session.labels[one] for one in outputs["logits"].argmax(-1)]
+    assert labels == [result["label"] for result in short]
+    (text,) = session("A treaty.", budget="short")
+    assert text == pytest.approx({**session(["A treaty.", TEXTS[1]], budget="short")[0]}, abs=1e-6)
+
+
+def test_an_iterator_is_answered_lazily(session, monkeypatch):
+    """A few texts at a time are read, whatever comes after them; progress is told."""
+    monkeypatch.setattr("elastic_model.session.CHUNK", 3)
+    read, told = [], []
+
+    def endless():
+        while True:
+            read.append(1)
+            yield TEXTS[len(read) % 4]
+
+    answers = session(endless(), progress=told.append)
+    first = [next(answers) for _ in range(7)]
+    assert len(read) == 9 and told == [3, 6]
+    assert first == session([TEXTS[number % 4] for number in range(1, 8)])
+    assert list(session(iter([]))) == []
+
+
+def test_memory_is_bounded_in_tokens(session, monkeypatch):
+    """A batch holds no more slots than are set aside, long rows fewer than short ones."""
+    monkeypatch.setattr("elastic_model.session.BATCH_TOKENS", 60)
+    sizes, run = [], type(session).run
+
+    def counted(self, rows, *given):
+        sizes.append([len(row.ids) for row in rows])
+        return run(self, rows, *given)
+
+    monkeypatch.setattr(type(session), "run", counted)
+    session(TEXTS)
+    assert all(len(rows) == 1 or len(rows) * max(rows) <= 60 for rows in sizes) and max(map(len, sizes)) > 1
+
+
+def test_a_pickled_session_and_a_forked_process_answer(session, exported):
+    expected = session(TEXTS[:4])
+    assert pickle.loads(pickle.dumps(session))(TEXTS[:4]) == expected
+    script = f"""
+import multiprocessing, sys
+from elastic_model import ElasticSession
+session = ElasticSession.from_pretrained({str(exported)!r}, threads=2)
+texts = {TEXTS[:4]!r}
+expected = [one["label"] for one in session(texts)]
+child = multiprocessing.get_context("fork").Process(
+    target=lambda: sys.exit(0 if [one["label"] for one in session(texts)] == expected else 7)
+)
+child.start()
+child.join(60)
+print(child.exitcode, [one["label"] for one in session(texts)] == expected)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["0", "True"], done.stderr
+
+
+def test_a_hub_id_fetches_the_file_for_this_cpu_alone(exported, tmp_path):
+    server = HubServer()
+    server.upload("org/exported", exported)
+    script = f"""
+import json
+from elastic_model import ElasticSession
+session = ElasticSession.from_pretrained("org/exported", threads=1)
+print(json.dumps([session.file.stem, session({TEXTS[0]!r})[0]["label"]]))
+for name in ("org/nothing", "no such name!"):
+    try:
+        ElasticSession.from_pretrained(name)
+    except ValueError as error:
+        print(json.dumps(str(error)))
+"""
+    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    server.close()
+    assert done.returncode == 0, done.stderr
+    (file, label), *errors = [json.loads(line) for line in done.stdout.splitlines()]
+    here = ElasticSession.from_pretrained(exported, threads=1)
+    assert (file, label) == (here.file.stem, here(TEXTS[0])[0]["label"])
+    assert len(errors) == 2 and all("is not a folder" in error or "neither a folder" in error for error in errors)
+    fetched = {path.name for path in tmp_path.rglob("*") if path.suffix in (".onnx", ".safetensors", ".py")}
+    assert fetched == {f"{file}.onnx"}
+
+
+def test_a_folder_of_another_version_is_named(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "out")
+    model = onnx.load(tmp_path / "out/onnx/model.onnx")
+    for entry in model.metadata_props:
+        if entry.key == "elastic_format":
+            entry.value = "7"
+    onnx.save(model, tmp_path / "out/onnx/model.onnx")
+    (tmp_path / "out/export_report.json").unlink()
+    with pytest.raises(ValueError, match="written in format 7, this version reads format 1"):
+        ElasticSession.from_pretrained(tmp_path / "out", "model")
+
+
+def test_texts_as_long_and_as_odd_as_they_come(session):
+    for text in ("x", "\x00\u200b!", "a" * 100_000, "word " * 20_000, "\U0001f600", "e\u0301" * 50):
+        (result,) = session(text)
+        assert result["label"] in session.labels and np.isfinite(result["score"])
+
+
 def test_every_exit_of_a_regression_is_answered(tmp_path, tiny_tokenizer, tiny_config):
     """With a patience of values a large threshold lets everyone leave, where one of votes would keep everyone."""
     from export.config import ExportOptions
@@ -153,10 +269,14 @@ def test_threads_may_share_a_session(session):
         (lambda session: session([3]), r"text 0 must be a string or a pair"),
         (lambda session: session(["a"], max_layer=5), r"from 1 to 4, got 5"),
         (lambda session: session(["a"], max_layer=0), r"from 1 to 4, got 0"),
-        (lambda session: session(["a"], budget="quick"), r"the names are: full, usual, fast"),
+        (lambda session: session(["a"], budget="quick"), r"the names are: full, usual, short, fast"),
         (lambda session: session(["a"], batch_size=0), r"batch_size must be at least 1"),
         (lambda session: session.run(session.tokenizer.encode_batch(["a"]), [float("nan")] * 4), r"4 finite numbers"),
         (lambda session: session.run(session.tokenizer.encode_batch(["a"]), [0.1]), r"4 finite numbers"),
+        (lambda session: session.exit_logits(["a"], length_config=[0.5, 0.9, 0.5, 0.5]), r"that do not rise"),
+        (lambda session: session.exit_logits(["a"], length_config=[float("nan")] * 4), r"4 shares in \(0, 1\]"),
+        (lambda session: session.exit_logits(["a"], length_config=[0.5]), r"4 shares in"),
+        (lambda session: session("a", budget={"latency_ms": 3}), r"latency_ms"),
     ],
 )
 def test_bad_calls_say_what_is_allowed(session, call, says):
