@@ -20,7 +20,7 @@ from elastic_model.operating_points import FILE, OperatingPoint, OperatingPoints
 from elastic_model.session import ElasticSession
 from finetune.config import CalibrateOptions
 from finetune.data import Encoded, rows_of
-from finetune.evaluate import exit_logits, score_of, table
+from finetune.evaluate import check_learned, exit_logits, exit_uncertainty, score_of, table
 from finetune.examples import read_examples
 from finetune.kinds import answers_of, problem_type_of
 from finetune.labels import Labels
@@ -103,27 +103,43 @@ def read_rows(options: CalibrateOptions, config: Any, tokenizer: PreTrainedToken
     )
 
 
-def served_logits(
-    options: CalibrateOptions, rows: Rows, session: ElasticSession | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The exits' logits (exits, rows, ...) at the lengths asked for, and the full model's (rows, ...), as served."""
+@dataclass(frozen=True)
+class Served:
+    """What is served says of the rows: every exit's logits (exits, rows, ...) at the lengths asked for, the full
+    model's (rows, ...), and a learned exit head's uncertainties (exits, rows)."""
+
+    logits: np.ndarray
+    full: np.ndarray
+    uncertainty: np.ndarray | None = None
+
+
+def observe(options: CalibrateOptions, rows: Rows, session: ElasticSession | None) -> Served:
+    """Pass the rows through the checkpoint or the exported file."""
     lengths = options.length_config or None
     if session is None:
         model = load_classifier(Path(options.model), options.max_length)
-        tokenizer = load_tokenizer(Path(options.model))
-        arguments = (model, rows.encoded, tokenizer, options.eval_batch_size, Accelerator())
-        logits = exit_logits(*arguments, lengths)
+        how = (rows.encoded, load_tokenizer(Path(options.model)), options.eval_batch_size, Accelerator())
+        learned = options.exit_policy == "learned"
+        check_learned({"name": options.exit_policy}, model.config)
+        if learned and lengths is not None:
+            raise ValueError(
+                "the learned exit head is calibrated at the checkpoint's own lengths, not --length_config"
+            )
+        logits = exit_logits(model, *how, lengths)
         whole = lengths is None and model.config.length_config is None
-        return logits, (logits if whole else exit_logits(*arguments, 1.0))[-1]
+        full = logits[-1] if whole else exit_logits(model, *how, 1.0)[-1]
+        return Served(logits, full, exit_uncertainty(model, *how) if learned else None)
     if rows.labels.problem_type not in SEQUENCES:
         raise ValueError("an exported folder is calibrated for classes and numbers; calibrate this on its checkpoint")
+    if options.exit_policy == "learned":
+        raise ValueError("an exported file does not tell its learned head's uncertainty; calibrate the checkpoint")
     texts: list[Any] = rows.texts.texts
     if rows.texts.pairs:
         texts = list(zip(rows.texts.texts, rows.texts.pairs, strict=True))
     logits = session.exit_logits(texts, length_config=lengths)
-    return logits, logits[-1] if lengths is None else session.exit_logits(texts, length_config=[1.0] * len(lengths))[
-        -1
-    ]
+    return Served(
+        logits, session.exit_logits(texts, length_config=[1.0] * session.layers)[-1] if lengths else logits[-1]
+    )
 
 
 def reference_answers(options: CalibrateOptions, rows: Rows, full: np.ndarray) -> np.ndarray:
@@ -165,17 +181,16 @@ def failures(
     return wrong & (right if right.ndim == 1 else right.all(1))
 
 
-def certify(
-    options: CalibrateOptions, rows: Rows, logits: np.ndarray, reference: np.ndarray, config: Any
-) -> Certified:
+def certify(options: CalibrateOptions, rows: Rows, served: Served, reference: np.ndarray, config: Any) -> Certified:
     """The loosest setting certified in the fixed order; ValueError where not even full depth is."""
-    labels, epsilon = rows.labels, options.max_disagreement or options.max_accuracy_loss
+    logits, labels, epsilon = served.logits, rows.labels, options.max_disagreement or options.max_accuracy_loss
     assert epsilon is not None  # _check has seen to it
     name, exits = policy_name(options.exit_policy, labels.problem_type), len(logits)
     largest = None if options.tolerance is None else LOOSEST * options.tolerance
     policies = [never(name, exits, labels.problem_type)]
     policies += candidates(name, logits, labels.problem_type, largest) if exits > 1 else []
-    places = sweep(policies, logits, config.exit_layers, labels.problem_type, rows.encoded.mask).numpy()
+    how = (config.exit_layers, labels.problem_type, rows.encoded.mask, served.uncertainty)
+    places = sweep(policies, logits, *how).numpy()
     failing = np.stack([failures(options, rows, logits, one, reference) for one in places])
     count, failed = failing.shape[1], failing.sum(1)
     best = fixed_sequence(failed, count, epsilon, options.confidence)
@@ -298,10 +313,10 @@ def calibrate(options: CalibrateOptions) -> None:
     options = replace(options, exit_policy=_policy(options, (in_force or {}).get("name"), session))
     rows = read_rows(options, config, tokenizer)
     _enough(options, len(rows.encoded.labels))
-    logits, full = served_logits(options, rows, session)
-    reference = reference_answers(options, rows, full)
-    found = certify(options, rows, logits, reference, config)
-    point = point_of(options, rows, logits, found, config, session.file.stem if session else "pytorch")
+    served = observe(options, rows, session)
+    reference = reference_answers(options, rows, served.full)
+    found = certify(options, rows, served, reference, config)
+    point = point_of(options, rows, served.logits, found, config, session.file.stem if session else "pytorch")
     whole = exit_flops(config, rows.encoded.lengths, 1.0, rows.encoded.head)[-1].double().mean().item()
     result = report(point, whole, per_class(rows, reference, found, options.confidence), found.policy)
     save(folder, points, point, found.policy)

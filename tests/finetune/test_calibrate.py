@@ -107,6 +107,19 @@ def test_accuracy_and_lengths(checkpoint, small_task, capsys):
     assert json.loads((checkpoint / "config.json").read_text())["length_config"] == [1.0, 0.9, 0.9, 0.9]
 
 
+def test_the_learned_head(checkpoint, small_task, tiny_tokenizer, texts, capsys):
+    with pytest.raises(ValueError, match="asks a learned exit head"):
+        calibrate(options_of(checkpoint, small_task, exit_policy="learned"))
+    model = ElasticBertForSequenceClassification.from_pretrained(checkpoint, learned_exit_head=True).eval()
+    torch.nn.init.normal_(model.exit_uncertainty.weight, std=1.0)
+    model.save_pretrained(checkpoint)
+    calibrate(options_of(checkpoint, small_task, exit_policy="learned"))
+    point = OperatingPoints.load(checkpoint).at("calibrated")
+    policy, _ = point
+    _, left = answers(model, tiny_tokenizer, texts.read_text().splitlines(), exit_policy=policy)
+    assert policy["name"] == "learned" and Counter(map(str, left.tolist())) == point.calibration["exit_counts"]
+
+
 def test_regression_within_a_tolerance(tiny_config, tiny_tokenizer, small_task, tmp_path, capsys):
     torch.manual_seed(0)
     tiny_config.num_labels = 1
