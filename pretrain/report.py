@@ -62,7 +62,8 @@ def describe(folder: Path, config: PretrainConfig, corpus: Corpus, result: Evalu
         seed=config.seed,
         license=config.license,
     )
-    notes = f"Pre-training: {_course(config)}.\n\nHeld-out documents, nats per masked token:\n\n```\n{result.table()}\n```\n"
+    held_out = f"Held-out documents, nats per masked token:\n\n```\n{result.table()}\n```\n"
+    notes = f"Pre-training: {_course(config)}.\n\n{held_out}"
     write_card(folder, name=config.output.resolve().name, notes=notes)
 
 
@@ -71,8 +72,8 @@ def _course(config: PretrainConfig) -> str:
     lines = [json.loads(text) for text in (config.output / METRICS).read_text().splitlines()]
     last = [line for line in lines if "mlm_loss" in line][-1]
     return (
-        f"{last['step']:,} updates of {config.batch_size:,} examples, {last['tokens']:,} tokens, {last['skipped']} updates "
-        f"skipped, at last {last['tokens_per_second']:,.0f} tokens a second"
+        f"{last['step']:,} updates of {config.batch_size:,} examples, {last['tokens']:,} tokens, "
+        f"{last['skipped']} updates skipped, at last {last['tokens_per_second']:,.0f} tokens a second"
     )
 
 
