@@ -169,3 +169,50 @@ def test_teacher_logits_are_asked_in_evaluation_mode_and_in_our_order(options, t
     assert label_order(str(tiny_checkpoint), ["late", "early", "middle"], "single_label_classification") == [2, 0, 1]
     with pytest.raises(ValueError, match="has the labels early, middle, late; the task has a, b"):
         label_order(str(tiny_checkpoint), ["a", "b"], "single_label_classification")
+
+
+KINDS = {  # a model class and the targets of four rows of five tokens
+    "ElasticBertForTokenClassification": lambda: {"labels": torch.tensor([[-100, 0, 1, 2, -100]] * 4)},
+    "ElasticBertForQuestionAnswering": lambda: {
+        "start_positions": torch.tensor([1, 2, 0, 3]),
+        "end_positions": torch.tensor([1, 3, 0, 3]),
+    },
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_trains_models_that_answer_per_token(tiny_config, options, name, recipe):
+    """Losses are finite, every parameter that a phase trains takes part; for tags, padding changes no gradient (the
+    loss of spans is over all tokens of the batch, as the stock model's is)."""
+    import elastic_model
+
+    torch.manual_seed(0)
+    for setting, value in find_recipe(recipe).config.items():
+        setattr(tiny_config, setting, value)
+    model = getattr(elastic_model, name)(tiny_config)
+    ids = torch.randint(5, 200, (4, 5))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **KINDS[name]()}
+    padded = {key: pad_tokens(key, tensor) for key, tensor in batch.items()}
+    for phase in find_recipe(recipe).phases:
+        gradients = []
+        for one in (batch, padded):
+            model.zero_grad()
+            model.eval()
+            update = Update(1, random.Random(0), options(recipe=recipe))
+            for loss in phase.objective(model, tiny_config, one, update):
+                assert loss.isfinite()
+                loss.backward()
+            gradients.append(
+                {key: tensor.grad for key, tensor in model.named_parameters() if phase.trains(key, tiny_config)}
+            )
+        assert all(gradient is not None for gradient in gradients[0].values())
+        for key, gradient in gradients[0].items() if "Token" in name else ():
+            torch.testing.assert_close(gradients[1][key], gradient, atol=1e-5, rtol=1e-3)
+
+
+def pad_tokens(name, tensor):
+    """Two tokens of padding behind every row."""
+    if tensor.dim() == 1:
+        return tensor
+    return torch.nn.functional.pad(tensor, (0, 2), value=-100 if name == "labels" else 0)
