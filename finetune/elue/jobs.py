@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import AutoConfig
 
-from elastic_model import ElasticBertModel
+from elastic_model import ElasticBertConfig, ElasticBertModel
 from elastic_model.folders import new_file, new_folder
 from finetune.config import TaskOptions, TrainOptions
 from finetune.data import Encoded
@@ -171,9 +171,18 @@ def training_of(
     )
 
 
+def check_answers(job: Job, config: ElasticBertConfig, checkpoint: Path) -> None:
+    """ValueError where a task checkpoint answers something else than the task asks."""
+    names = () if config.num_labels == 1 else tuple(config.id2label.values())
+    if set(names) != set(job.kind.classes):
+        asked = ", ".join(job.kind.classes) or "a number"
+        raise ValueError(f"checkpoint {checkpoint} answers {', '.join(names) or 'a number'}; {job.name} asks {asked}")
+
+
 def subject_of(options: SizeOptions, job: Job, checkpoint: Path) -> tuple[Subject, dict[str, Encoded]]:
     """A checkpoint with the tokenised dev and test splits of its task."""
     model = load_classifier(checkpoint, job.max_length).to(Accelerator().device)
+    check_answers(job, model.config, checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     labels = labels_of_model(TaskOptions(model=str(checkpoint), task=job.name), job.task, model.config)
     examples = {"dev": read_examples(job.task, "dev"), "test": job.test}

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic_model.folders import new_folder
+from elastic_model.folders import new_file, new_folder
 from elastic_model.front import pareto_front
 from finetune.elue.config import LeaderboardOptions
 from finetune.elue.page import page
@@ -222,18 +222,27 @@ def as_json(board: Leaderboard) -> dict[str, Any]:
 
 def write_board(board: Leaderboard, folder: Path) -> None:
     """leaderboard.txt, leaderboard.json and leaderboard.html, which needs nothing beside it."""
-    (folder / "leaderboard.txt").write_text(text(board) + "\n", encoding="utf-8")
-    (folder / "leaderboard.json").write_text(json.dumps(as_json(board), indent=1) + "\n", encoding="utf-8")
-    tables = [(f"{title}, {SOURCE}", *published(table)) for table, title in TABLES.items()]
+    files = {
+        "leaderboard.txt": text(board) + "\n",
+        "leaderboard.json": json.dumps(as_json(board), indent=1) + "\n",
+        "leaderboard.html": as_page(board),
+    }
+    for name, content in files.items():
+        with new_file(folder / name) as file:
+            file.write_text(content, encoding="utf-8")
+
+
+def as_page(board: Leaderboard) -> str:
+    """The leaderboard as one HTML file."""
     methods = [("Submissions", *methods_table(board))] if any(entry.note for entry in board.entries) else []
+    tables = [(f"{title}, {SOURCE}", *published(table)) for table, title in TABLES.items()]
     curves = {
         ELUE_TASKS[task]: {entry.name: _series(entry.tasks[task]) for entry in board.entries if task in entry.tasks}
         for task in board.tasks
     }
     scored = "no reference: no scores" if board.reference is None else f"percent points against {board.reference}"
     notes = [f"ELUE scores: {scored}; {ENDS}; {SPREAD}.", *board.notes, *split_warnings(board.rows)]
-    html = page(*head_and_cells(board), [*methods, *tables], curves, notes)
-    (folder / "leaderboard.html").write_text(html, encoding="utf-8")
+    return page(*head_and_cells(board), [*methods, *tables], curves, notes)
 
 
 def _series(task: TaskScore) -> list[tuple[str, float, float, bool]]:

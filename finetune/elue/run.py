@@ -4,6 +4,7 @@ A stage that is there is not made again: checkpoints/METHOD/TASK/seed-N, submiss
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from elastic_model.folders import check_output, claim_folder, new_folder
 from elastic_model.provenance import file_hash
 from finetune.elue.config import RunOptions
 from finetune.elue.costs import CostTable, ModuleCost, load_costs, table_of, write_table
-from finetune.elue.jobs import Job, jobs_of, layers_of, subject_of, training_of, words, write_labels
+from finetune.elue.jobs import Job, check_answers, jobs_of, layers_of, subject_of, training_of, words, write_labels
 from finetune.elue.leaderboard import leaderboard_of, text, write_board
 from finetune.elue.methods import METHODS, Method, Setting, chosen_methods, constant_share
 from finetune.elue.points import Subject, choose_settings, outputs_of, write_point
@@ -30,6 +31,8 @@ SETTINGS = "settings.json"  # what makes two stages the same
 
 def _check(options: RunOptions, methods: Mapping[str, Method], jobs: list[Job]) -> None:
     """ValueError for what would only fail after an hour."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("elue run is one process: its stages follow each other; start it without accelerate launch")
     check_output(Path(options.output))
     if options.points < 1:
         raise ValueError(f"points must be at least 1, got {options.points}")
@@ -38,6 +41,7 @@ def _check(options: RunOptions, methods: Mapping[str, Method], jobs: list[Job]) 
     for job in jobs:
         if job.checkpoint is not None:
             config = load_classifier(Path(job.checkpoint), job.max_length).config
+            check_answers(job, config, Path(job.checkpoint))
             for name, method in methods.items():
                 if method.depths:
                     raise ValueError(f"method {name} makes models of its own: it cannot be run on --checkpoints")

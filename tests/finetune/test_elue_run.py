@@ -65,6 +65,10 @@ def test_from_checkpoint_to_leaderboard(elue_data, elue_start, capsys):
     assert run(lambda: _command(["elue", "--output", str(elue_data / "taken"), "--max-length", "32", *flags])) == 0
     again = read_result(elue_data / "taken" / "results" / "elasticbert.json").tasks["sst2"].points
     assert again == reference
+    flags = ["--tasks", "stsb", "--checkpoints", f"stsb={taken}", "--output", str(elue_data / "other")]
+    capsys.readouterr()
+    assert run(lambda: _command(["elue", "run", "--max-length", "32", *flags])) == 2
+    assert "answers negative, positive; stsb asks a number" in capsys.readouterr().err
 
 
 @pytest.mark.slow
