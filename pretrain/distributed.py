@@ -50,6 +50,7 @@ class Engine(Protocol):
 def start_accelerator(config: PretrainConfig) -> Accelerator:
     """The accelerator, on the CPU where there is nothing faster; ValueError where the launcher asked for more
     processes than train together."""
+    _check_launcher()
     no_device, deepspeed = not torch.accelerator.is_available(), _asked_for("DEEPSPEED")
     if no_device:
         os.environ.setdefault(
@@ -84,17 +85,27 @@ def _without_compiled_collective() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def _check_launcher() -> None:
+    """ValueError where the environment asks for more processes than a launcher started."""
+    processes, known = os.environ.get("WORLD_SIZE", "1"), {"RANK", "LOCAL_RANK"} & os.environ.keys()
+    if processes != "1" and not known:
+        raise ValueError(
+            f"WORLD_SIZE is {processes}, but no launcher started this process (RANK is not set): unset it, or use "
+            "accelerate launch with a config of pretrain/accelerate"
+        )
+    if "WORLD_SIZE" not in os.environ and "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
+        raise ValueError(
+            "accelerate launch was asked for several processes on a CPU but starts one (--cpu, or distributed_type: "
+            "MULTI_CPU); leave that out and use --config_file pretrain/accelerate/ddp.yaml"
+        )
+
+
 def _check_processes(accelerator: Accelerator) -> None:
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != asked:
         raise ValueError(
             f"the launcher started {asked} processes, but accelerate joined {accelerator.num_processes}: launch with "
             "torchrun, or with accelerate launch and a config of pretrain/accelerate"
-        )
-    if "WORLD_SIZE" not in os.environ and "MASTER_PORT" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
-        raise ValueError(
-            "accelerate launch was asked for several processes on a CPU but starts one (--cpu, or distributed_type: "
-            "MULTI_CPU); leave that out and use --config_file pretrain/accelerate/ddp.yaml"
         )
 
 

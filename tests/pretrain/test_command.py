@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 import time
@@ -165,33 +164,21 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_other_options(command, co
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one_does(options, tmp_path):
-    """DDP on a CPU: the same losses as one process, from the same global batches, with grouped training."""
-    losses = {}
-    for processes in (1, 2):
-        file = tmp_path / f"{processes}.yaml"
-        file.write_text(to_yaml(options(output=tmp_path / f"run{processes}", dropout=0.0, log_every=1, workers=0)))
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        subprocess.run([*launch, "-m", "pretrain", "--config", str(file)], cwd=ROOT, env=environment, timeout=300)
-        losses[processes] = _losses(tmp_path / f"run{processes}" / "metrics.jsonl")
-    assert len(losses[1]) > 24 and losses[2] == pytest.approx(losses[1], rel=1e-4)
-
-
-def _losses(file):
-    import json
-
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    per_line = [line.get("held_out", line) for line in lines]
-    return [value for line in per_line for name in ("mlm_loss", "sop_loss") for value in line[name].values()]
+def test_processes_that_no_launcher_started_are_refused(command, monkeypatch, tmp_path):
+    """They would wait for each other for ever."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr("os._exit", lambda code: None)  # what ends a process of several
+    fails_in_one_line(command(), "WORLD_SIZE is 2", "no launcher started this process")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_processes_that_do_not_know_each_other_are_refused(options, tmp_path):
-    """`WORLD_SIZE=2` without a process group: two runs would race on the same files."""
+def test_a_launcher_that_starts_fewer_processes_than_asked_for_is_refused(options, tmp_path):
+    """`accelerate launch --cpu` starts one whatever it was asked for, without a word."""
     (tmp_path / "options.yaml").write_text(to_yaml(options()))
-    environment = {**os.environ, "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "false"}
-    argv = [sys.executable, "-m", "pretrain", "--config", str(tmp_path / "options.yaml")]
-    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and "the launcher started 2 processes, but accelerate joined 1" in done.stderr
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    argv = [*launch, "-m", "pretrain", "--config", str(tmp_path / "options.yaml")]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert "asked for several processes on a CPU but starts one" in done.stderr
+    assert not (tmp_path / "run").exists()
