@@ -25,6 +25,7 @@ from finetune.elue.scoring import (
     size_class,
 )
 from finetune.elue.tasks import ELUE_TASKS
+from finetune.evaluate import table
 
 ENDS = "beyond the ends of the reference its quality is taken to stay as it is there"
 SPREAD = "in brackets the standard deviation over seeds"
@@ -168,12 +169,6 @@ def methods_table(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
     return ["submission", "paper; training; policy; note"], [[entry.name, entry.note] for entry in board.entries]
 
 
-def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Text in columns, each as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows))
-
-
 def points_text(board: Leaderboard) -> str:
     """Every point of every submission: cost, quality, whether it is on its Pareto front."""
     rows = [
@@ -184,11 +179,11 @@ def points_text(board: Leaderboard) -> str:
         for point in entry.tasks[task].points
         for front in ["front" if point.name in entry.tasks[task].front else ""]
     ]
-    return columns(["task", "submission", "point", "MFLOPs a row", "quality", ""], rows)
+    return table(["task", "submission", "point", "MFLOPs a row", "quality", ""], rows)
 
 
 def text(board: Leaderboard) -> str:
-    """The leaderboard as text: scores, the slides' own below them, points, warnings."""
+    """The leaderboard as text: scores, points, the slides' own tables below them, warnings."""
     parts = []
     if board.reference is None:
         parts.append("no reference was given (--reference): points, but no scores")
@@ -196,12 +191,11 @@ def text(board: Leaderboard) -> str:
         entries = sum(one.outside for entry in board.entries for one in entry.tasks.values())
         beyond = f" ({entries} points lie beyond)" if entries else ""
         parts.append(f"ELUE scores, percent points against {board.reference}; {ENDS}{beyond}; {SPREAD}")
-    parts.append(columns(*head_and_cells(board)))
+    parts.append(table(*head_and_cells(board)))
     parts += ["\n".join(board.notes)] if board.notes else []
-    parts += [columns(*methods_table(board))] if any(entry.note for entry in board.entries) else []
-    parts.append(f"{TABLES['leaderboard']}, {SOURCE}:\n" + columns(*published("leaderboard")))
-    parts.append(f"{TABLES['scores']}, {SOURCE}:\n" + columns(*published("scores")))
+    parts += [table(*methods_table(board))] if any(entry.note for entry in board.entries) else []
     parts.append(points_text(board))
+    parts += [f"{title}, {SOURCE}:\n{table(*published(name))}" for name, title in TABLES.items()]
     return "\n\n".join([*parts, *split_warnings(board.rows)])
 
 
@@ -216,7 +210,7 @@ def as_json(board: Leaderboard) -> dict[str, Any]:
         "notes": board.notes,
         "entries": entries,
         "warnings": split_warnings(board.rows),
-        "published": {table: {"source": SOURCE, "rows": published(table)} for table in TABLES},
+        "published": {name: {"source": SOURCE, "rows": published(name)} for name in TABLES},
     }
 
 
@@ -235,7 +229,7 @@ def write_board(board: Leaderboard, folder: Path) -> None:
 def as_page(board: Leaderboard) -> str:
     """The leaderboard as one HTML file."""
     methods = [("Submissions", *methods_table(board))] if any(entry.note for entry in board.entries) else []
-    tables = [(f"{title}, {SOURCE}", *published(table)) for table, title in TABLES.items()]
+    tables = [(f"{title}, {SOURCE}", *published(name)) for name, title in TABLES.items()]
     curves = {
         ELUE_TASKS[task]: {entry.name: _series(entry.tasks[task]) for entry in board.entries if task in entry.tasks}
         for task in board.tasks

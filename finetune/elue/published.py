@@ -6,11 +6,11 @@ from pathlib import Path
 from finetune.elue.tasks import ELUE_TASKS
 
 DATA = Path(__file__).parent / "data"
-SOURCE = "slides of Liu et al. 2022 (arXiv 2110.07038), against ElasticBERT-base"
+SOURCE = "slides of Liu et al. 2022 (arXiv 2110.07038)"
 TABLES = {
-    "leaderboard": "ELUE leaderboard",
-    "scores": "ELUE scores of static and dynamic models",
-    "glue": "GLUE",
+    "leaderboard": "ELUE leaderboard, scores against ElasticBERT-base",
+    "scores": "ELUE scores of static and dynamic models against ElasticBERT-base",
+    "glue": "GLUE, 6L and 12L: the first layers alone",
 }
 
 
