@@ -1,0 +1,337 @@
+"""Serving side by side: the exported file at its operating points and what else one could run, on real test rows.
+
+    python -m benchmarks.inference RESULTS --checkpoint DIR --exported DIR --train F --test F --text C --label C
+
+Each system has a process of its own; pieces of the test rows, in the order of the file or sorted by length, go to all
+systems in turn, so that the machine's noise is shared. Every piece is a file in RESULTS: a run that was cut off goes
+on where it stopped. Each of `--systems` is a name of SYSTEMS, `point:NAME` (a measured operating point), `onnx:FILE`
+(a file with BERT's inputs, as optimum-onnx exports it), `folder:DIR` (another export, a distilled student's say) or
+`openvino:FILE`. At the end: a table, `summary.json` and `summary.png`, quality against latency.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.systems import peak_mib
+from elastic_model.arguments import run
+from elastic_model.folders import new_file
+from export.rows import read_column, read_texts
+
+Answer = Callable[[list], list[str]]
+SURE = 0.9  # the probability at which the cascade's first stage answers
+PIECE = 320  # rows that a system answers before it is the next one's turn
+REPEATS = 1999  # of the bootstrap
+
+
+def pytorch(options: argparse.Namespace, threads: int, padding: str) -> Answer:
+    """The checkpoint in PyTorch, float32, every layer for every row."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from elastic_model import ElasticBertForSequenceClassification
+
+    torch.set_num_threads(threads)
+    model = ElasticBertForSequenceClassification.from_pretrained(options.checkpoint).eval()
+    tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
+
+    @torch.inference_mode()
+    def answer(texts: list) -> list[str]:
+        batch = tokenizer(texts, padding=padding, truncation=True, max_length=options.max_length, return_tensors="pt")
+        logits = model(**batch, exit_policy={"name": "never"}, length_config=1.0).logits
+        return [model.config.id2label[one] for one in logits.argmax(-1).tolist()]
+
+    return answer
+
+
+def ours(
+    options: argparse.Namespace, threads: int, folder: Path, point: str | None, file: str | None = None
+) -> Answer:
+    """An exported folder at a measured operating point; None: full depth, all tokens."""
+    from elastic_model import ElasticSession
+
+    session = ElasticSession.from_pretrained(folder, file, threads)
+    session.tokenizer.enable_truncation(options.max_length)
+    chosen = None if point is None else session.point(point)
+    thresholds = session.never if chosen is None else chosen.thresholds
+    lengths = [1.0] * session.layers if chosen is None else chosen.length_config or [1.0] * session.layers
+
+    def answer(texts: list) -> list[str]:
+        logits = session.run(session.encode(texts), thresholds, session.exit_layers[-1], lengths)["logits"]
+        return [session.labels[one] for one in logits.argmax(-1)]
+
+    return answer
+
+
+def stock_file(options: argparse.Namespace, threads: int, file: Path, openvino: bool = False) -> Answer:
+    """A file with BERT's inputs, padded to the longest row of a batch, in onnxruntime or OpenVINO."""
+    from tokenizers import Tokenizer
+
+    labels = {
+        int(key): name
+        for key, name in json.loads((options.checkpoint / "config.json").read_text())["id2label"].items()
+    }
+    tokenizer = Tokenizer.from_file(str(options.checkpoint / "tokenizer.json"))
+    tokenizer.enable_truncation(options.max_length)
+    tokenizer.enable_padding()
+    if openvino:
+        import openvino as ov  # type: ignore[import-not-found]
+
+        model = ov.Core().compile_model(file, "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"})
+        names = {one.any_name for one in model.inputs}
+        infer: Callable[[dict], np.ndarray] = lambda feed: model(feed)[0]  # noqa: E731
+    else:
+        import onnxruntime
+
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
+        names = {one.name for one in session.get_inputs()}
+        infer = lambda feed: session.run(["logits"], feed)[0]  # noqa: E731
+
+    def answer(texts: list) -> list[str]:
+        rows = tokenizer.encode_batch(texts)
+        feed = {
+            "input_ids": np.array([row.ids for row in rows]),
+            "attention_mask": np.array([row.attention_mask for row in rows]),
+            "token_type_ids": np.array([row.type_ids for row in rows]),
+        }
+        logits = infer({name: value for name, value in feed.items() if name in names})
+        return [labels[one] for one in logits.argmax(-1)]
+
+    return answer
+
+
+def bag_of_words(options: argparse.Namespace) -> Any:
+    """Logistic regression on TF-IDF of words and pairs of words, fitted on the training rows."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    texts = [joined(text) for text in read_texts(options.train, options.text, options.pair)]
+    words = TfidfVectorizer(sublinear_tf=True, min_df=2, ngram_range=(1, 2))
+    return make_pipeline(words, LogisticRegression(C=10.0, max_iter=2000)).fit(
+        texts, read_column(options.train, options.label)
+    )
+
+
+def joined(text: Any) -> str:
+    """A text, or the two of a pair in one."""
+    return text if isinstance(text, str) else " ".join(text)
+
+
+def cascade(options: argparse.Namespace, threads: int) -> Answer:
+    """Bag of words where it is sure, the int8 file at full depth elsewhere."""
+    first, second = bag_of_words(options), ours(options, threads, options.exported, None)
+
+    def answer(texts: list) -> list[str]:
+        shares = first.predict_proba([joined(text) for text in texts])
+        labels = [str(first.classes_[one]) for one in shares.argmax(axis=1)]
+        unsure = np.flatnonzero(shares.max(axis=1) < SURE)
+        for place, label in zip(unsure, second([texts[one] for one in unsure]) if len(unsure) else [], strict=True):
+            labels[place] = label
+        return labels
+
+    return answer
+
+
+def words_alone(options: argparse.Namespace, threads: int) -> Answer:
+    """Bag of words for every row."""
+    model = bag_of_words(options)
+    return lambda texts: [str(label) for label in model.predict([joined(text) for text in texts])]
+
+
+SYSTEMS: dict[str, Callable[[argparse.Namespace, int], Answer]] = {
+    "pytorch-padded": lambda options, threads: pytorch(options, threads, "max_length"),
+    "pytorch-dynamic": lambda options, threads: pytorch(options, threads, "longest"),
+    "ours-float32": lambda options, threads: ours(options, threads, options.exported, None, "model"),
+    "ours-int8": lambda options, threads: ours(options, threads, options.exported, None),
+    "tfidf": words_alone,
+    "cascade": cascade,
+}
+
+
+def system(name: str, options: argparse.Namespace, threads: int) -> Answer:
+    """The system of a name; ValueError where there is none."""
+    kind, colon, value = name.partition(":")
+    if not colon and name in SYSTEMS:
+        return SYSTEMS[name](options, threads)
+    if kind == "point":
+        return ours(options, threads, options.exported, value)
+    if kind == "folder":
+        return ours(options, threads, Path(value), None)
+    if kind in ("onnx", "openvino"):
+        return stock_file(options, threads, Path(value), kind == "openvino")
+    known = [*SYSTEMS, "point:NAME", "folder:DIR", "onnx:FILE", "openvino:FILE"]
+    raise ValueError(f"--systems {name}: unknown; allowed: {', '.join(known)}")
+
+
+def serve(name: str, options: argparse.Namespace, threads: int) -> None:
+    """Answer lines START STOP BATCH_SIZE until the input ends, each with a line of JSON."""
+    rows = ordered(options)[0]
+    answer = system(name, options, threads)
+    answer(rows[:1])
+    print("ready", flush=True)
+    for line in sys.stdin:
+        start, stop, size = map(int, line.split())
+        labels: list[str] = []
+        spent: list[float] = []
+        for place in range(start, stop, size):
+            batch = rows[place : min(place + size, stop)]
+            begin = time.perf_counter()
+            labels += answer(batch)
+            spent.append((time.perf_counter() - begin) * 1e3)
+        print(json.dumps({"labels": labels, "ms": spent, "peak_mib": peak_mib()}), flush=True)
+
+
+def ordered(options: argparse.Namespace) -> tuple[list, list[str]]:
+    """Test texts and labels, in the order of the file or by length."""
+    texts = read_texts(options.test, options.text, options.pair, options.max_rows)
+    labels = read_column(options.test, options.label, options.max_rows)
+    places = list(range(len(texts)))
+    if options.order == "length":
+        places.sort(key=lambda place: len(joined(texts[place])))
+    return [texts[place] for place in places], [labels[place] for place in places]
+
+
+def measure(options: argparse.Namespace, threads: int, batch: int) -> None:
+    """All systems on all pieces that are not there yet, one after another piece by piece."""
+    rows = len(ordered(options)[0])
+    wanted = [
+        (name, start, piece_file(options, name, threads, batch, start))
+        for start in range(0, rows, PIECE)
+        for name in options.systems
+    ]
+    missing = [one for one in wanted if not one[2].exists()]
+    served: dict[str, subprocess.Popen] = {}
+    try:
+        for name, start, file in missing:
+            if name not in served:
+                served[name] = start_server(name, threads)
+            process = served[name]
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write(f"{start} {min(start + PIECE, rows)} {batch}\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+            if not line:
+                raise ValueError(f"the process of {name} ended at row {start}; its error stands above")
+            with new_file(file) as path:
+                path.write_text(line)
+    finally:
+        for process in served.values():
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait()
+
+
+def start_server(name: str, threads: int) -> subprocess.Popen:
+    """A system's process, ready."""
+    command = [sys.executable, "-m", "benchmarks.inference", *sys.argv[1:], "--serve", name, str(threads)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    while (line := process.stdout.readline()) != "ready\n":
+        if not line:
+            raise ValueError(f"the process of {name} ended before it was ready; its error stands above")
+    return process
+
+
+def piece_file(options: argparse.Namespace, name: str, threads: int, batch: int, start: int) -> Path:
+    """Where the answers of a system to one piece are kept."""
+    folder = options.results / f"{options.order}-threads{threads}-batch{batch}" / name.replace("/", "_")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{start}.json"
+
+
+def summary(options: argparse.Namespace, threads: int, batch: int) -> list[dict[str, Any]]:
+    """One entry per system: quality with its interval, latency per batch, rows per second, memory."""
+    truth = np.array(ordered(options)[1])
+    entries = []
+    for name in options.systems:
+        files = [piece_file(options, name, threads, batch, start) for start in range(0, len(truth), PIECE)]
+        pieces = [json.loads(file.read_text()) for file in files]
+        right = np.concatenate([piece["labels"] for piece in pieces]) == truth
+        spent = np.concatenate([piece["ms"] for piece in pieces])
+        draws = np.random.default_rng(0).integers(0, len(right), (REPEATS, len(right)))
+        low, high = np.percentile(right[draws].mean(axis=1), [2.5, 97.5])
+        p50, p95, p99 = np.percentile(spent, [50, 95, 99])
+        entry = {"system": name, "order": options.order, "threads": threads, "batch": batch}
+        entry |= {"accuracy": float(right.mean()), "low": float(low), "high": float(high)}
+        entry |= {"p50_ms": float(p50), "p95_ms": float(p95), "p99_ms": float(p99)}
+        entry |= {"rows_per_second": 1e3 * len(right) / float(spent.sum())}
+        entries.append({**entry, "peak_mib": max(piece["peak_mib"] for piece in pieces)})
+    return entries
+
+
+def plot(entries: list[dict[str, Any]], file: Path) -> None:
+    """Quality against time per row, a panel per number of threads and batch size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = sorted({(one["threads"], one["batch"]) for one in entries})
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for one in [one for one in entries if (one["threads"], one["batch"]) == panel]:
+            milliseconds = 1e3 / one["rows_per_second"]
+            error = [[one["accuracy"] - one["low"]], [one["high"] - one["accuracy"]]]
+            axis.errorbar(milliseconds, one["accuracy"], yerr=error, fmt="o", capsize=2)
+            axis.annotate(one["system"], (milliseconds, one["accuracy"]), fontsize=7)
+        axis.set(xscale="log", xlabel="ms per row", ylabel="accuracy", title=f"{panel[0]} threads, batch {panel[1]}")
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="folder for the pieces, the summary and the plot")
+    for name in ("checkpoint", "exported", "train", "test"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--text", default="text")
+    parser.add_argument("--pair")
+    parser.add_argument("--label", default="label")
+    parser.add_argument("--max_length", type=int, default=128)
+    parser.add_argument("--max_rows", type=int)
+    parser.add_argument("--order", choices=("file", "length"), default="file")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS))
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure what is missing, then say what was found."""
+    options = parsed()
+    if options.serve:
+        serve(options.serve[0], options, int(options.serve[1]))
+        return
+    options.results.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for threads in options.threads:
+        for batch in options.batch_sizes:
+            measure(options, threads, batch)
+            entries += summary(options, threads, batch)
+    with new_file(options.results / "summary.json") as path:
+        path.write_text(json.dumps(entries, indent=1) + "\n")
+    plot(entries, options.results / "summary.png")
+    for one in entries:
+        print(
+            f"{one['system']:24} {one['threads']} threads, batch {one['batch']:2}: {one['accuracy']:.1%} "
+            f"({one['low']:.1%}-{one['high']:.1%}), {one['p50_ms']:.2f}/{one['p95_ms']:.2f} ms, "
+            f"{one['rows_per_second']:.0f} rows/s, {one['peak_mib']:.0f} MiB"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
