@@ -115,6 +115,32 @@ def latency_against_flops(work: Search, folder: Path) -> dict[str, Any]:
     return found
 
 
+def on_test(arguments: argparse.Namespace, fronts: dict[str, Search]) -> dict[str, Any]:
+    """What the points chosen on dev give on test: the areas, and the joint search's points one by one."""
+    joint = fronts["joint"]
+    task = chosen_task(joint.options)
+    examples = some_rows(read_examples(task, "test"), arguments.test_rows, 0)
+    rows = encode_split(examples, "test", task, joint.labels, joint.tokenizer, arguments.max_length)
+    tested = {
+        axes: operating_points(replace(work, options=replace(work.options, split="test")), rows, "")
+        for axes, work in fronts.items()
+    }
+    full = tested["joint"].at("full").flops or 0.0
+    points = [
+        {
+            "name": one.name,
+            "lengths": one.length_config,
+            "speedup": full / (one.flops or 1.0),
+            "padded_share_of_full_length": padded_share(joint, one.length_config),
+            "mean_exit_layer": one.mean_exit_layer,
+            "test": one.quality,
+        }
+        for one in tested["joint"].points
+    ]
+    areas = {axes: area_of(found) for axes, found in tested.items()}
+    return {"test_rows": len(rows), "area_test": areas, "points": points}
+
+
 def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that is reported."""
     output, fronts, areas = Path(arguments.output), {}, {}
@@ -142,26 +168,8 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
         "share_of_naive_per_configuration": seconds / (naive * configurations),
         "share_of_naive_per_candidate": seconds / (naive * configurations * len(joint.policies)),
     }
-    test_task = chosen_task(joint.options)
-    if "test" in test_task.splits:
-        examples = some_rows(read_examples(test_task, "test"), arguments.test_rows, 0)
-        rows = encode_split(examples, "test", test_task, joint.labels, joint.tokenizer, arguments.max_length)
-        tested = {
-            axes: operating_points(replace(work, options=replace(work.options, split="test")), rows, "")
-            for axes, work in fronts.items()
-        }
-        result |= {"test_rows": len(rows), "area_test": {axes: area_of(points) for axes, points in tested.items()}}
-        result["points"] = [
-            {
-                "name": one.name,
-                "lengths": one.length_config,
-                "speedup": (tested["joint"].at("full").flops or 0) / (one.flops or 1),
-                "padded_share_of_full_length": padded_share(joint, one.length_config),
-                "mean_exit_layer": one.mean_exit_layer,
-                "test": one.quality,
-            }
-            for one in tested["joint"].points
-        ]
+    if "test" in chosen_task(joint.options).splits:
+        result |= on_test(arguments, fronts)
     if arguments.exported:
         result["latency_against_flops"] = latency_against_flops(fronts["lengths"], Path(arguments.exported))
     return result
