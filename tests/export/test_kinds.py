@@ -25,6 +25,7 @@ from tests.export.test_graph import VARIANTS
 
 TEXTS = ["A treaty of commerce was signed in the spring.", "Our people are strong.", "The debt has been reduced."]
 INT8 = "model_quint8_avx2"
+SLOW = pytest.mark.slow
 CONTEXT = "The mails reach every county of the western States. " * 12 + "A treaty was signed in the spring."
 
 
@@ -112,7 +113,9 @@ def test_vectors_are_means_of_the_last_states(checkpoint_of):
         assert result["exit_layer"] == 3
 
 
-@pytest.mark.parametrize("variant", ["plain", "pruned", "static", "roberta"])
+@pytest.mark.parametrize(
+    "variant", ["pruned", *(pytest.param(one, marks=SLOW) for one in ("plain", "static", "roberta"))]
+)
 def test_a_plain_file_answers_as_its_exit(checkpoint_of, variant):
     fields = {"vocab_size": 200, **VARIANTS[variant]}
     model, checkpoint = checkpoint_of(**fields)
@@ -139,8 +142,8 @@ def test_a_plain_file_answers_as_its_exit(checkpoint_of, variant):
     ("kind", "auto"),
     [
         (ElasticBertForSequenceClassification, "AutoModelForSequenceClassification"),
-        (ElasticBertForTokenClassification, "AutoModelForTokenClassification"),
-        (ElasticBertForQuestionAnswering, "AutoModelForQuestionAnswering"),
+        pytest.param(ElasticBertForTokenClassification, "AutoModelForTokenClassification", marks=SLOW),
+        pytest.param(ElasticBertForQuestionAnswering, "AutoModelForQuestionAnswering", marks=SLOW),
     ],
 )
 def test_a_stock_folder_is_bert(checkpoint_of, kind, auto):
@@ -167,6 +170,7 @@ def test_a_stock_folder_is_bert(checkpoint_of, kind, auto):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@SLOW
 def test_what_stock_bert_cannot_be_is_said(checkpoint_of):
     _, checkpoint = checkpoint_of(num_attention_heads_per_layer=[4, 2, 4, 4], attention_head_size=8)
     with pytest.raises(ValueError, match="the same heads and FFN width in every layer"):
@@ -215,6 +219,7 @@ def test_scales_of_a_tensor(checkpoint_of, activations):
     assert len(ElasticSession.from_pretrained(out, INT8, threads=1)(TEXTS)) == 3
 
 
+@SLOW
 def test_weights_of_sixteen_bits_are_half_as_large(checkpoint_of):
     _, checkpoint = checkpoint_of(hidden_size=64, intermediate_size=256)
     _, report = exported(checkpoint, files=["model_fp16", "model_bf16"])
@@ -224,6 +229,7 @@ def test_weights_of_sixteen_bits_are_half_as_large(checkpoint_of):
         assert max(files[name]["relative_error"].values()) < error
 
 
+@SLOW
 def test_quality_on_labelled_rows(checkpoint_of):
     _, checkpoint = checkpoint_of()
     (checkpoint / "rows.tsv").write_text("text\tlabel\n" + "".join(f"{text}\tearly\n" for text in TEXTS))

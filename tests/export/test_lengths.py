@@ -22,6 +22,7 @@ CONFIGURATIONS = {
     "last": [1.0, 1.0, 1.0, 0.2],
     "two tokens": [0.01] * 4,
 }
+OTHERS = set(VARIANTS) - {"exit subset", "pruned", "static"}
 EXIT = {"name": "entropy", "threshold": 0.6}
 
 
@@ -57,7 +58,10 @@ def test_tokens_fall_away_as_in_pytorch(lengths, policy):
     assert policy is None or len(set(found["exit_layer"].tolist())) > 1
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "static"])
+@pytest.mark.parametrize(
+    "variant",
+    ["exit subset", "pruned", *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name in OTHERS)],
+)
 def test_every_kind_of_model_drops_alike(variant):
     check(lively(config_of(**VARIANTS[variant])), CONFIGURATIONS["falling"])
 
@@ -68,14 +72,14 @@ def test_any_shape_of_a_batch(shape):
 
 
 @pytest.mark.parametrize("kind", [ElasticBertForTokenClassification, ElasticBertForQuestionAnswering])
-@pytest.mark.parametrize("lengths", ["none", "falling"])
+@pytest.mark.parametrize("lengths", [pytest.param("none", marks=pytest.mark.slow), "falling"])
 @pytest.mark.parametrize(
     "policy",
     [
         None,
         {"name": "entropy", "threshold": 0.93},
-        {"name": "confidence", "threshold": 0.36},
-        {"name": "margin", "threshold": 0.01},
+        pytest.param({"name": "confidence", "threshold": 0.36}, marks=pytest.mark.slow),
+        pytest.param({"name": "margin", "threshold": 0.01}, marks=pytest.mark.slow),
         {"name": "patience", "patience": 1},
         {"name": "voting", "votes": 2},
     ],
@@ -94,7 +98,14 @@ def test_token_rows_do_leave():
         assert len(set(found["exit_layer"].tolist())) > 1, kind
 
 
-@pytest.mark.parametrize("variant", ["plain", "exit subset", "last exits", "static", "pruned", "roberta"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "exit subset",
+        "pruned",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "last exits", "static", "roberta")),
+    ],
+)
 @pytest.mark.parametrize(
     "kind", [ElasticBertForTokenClassification, ElasticBertForQuestionAnswering, ElasticBertModel]
 )
