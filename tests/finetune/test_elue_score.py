@@ -169,7 +169,7 @@ def test_one_file_and_its_labels(submission, capsys):
     flags = ["--submission", str(one), "--labels", str(submission / "true.tsv")]
     model = ["--model-file", str(submission / "model.tsv")]
     assert run(lambda: _command(["elue", "score", *flags, *model])) == 0
-    assert re.search(r"SST-2 +SST-2 +SST-2 +5e-06 +100.00 +front", capsys.readouterr().out)
+    assert re.search(r"SST-2 +SST-2.tsv +SST-2 +5e-06 +100.00 +front", capsys.readouterr().out)
 
 
 def test_without_labels_and_data_the_remedy_is_named(submission, capsys, monkeypatch):
