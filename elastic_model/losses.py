@@ -125,8 +125,8 @@ def inplace_distillation(
 
     logits, teacher (rows, ..., classes), mask (rows, ...) true where a prediction counts (tokens); regression:
     squared error; multi-label: the binary divergences, averaged over labels; question answering: (rows, tokens, 2),
-    mean over start and end. Kim and Cho name no direction and their code computes KL(student || teacher), here `reverse`;
-    the default is the usual one. num_items as in `_mean`.
+    mean over start and end. Kim and Cho name no direction and their code computes KL(student || teacher), `reverse`
+    here; the default is the usual one. num_items as in `_mean`.
     """
     logits, teacher = logits.float(), teacher.detach().float()
     if problem_type == "regression":

@@ -721,6 +721,15 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.post_init()
 
+    def check_targets(self, labels: torch.Tensor | None, orders: torch.Tensor | None, students: Sequence) -> None:
+        """ValueError for labels outside their range, and for students without labels to learn at."""
+        if labels is not None:
+            _check_labels(labels, self.config.vocab_size)
+        elif students:
+            raise ValueError("students learn at the masked tokens: labels must be given.")
+        if orders is not None:
+            _check_labels(orders, 2)
+
     def sentence_order(self, exit: Exit) -> torch.Tensor:
         """Logits of the segments' order at one exit: as they were, swapped; (rows, 2)."""
         return self.sop_classifiers.at(exit.layer)(self.dropout(self.elasticbert.pool(exit)))
@@ -769,17 +778,11 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
 
         students: sub-networks, each a length_config and a layer_config, that learn this pass's last answers (sandwich
         rule with inplace distillation); the loss is then the mean over the full model and them.
-        mlm_count, sop_count: what the summed losses are divided by, this batch's own counts if None: with several
-        processes or micro-batches, the counts of the global batch (divided by the number of processes whose gradients
-        are averaged). Who gives them wants losses: no prediction_logits.
+        mlm_count, sop_count: what the summed losses are divided by (None: this batch's own counts), the counts of the
+        global batch over the number of processes that average gradients. With them there are no prediction_logits.
         """
         ids = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        if labels is not None:
-            _check_labels(labels, self.config.vocab_size)
-        elif students:
-            raise ValueError("students learn at the masked tokens: labels must be given.")
-        if sentence_order_label is not None:
-            _check_labels(sentence_order_label, 2)
+        self.check_targets(labels, sentence_order_label, students)
         mlm, sop, right, predictions, orders = {}, {}, {}, {}, {}
         for exit in self.walk((*ids, length_config, layer_config), exits, kwargs):
             orders[exit.layer] = self.sentence_order(exit)
@@ -794,11 +797,10 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
         loss = distillation = None
         if mlm or sop:
             loss = self.weighted(mlm, sop)
-            if students and labels is not None:
+            if students:
                 teacher = self.teacher(exit, labels, sentence_order_label, orders[exit.layer])
-                walks = [
-                    self.walk((*ids, one["length_config"], one["layer_config"]), exits, kwargs) for one in students
-                ]
+                settings = [(*ids, one["length_config"], one["layer_config"]) for one in students]
+                walks = [self.walk(one, exits, kwargs) for one in settings]
                 losses = [self.student_loss(walk, teacher, mlm_count, sop_count) for walk in walks]
                 distillation = torch.stack(losses).mean()
                 loss = torch.stack([loss, *losses]).mean()
