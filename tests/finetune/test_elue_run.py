@@ -111,3 +111,27 @@ def test_bad_input_is_named_before_any_work(elue_data, elue_start, capsys, flags
 def test_a_model_is_needed_where_no_checkpoint_is_given(elue_data, capsys):
     assert run(lambda: _command(["elue", "run", "--tasks", "sst2", "--output", str(elue_data / "run")])) == 2
     assert "--model is required: --checkpoints has none for sst2" in capsys.readouterr().err
+
+
+def test_a_task_is_read_from_a_folder(tmp_path):
+    """Rows on which the annotators did not agree are left out, as in the data set of the hub."""
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+    from finetune.elue.config import SizeOptions
+    from finetune.elue.jobs import jobs_of
+
+    names = ["entailment", "neutral", "contradiction"]
+    features = Features({"premise": Value("string"), "hypothesis": Value("string"), "label": ClassLabel(names=names)})
+    rows = {"premise": ["a", "b", "c"], "hypothesis": ["d", "e", "f"], "label": [2, -1, 0]}
+    split = Dataset.from_dict(rows, features=features)
+    DatasetDict(dict.fromkeys(("train", "validation", "test"), split)).save_to_disk(tmp_path / "snli")
+    flags = {"model": "unused", "output": "unused", "tasks": ["snli"], "data": [f"snli={tmp_path / 'snli'}"]}
+    (job,) = jobs_of(SizeOptions(**flags))
+    assert (job.test.texts, job.test.pairs, job.test.labels) == (
+        ["a", "c"],
+        ["d", "f"],
+        ["contradiction", "entailment"],
+    )
+    assert (job.max_length, job.train_rows, job.seeds) == (128, 10_000, [0])
+    with pytest.raises(ValueError, match="task imdb is no data set of the hub"):
+        jobs_of(SizeOptions(**flags | {"tasks": ["imdb"], "data": ["imdb=somewhere"]}))
