@@ -415,7 +415,10 @@ def _download(name: str, file: str | None, revision: str | None) -> Path:
     try:
         tokenizer = fetch("tokenizer.json", revision)
         if tokenizer is None:
-            raise ValueError(f"{name} is neither a folder nor an exported model on the hub: it has no tokenizer.json")
+            raise ValueError(
+                f"{name} is neither a folder nor an exported model on the hub, unless the hub cannot be reached: no "
+                "tokenizer.json was found; give a folder that `python -m export CHECKPOINT FOLDER` wrote"
+            )
         folder = tokenizer.parent
         commit = folder.name  # everything else of the same commit
         for path in (FILE, REPORT):
