@@ -1,8 +1,8 @@
 """What grouped training and gradient equilibrium cost and bring: ElasticBERT's ablation, on the tiny recipe.
 
 Four runs of the same seed, data and updates: with and without each of the two. About ten minutes on two cores that do
-nothing else, `python -m benchmarks.pretraining_ablation` writes `benchmarks/results/pretraining_ablation.json`: seconds
-per update and the held-out losses of every exit. Finished runs are kept, interrupted ones continue.
+nothing else; `python -m benchmarks.pretraining_ablation` writes `benchmarks/results/pretraining_ablation.json`:
+seconds per update, held-out losses of every exit. Finished runs are kept, interrupted ones continue.
 """
 
 import argparse
