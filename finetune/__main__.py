@@ -6,13 +6,23 @@ import sys
 from typing import Any
 
 from elastic_model.arguments import parse, run
-from finetune.config import CalibrateOptions, ElastifyOptions, EvaluateOptions, SearchOptions, TrainOptions
+from finetune.config import (
+    CalibrateOptions,
+    DistillOptions,
+    ElastifyOptions,
+    EvaluateOptions,
+    PruneOptions,
+    SearchOptions,
+    TrainOptions,
+)
 from finetune.elue.config import LeaderboardOptions, RunOptions, ScoreOptions
 
 # command -> its options, and the module whose function of the command's name runs it
 COMMANDS: dict[str, tuple[type[Any], str]] = {
     "train": (TrainOptions, "finetune.train"),
     "elastify": (ElastifyOptions, "finetune.elastify"),
+    "distill": (DistillOptions, "finetune.distill"),
+    "prune": (PruneOptions, "finetune.prune"),
     "evaluate": (EvaluateOptions, "finetune.evaluate"),
     "search": (SearchOptions, "finetune.search"),
     "calibrate": (CalibrateOptions, "finetune.calibrate"),

@@ -127,7 +127,7 @@ def _record(run: TaskRun, folder: Path, scored: Scored) -> None:
     settings = {name: value for name, value in vars(run.options).items() if name not in ("output", "resume")}
     append_stage(
         folder,
-        "finetune",
+        run.options.stage,
         parent=run.options.model,
         data=data,
         metrics=metrics,

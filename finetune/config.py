@@ -1,7 +1,7 @@
 """Options of the commands, one dataclass each; the only place where a default of theirs stands."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from elastic_model.arguments import option
 from finetune.tasks import DATA_VARIABLE, TASKS, ProblemType
@@ -77,14 +77,6 @@ class LoopOptions(ReadingOptions):
     exit_loss: str = option("sum", help="weighting of the exits in the loss: sum, linear, last, mean, ... ")
     gradient_equilibrium: bool = option(True, help="each layer sees the mean of the gradients of the exits above it")
     exit_groups: int = option(1, help="groups the exits are dealt into, one group an update, the last exit in all")
-    learned_exit_head: bool = option(
-        False, help="train BERxiT's head, which the exit policy `learned` asks whether an exit is right"
-    )
-
-    length_drop: float = option(0.2, help="LengthDrop: share of the tokens dropped from layer to layer, at most")
-    layer_drop: float = option(0.2, help="LayerDrop: probability that a sub-network leaves a layer out; 0: without")
-    sampled: int = option(2, help="sub-networks sampled in an update beside the smallest one")
-    sandwich_rule: bool = option(True, help="the smallest sub-network is in every update; false: one more is sampled")
     distillation: Literal["forward", "reverse", "none"] = option(
         "forward",
         help="what sub-networks minimise: KL(teacher || student), KL(student || teacher), or without distillation the"
@@ -108,20 +100,31 @@ class LoopOptions(ReadingOptions):
         None, help="licence you give the checkpoint, as the hub names it (default: the one its parent's card states)"
     )
 
-    hard_weight = 0.0  # of the loss on labels beside a teacher's: a command without labels has no option for it
+    # what has no option in every command: the weight of labels beside a teacher, and all that sub-networks need
+    hard_weight, learned_exit_head = 0.0, False
+    length_drop, layer_drop, sampled, sandwich_rule = 0.2, 0.2, 2, True
 
 
 @dataclass(kw_only=True)
-class TrainOptions(LoopOptions, TaskOptions):
-    """Fine-tune a checkpoint with all its exits, choose an exit threshold on dev, write a task checkpoint."""
+class SubnetworkOptions(LoopOptions):
+    """What the recipes have beside the loop: sub-networks, and a head that learns when to leave."""
 
-    recipe: str = option("joint", help="which losses train what, in which phases (finetune/recipe.py has the table)")
+    learned_exit_head: bool = option(
+        False, help="train BERxiT's head, which the exit policy `learned` asks whether an exit is right"
+    )
+
+    length_drop: float = option(0.2, help="LengthDrop: share of the tokens dropped from layer to layer, at most")
+    layer_drop: float = option(0.2, help="LayerDrop: probability that a sub-network leaves a layer out; 0: without")
+    sampled: int = option(2, help="sub-networks sampled in an update beside the smallest one")
+    sandwich_rule: bool = option(True, help="the smallest sub-network is in every update; false: one more is sampled")
+
+
+@dataclass(kw_only=True)
+class LabelledOptions(LoopOptions, TaskOptions):
+    """What every training run on a task has beside its loop: rows, and the exit threshold chosen in the end."""
+
     train_rows: int | None = option(None, help="use a random subset of the train split of this size")
     metric: str | None = option(None, help="metric that chooses the checkpoint (default: the first of the metrics)")
-    teacher: str | None = option(
-        None, help="a transformers classifier of the same labels, folder or hub id: every exit learns its answers too"
-    )
-    hard_weight: float = option(0.5, help="weight of the loss on the labels beside the teacher's, from 0 to 1")
     exit_policy: str | None = option(
         None,
         help="exit policy to calibrate: entropy, confidence, margin, patience, learned (default: the recipe's, else"
@@ -129,9 +132,56 @@ class TrainOptions(LoopOptions, TaskOptions):
     )
     permitted_loss: float = option(0.01, help="loss of the deciding metric on dev that the threshold may cost")
 
+    stage = "finetune"  # what provenance calls the run
+    remedy = "start from a checkpoint without a head"  # of a model for another task
+    recipe, teacher = "joint", cast("str | None", None)  # only `train` has options for these
+
 
 @dataclass(kw_only=True)
-class ElastifyOptions(LoopOptions):
+class TrainOptions(SubnetworkOptions, LabelledOptions):
+    """Fine-tune a checkpoint with all its exits, choose an exit threshold on dev, write a task checkpoint."""
+
+    recipe: str = option("joint", help="which losses train what, in which phases (finetune/recipe.py has the table)")
+    teacher: str | None = option(
+        None, help="a transformers classifier of the same labels, folder or hub id: every exit learns its answers too"
+    )
+    hard_weight: float = option(0.5, help="weight of the loss on the labels beside the teacher's, from 0 to 1")
+
+
+@dataclass(kw_only=True)
+class DistillOptions(LabelledOptions):
+    """Distil a task checkpoint into a smaller student: its answers exit by exit, its embeddings and last states."""
+
+    model: str = option(help="the teacher: a task checkpoint, elastic or stock", positional=True)
+    layers: int | None = option(None, help="layers of the student, spread evenly over the teacher's, which it copies")
+    student: str | None = option(None, help="or another checkpoint as the student: folder, of the same vocabulary")
+
+    stage, remedy = "distill", "a teacher must be a model of the same task"
+
+
+@dataclass(kw_only=True)
+class PruneOptions(LabelledOptions):
+    """Remove the least important heads and FFN neurons of a task checkpoint, then distil from the unpruned model."""
+
+    model: str = option(help="a task checkpoint, elastic or stock", positional=True)
+    heads: int | None = option(None, help="attention heads kept in a layer (--uneven: on average)")
+    intermediate: int | None = option(None, help="FFN neurons kept in a layer (--uneven: on average)")
+    share: float | None = option(None, help="or the share kept of both, above 0 and below 1")
+    latency_ms: float | None = option(
+        None, help="or milliseconds of a row, at most: batch 1, one thread, --max_length tokens, measured here"
+    )
+    rounds: int = option(8, help="rounds: a part is removed, and the importance of what is left measured anew")
+    multiple_of: int = option(1, help="FFN neurons of each layer are a multiple of this")
+    uneven: bool = option(False, help="layers keep different numbers, by importance over the whole model")
+    label_free: bool = option(False, help="importance for the model's own predictions, without labels")
+    importance_rows: int | None = option(2000, help="rows of train that importance is measured on (none: all)")
+    distill: bool = option(True, help="train the pruned model on the unpruned one's answers and states")
+
+    stage, remedy = "prune", "give a model of the task that it is pruned for"
+
+
+@dataclass(kw_only=True)
+class ElastifyOptions(SubnetworkOptions):
     """Give a fine-tuned classifier or tagger exits that answer as it does, from unlabelled texts alone."""
 
     model: str = option(

@@ -19,7 +19,7 @@ from elastic_model.card import write_card
 from elastic_model.cost import mean_flops
 from elastic_model.folders import check_output, new_folder
 from elastic_model.provenance import Metric, append_stage, describe_data, file_hash
-from finetune.checkpoint import REPORT, SETTINGS, is_finished
+from finetune.checkpoint import REPORT, SETTINGS
 from finetune.config import ElastifyOptions
 from finetune.data import Encoded, rows_of
 from finetune.distributed import start_accelerator
@@ -33,7 +33,7 @@ from finetune.state import Progress
 from finetune.tasks import ProblemType
 from finetune.teacher import ask, check_name, final_logits, load_stock
 from finetune.texts import Texts, read_texts
-from finetune.train import run_to_the_end
+from finetune.train import run_to_the_end, was_finished
 
 FAMILIES = ("bert", "roberta", "distilbert", "elasticbert")
 TOLERANCE = 1e-5  # of the last exit's logits to the original's, where the backbone is frozen
@@ -323,8 +323,7 @@ def elastify(options: ElastifyOptions) -> int:
     logging.disable_progress_bar()
     accelerator = start_accelerator(options)
     run = prepare(options, accelerator)
-    if options.resume and is_finished(run):
-        accelerator.print(f"{options.output} is finished already:\n\n{(Path(options.output) / REPORT).read_text()}")
+    if was_finished(run):
         return 0
     accelerator.print(f"{len(run.splits['train'])} texts, {len(run.splits['dev'])} held out; {run.problem_type}")
     return run_to_the_end(run, _write)

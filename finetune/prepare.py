@@ -16,7 +16,7 @@ from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from elastic_model.pretrained import elastic_config
 from elastic_model.provenance import file_hash
 from finetune import questions
-from finetune.config import TaskOptions, TrainOptions
+from finetune.config import LabelledOptions, TaskOptions, TrainOptions
 from finetune.data import Encoded
 from finetune.examples import Examples, check_shape, find_problem_type
 from finetune.kinds import KINDS, kind_of, problem_type_of
@@ -83,7 +83,7 @@ def _names_of(config: Any) -> list[str]:
     return [config.id2label[number] for number in range(config.num_labels)]
 
 
-def labels_of_training(options: TaskOptions, task: Task, train: Examples) -> Labels:
+def labels_of_training(options: LabelledOptions, task: Task, train: Examples) -> Labels:
     """The labels as the train split has them, in the order of the starting checkpoint's head where that has the same.
 
     ValueError where the checkpoint has a head of another kind or of other labels: it would be lost without a word.
@@ -94,7 +94,7 @@ def labels_of_training(options: TaskOptions, task: Task, train: Examples) -> Lab
     config = AutoConfig.from_pretrained(options.model, local_files_only=True)
     found = problem_type_of(config)
     if found is not None:
-        remedy = "start from a checkpoint without a head"
+        remedy = options.remedy
         if found != problem_type:
             raise ValueError(
                 f"model folder {options.model} has a head for {found}, the task is {problem_type}; {remedy}"
@@ -197,9 +197,11 @@ def load_classifier(folder: Path, max_length: int) -> ElasticBertExitModel:
     return model.eval()
 
 
-def settings_of(options: TrainOptions, splits: Mapping[str, Encoded]) -> dict[str, Any]:
+def settings_of(options: LabelledOptions, splits: Mapping[str, Encoded]) -> dict[str, Any]:
     """What makes two runs the same: the options, the starting weights and the rows."""
-    free = ("output", "resume", "model", "save_steps", "log_steps", "tracker")
+    free = ("output", "resume", "model", "student", "save_steps", "log_steps", "tracker")
     settings = {name: value for name, value in vars(options).items() if name not in free}
-    settings["model weights"] = [file_hash(file) for file in weight_files(Path(options.model))]
+    for name in ("model", "student"):
+        if folder := getattr(options, name, None):
+            settings[f"{name} weights"] = [file_hash(file) for file in weight_files(Path(folder))]
     return settings | {f"{split} rows": rows_hash(encoded) for split, encoded in splits.items()}

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from elastic_model.folders import check_output
-from finetune.config import LoopOptions, TrainOptions
+from elastic_model.modeling_elasticbert import ElasticBertExitModel
+from finetune.config import LabelledOptions, LoopOptions
 from finetune.data import Encoded, encode, shuffled_batches
 from finetune.evaluate import answers_of, exit_logits, quality
 from finetune.examples import Examples, read_examples
@@ -129,7 +130,7 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 class TaskRun(Run):
     """A run on the labels of a task."""
 
-    options: TrainOptions
+    options: LabelledOptions
     task: Task = field(kw_only=True)
     labels: Labels = field(kw_only=True)
 
@@ -139,7 +140,7 @@ class TaskRun(Run):
         return chosen_policy(self.options, self.labels)
 
 
-def chosen_policy(options: TrainOptions, labels: Labels) -> str:
+def chosen_policy(options: LabelledOptions, labels: Labels) -> str:
     """The exit policy to calibrate; ValueError for one that does not fit the task or asks a head that is not there."""
     recipe = find_recipe(options.recipe)
     name = policy_name(options.exit_policy or recipe.exit_policy, labels.problem_type)
@@ -197,7 +198,7 @@ def _decided_by(name: str, labels: Labels) -> Labels:
 
 
 def _taught(
-    options: TrainOptions,
+    options: LabelledOptions,
     labels: Labels,
     train: Examples,
     encoded: Encoded,
@@ -216,8 +217,12 @@ def _taught(
     return logits if order is None else [one[..., order] for one in logits]
 
 
-def prepare(options: TrainOptions, accelerator: Accelerator) -> TaskRun:
-    """Everything read and checked; nothing is written yet."""
+def prepare(
+    options: LabelledOptions,
+    accelerator: Accelerator,
+    load: Callable[[Any, Labels], ElasticBertExitModel] = load_for_training,
+) -> TaskRun:
+    """Everything read and checked, the model as `load` has it; nothing is written yet."""
     phases = find_recipe(options.recipe).phases
     check_numbers(options, phases)
     check_output(Path(options.output))
@@ -232,7 +237,7 @@ def prepare(options: TrainOptions, accelerator: Accelerator) -> TaskRun:
     order = label_order(options.teacher, labels.names, labels.problem_type) if options.teacher else None
     others = [split for split in ("dev", "test") if split == "dev" or options.test]
     examples = {"train": train, **{split: read_examples(task, split) for split in others}}
-    model = load_for_training(options, labels)
+    model = load(options, labels)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer of {options.model} has {len(tokenizer)} tokens, its model {model.config.vocab_size}"

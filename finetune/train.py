@@ -229,14 +229,22 @@ def run_to_the_end(run: AnyRun, write: Callable[[AnyRun, Progress], None]) -> in
     return 0 if finished else INTERRUPTED
 
 
+def was_finished(run: Run) -> bool:
+    """Whether a run that is to be resumed is done already; then its report is printed."""
+    finished = run.options.resume and is_finished(run)
+    if finished:
+        folder = Path(run.options.output)
+        run.accelerator.print(f"{folder} is finished already:\n\n{(folder / REPORT).read_text()}")
+    return finished
+
+
 def train(options: TrainOptions) -> int:
     """Fine-tune, choose an exit policy, write the checkpoint; exit code 0, or 143 after SIGTERM (state saved)."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     accelerator = start_accelerator(options)
     run = prepare(options, accelerator)
-    if options.resume and is_finished(run):
-        accelerator.print(f"{options.output} is finished already:\n\n{(Path(options.output) / REPORT).read_text()}")
+    if was_finished(run):
         return 0
     accelerator.print(
         f"{', '.join(f'{split}: {len(rows)} rows' for split, rows in run.splits.items())}; {run.labels.problem_type}"

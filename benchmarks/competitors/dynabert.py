@@ -9,10 +9,10 @@ import torch
 from torch.nn.functional import mse_loss
 
 from benchmarks.competitors.common import Batch, Start
-from benchmarks.competitors.width import Gates, gated, importance, narrowed
 from elastic_model.losses import inplace_distillation
 from finetune.data import inputs_of
 from finetune.elue.costs import ModuleCost
+from finetune.widths import Gates, gated, importance, narrowed
 
 WIDTHS = (1.0, 0.75, 0.5, 0.25)  # section 3.1
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.competitors.common import Start
-from benchmarks.competitors.width import importance, narrowed
 from finetune.elue.costs import ModuleCost
+from finetune.widths import importance, narrowed
 
 KEPT = (1.0, 0.8, 0.6, 0.4, 0.2)  # shares of all heads; their figure 3 goes from 0 to 100 % in steps of 10
 

@@ -9,12 +9,12 @@ from benchmarks.competitors.__main__ import COMPETITORS, _command
 from benchmarks.competitors.dynabert import widths_of
 from benchmarks.competitors.head_prune import kept_heads
 from benchmarks.competitors.power_bert import configuration_of, soft_extract
-from benchmarks.competitors.width import gated, importance, narrowed
 from elastic_model import ElasticBertForSequenceClassification
 from elastic_model.arguments import run
 from elastic_model.cost import flops
 from finetune.__main__ import _command as finetune_command
 from finetune.elue.scoring import read_result
+from finetune.widths import gated, importance, narrowed
 
 
 @pytest.fixture
@@ -122,4 +122,4 @@ def test_a_competitor_from_checkpoint_to_score(name, elue_data, elue_start):
     for task in tasks.values():
         assert len(task.points) >= 4
         # so few updates teach PoWER-BERT to drop nothing
-        assert name == "power_bert" or len({point.flops for point in task.points}) == len(task.points)
+        assert name == "power_bert" or len({point.flops for point in task.points}) >= 4

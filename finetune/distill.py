@@ -1,0 +1,253 @@
+"""`python -m finetune distill TEACHER --layers N`: a smaller student learns the teacher's answers and states.
+
+Xin et al. (2022), section 3.1: soft cross-entropy of the answers, squared error of the embedding output and of the
+last hidden states, 1 : 1 : 1. Student layer i stands for teacher layer ceil(i * teacher_layers / student_layers).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.functional import mse_loss
+from transformers import AutoConfig, logging, set_seed
+
+from elastic_model import ElasticBertConfig
+from elastic_model.encoder import zero_for_others
+from elastic_model.losses import exit_group, inplace_distillation, weighted_loss
+from elastic_model.modeling_elasticbert import ElasticBertExitModel
+from finetune.checkpoint import write_checkpoint
+from finetune.config import DistillOptions, LabelledOptions
+from finetune.data import inputs_of
+from finetune.distributed import start_accelerator
+from finetune.kinds import KINDS, kind_of, problem_type_of
+from finetune.labels import Labels
+from finetune.prepare import check_length, load_tokenizer, weight_files
+from finetune.recipe import NEVER, Batch, Phase, Update, answers_of
+from finetune.run import TaskRun, prepare
+from finetune.state import Progress
+from finetune.teacher import check_tokenizer
+from finetune.train import run_to_the_end, was_finished
+
+FULL = {"exit_policy": NEVER, "length_config": 1.0, "output_hidden_states": True}
+
+
+def layer_map(student_layers: int, teacher_layers: int) -> dict[int, int]:
+    """{student layer: the teacher layer that it stands for}, both from 1; ValueError for a student that is deeper."""
+    if not 1 <= student_layers <= teacher_layers:
+        raise ValueError(
+            f"a student of {student_layers} layers cannot learn from a teacher of {teacher_layers}: it must have 1 to "
+            f"{teacher_layers}"
+        )
+    return {layer: math.ceil(layer * teacher_layers / student_layers) for layer in range(1, student_layers + 1)}
+
+
+def exit_map(student_layers: int, teacher: ElasticBertConfig) -> dict[int, int]:
+    """{student exit: the teacher exit that it learns from}: where a layer stands for one that has an exit."""
+    layers = layer_map(student_layers, teacher.num_hidden_layers)
+    return {layer: other for layer, other in layers.items() if other in teacher.exit_layers}
+
+
+def load_teacher(options: LabelledOptions) -> ElasticBertExitModel:
+    """A task checkpoint as an elastic model, with the exits it has, in evaluation mode and without gradients.
+
+    ValueError where it has no trained head.
+    """
+    folder = Path(options.model)
+    weight_files(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    problem_type = problem_type_of(config)
+    if problem_type is None:
+        found = ", ".join(config.architectures or []) or config.model_type
+        raise ValueError(f"teacher {folder} holds {found}, which has no head: fine-tune it on the task first")
+    check_length(config, options.max_length)
+    stock = config.model_type != ElasticBertConfig.model_type
+    exits = {"exit_layers": [config.num_hidden_layers]} if stock else {}
+    teacher: ElasticBertExitModel = KINDS[problem_type].model.from_pretrained(
+        folder, local_files_only=True, dtype=torch.float32, exit_policy=None, length_config=None, **exits
+    )
+    return teacher.eval().requires_grad_(False)
+
+
+def _head(model: ElasticBertExitModel, layer: int) -> nn.Module:
+    """The head of the exit after `layer`, from 1."""
+    if model.is_static:
+        return getattr(model, model.static_head_name)
+    return getattr(model, model.head_name).at(layer)
+
+
+def settings_of_student(options: LabelledOptions, labels: Labels, exits: list[int]) -> dict[str, Any]:
+    """What a student's configuration takes from the options; exits: where it can have them, by layer from 1."""
+    chosen = exits if options.exit_layers is None else options.exit_layers
+    if not set(chosen) <= set(exits) or exits[-1] not in chosen:
+        raise ValueError(f"exit_layers of this student must be some of {exits}, the last one among them, got {chosen}")
+    settings: dict[str, Any] = {"exit_layers": chosen, "num_output_layers": None, "exit_loss": options.exit_loss}
+    settings |= {"gradient_equilibrium": options.gradient_equilibrium, "exit_groups": options.exit_groups}
+    settings |= {"exit_policy": None, "length_config": None, "learned_exit_head": False}
+    settings |= {"no_answer_threshold": labels.no_answer_threshold}
+    if options.dropout is not None:
+        settings |= {"hidden_dropout_prob": options.dropout, "attention_probs_dropout_prob": options.dropout}
+    return settings
+
+
+def shallower(teacher: ElasticBertExitModel, layers: int, settings: dict[str, Any]) -> ElasticBertExitModel:
+    """The teacher's layers, spread evenly, with the poolers and heads of their exits; as many as it has: a copy."""
+    source = layer_map(layers, teacher.config.num_hidden_layers)
+    per_layer = {
+        name: [getattr(teacher.config, name)[layer - 1] for layer in source.values()]
+        for name in ("num_attention_heads_per_layer", "intermediate_size_per_layer")
+    }
+    depth = {"num_hidden_layers": layers, "max_output_layers": layers}
+    config = ElasticBertConfig.from_dict({**teacher.config.to_dict(), **depth, **per_layer, **settings})
+    student = type(teacher)(config)
+    ours, theirs = student.elasticbert, teacher.elasticbert
+    pairs: list[tuple[Any, Any]] = [(ours.embeddings, theirs.embeddings)]
+    pairs += [(ours.encoder.layer[layer - 1], theirs.encoder.layer[other - 1]) for layer, other in source.items()]
+    for layer in student.exit_layers:
+        pairs.append((_head(student, layer), _head(teacher, source[layer])))
+        if ours.encoder.pooler is not None and theirs.encoder.pooler is not None:
+            pairs.append((ours.encoder.pooler.at(layer), theirs.encoder.pooler.at(source[layer])))
+    for mine, other in pairs:
+        mine.load_state_dict(other.state_dict())
+    return student
+
+
+def student_layers(options: DistillOptions, teacher: ElasticBertConfig) -> int:
+    """How many layers the student will have; ValueError for a student that is not one, or not smaller."""
+    if (options.layers is None) == (options.student is None):
+        raise ValueError("give the student: --layers N for some of the teacher's layers, or --student FOLDER")
+    if options.student is None:
+        layers = int(options.layers or 0)
+        if not 1 <= layers < teacher.num_hidden_layers:
+            raise ValueError(
+                f"layers must be 1 to {teacher.num_hidden_layers - 1}, fewer than the teacher's, got {layers}"
+            )
+        return layers
+    weight_files(Path(options.student))
+    config = AutoConfig.from_pretrained(options.student, local_files_only=True)
+    check_length(config, options.max_length)
+    layer_map(config.num_hidden_layers, teacher.num_hidden_layers)
+    return int(config.num_hidden_layers)
+
+
+def make_student(options: DistillOptions, labels: Labels, teacher: ElasticBertExitModel) -> ElasticBertExitModel:
+    """The student as the options name it; what it lacks is drawn from the seed."""
+    layers = student_layers(options, teacher.config)
+    settings = settings_of_student(options, labels, list(exit_map(layers, teacher.config)))
+    set_seed(options.seed)
+    if options.student is None:
+        return shallower(teacher, layers, settings)
+    check_tokenizer(options.student, load_tokenizer(Path(options.model)))
+    names = dict(enumerate(labels.names))
+    student: ElasticBertExitModel = kind_of(labels).model.from_pretrained(
+        options.student,
+        local_files_only=True,
+        dtype=torch.float32,
+        id2label=names,
+        label2id={name: number for number, name in names.items()},
+        problem_type=teacher.config.problem_type,
+        ignore_mismatched_sizes=True,  # a head of another task is not used
+        **settings,
+    )
+    return student
+
+
+def add_projections(student: ElasticBertExitModel, teacher: ElasticBertExitModel) -> None:
+    """Where widths differ, projections of the student's states to the teacher's width, while it is trained."""
+    own, other = student.config.hidden_size, teacher.config.hidden_size
+    if own != other:
+        student.projections = nn.ModuleDict({name: nn.Linear(own, other) for name in ("embeddings", "last")})
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The losses of a student that learns from a teacher; exits: {student exit: teacher exit}."""
+
+    teacher: ElasticBertExitModel
+    student: ElasticBertExitModel
+    exits: dict[int, int]
+
+    def _states(self, name: str, states: torch.Tensor) -> torch.Tensor:
+        """The student's states (..., width) in the teacher's width."""
+        projections = getattr(self.student, "projections", None)
+        return states if projections is None else projections[name](states)
+
+    def __call__(
+        self, model: nn.Module, config: ElasticBertConfig, batch: Batch, update: Update
+    ) -> Iterator[torch.Tensor]:
+        """One loss: T^2 KL(softmax(teacher / T) || softmax(student / T)), which is the soft cross-entropy less the
+        teacher's entropy, over the exits as the configuration weighs them, + MSE + MSE over the real tokens."""
+        options, inputs = update.options, inputs_of(batch)
+        exits = exit_group(config.exit_layers, config.exit_groups, update.number)
+        self.teacher.eval()
+        with torch.no_grad():
+            taught = self.teacher(**inputs, **FULL)
+        output = model(**inputs, exits=exits, **FULL)
+        answers = answers_of(output, config, batch, exits)
+        theirs = answers_of(taught, self.teacher.config, batch, [self.exits[layer] for layer in exits]).logits
+        heat = 1.0 if answers.problem_type == "regression" else options.temperature
+        soft = {
+            layer: heat**2
+            * inplace_distillation(
+                logits / heat,
+                theirs[self.exits[layer]] / heat,
+                answers.problem_type,
+                answers.mask,
+                reverse=options.distillation == "reverse",
+            )
+            for layer, logits in answers.logits.items()
+        }
+        real = batch["attention_mask"].bool()
+        squares = [
+            mse_loss(self._states(name, output.hidden_states[place][real]).float(), taught.hidden_states[place][real])
+            for name, place in (("embeddings", 0), ("last", -1))
+        ]
+        yield weighted_loss(soft, config.exit_loss) + sum(squares) + zero_for_others(model, exits)
+
+
+def taught_by(run: TaskRun, student: ElasticBertExitModel, teacher: ElasticBertExitModel) -> TaskRun:
+    """The run of `student` learning from `teacher`."""
+    if run.options.distillation == "none":
+        raise ValueError("distillation none: there is nothing but the teacher's answers and states to learn from")
+    add_projections(student, teacher)
+    exits = exit_map(student.config.num_hidden_layers, teacher.config)
+    objective = Distillation(teacher.to(run.accelerator.device), student, exits)
+    return replace(run, model=student, phases=(Phase(objective),))
+
+
+def write_student(run: TaskRun, progress: Progress) -> None:
+    """As any checkpoint of a run, without the projections."""
+    if hasattr(run.model, "projections"):
+        del run.model.projections
+        progress.best_weights = {
+            name: one for name, one in progress.best_weights.items() if not name.startswith("projections.")
+        }
+    write_checkpoint(run, progress)
+
+
+def prepare_student(options: DistillOptions, accelerator: Accelerator) -> TaskRun:
+    """Everything read and checked; nothing is written yet."""
+    teacher = load_teacher(options)
+    student_layers(options, teacher.config)
+    run = prepare(options, accelerator, lambda _, labels: make_student(options, labels, teacher))
+    return taught_by(run, run.model, teacher)
+
+
+def distill(options: DistillOptions) -> int:
+    """Train the student, choose an exit policy, write it; exit code 0, or 143 after SIGTERM (state saved)."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    accelerator = start_accelerator(options)
+    run = prepare_student(options, accelerator)
+    if was_finished(run):
+        return 0
+    config = run.model.config
+    accelerator.print(
+        f"{len(run.splits['train'])} rows; {run.labels.problem_type}; student of {config.num_hidden_layers} layers, "
+        f"width {config.hidden_size}, exits {config.exit_layers}"
+    )
+    return run_to_the_end(run, write_student)

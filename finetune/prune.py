@@ -1,0 +1,311 @@
+"""`python -m finetune prune MODEL --heads 8 --intermediate 768`: heads and FFN neurons removed, really, for good.
+
+The importance of a head or neuron is the gradient of a gate of ones on it, absolute, summed over batches of training
+rows (Xin et al. 2022, section 3.1); removed in several rounds, then trained by distillation from the unpruned model.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+from transformers import logging
+
+from elastic_model import ElasticBertConfig
+from elastic_model.folders import new_file
+from elastic_model.losses import weighted_loss
+from elastic_model.modeling_elasticbert import ElasticBertExitModel
+from finetune.config import PruneOptions
+from finetune.data import collate, inputs_of, sorted_batches
+from finetune.distill import load_teacher, settings_of_student, shallower, taught_by, write_student
+from finetune.distributed import start_accelerator
+from finetune.recipe import NEVER, answers_of
+from finetune.run import TaskRun, prepare
+from finetune.state import copy_weights
+from finetune.train import run_to_the_end, start, was_finished
+from finetune.widths import Gates, Loss, importance, loss_on_labels, narrowed
+
+RESULT = "pruning.json"
+REPEATS = 5  # of a timing; the fastest counts
+
+
+@dataclass(frozen=True)
+class Widths:
+    """How many heads and FFN neurons a layer keeps, on average where layers differ."""
+
+    heads: int
+    neurons: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which heads and FFN neurons of the unpruned model are left, by layer."""
+
+    heads: list[list[int]]
+    neurons: list[list[int]]
+
+    @classmethod
+    def everything(cls, config: ElasticBertConfig) -> "Kept":
+        """Nothing pruned yet."""
+        counts = (config.num_attention_heads_per_layer, config.intermediate_size_per_layer)
+        return cls(*([list(range(count)) for count in one or ()] for one in counts))
+
+    def of(self, heads: list[list[int]], neurons: list[list[int]]) -> "Kept":
+        """What is left when those places of what was left are kept."""
+        pairs = ((self.heads, heads), (self.neurons, neurons))
+        return Kept(*([[old[i] for i in new] for old, new in zip(olds, news, strict=True)] for olds, news in pairs))
+
+
+def _probe(logits: torch.Tensor, problem_type: str, mask: torch.Tensor | None, draw: torch.Generator) -> torch.Tensor:
+    """sum of v sqrt(p) log p over answers, random signs v: its squared gradient is, in expectation, the Fisher
+    information; logits as `inplace_distillation` reads them."""
+    logits = logits.float()
+    if problem_type == "regression":
+        weighed, count = logits, len(logits)  # a Gaussian of unit variance: log p = -(y - mean)^2 / 2
+    else:
+        if problem_type == "multi_label_classification":
+            logits = torch.stack([torch.zeros_like(logits), logits], dim=-1)
+        elif problem_type == "question_answering" and mask is not None:
+            logits = logits.masked_fill(~mask[..., None], torch.finfo(logits.dtype).min).transpose(1, 2)
+        elif mask is not None:
+            logits = logits[mask]
+        surprise = logits.log_softmax(-1)
+        weighed, count = (surprise / 2).exp().detach() * surprise, surprise[..., 0].numel()
+    signs = torch.randint(0, 2, weighed.shape, generator=draw).to(weighed) * 2 - 1
+    return (signs * weighed).sum() / count
+
+
+def loss_without_labels(model: ElasticBertExitModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The probe of how far a gate moves the model from its own predictions, over all exits.
+
+    KL(model || model with gates g) is (g - 1)' F (g - 1) / 2 near g = 1, F the Fisher information: the divergence
+    itself has no gradient there, so what is measured is that of `_probe`. The signs depend on the batch alone.
+    """
+    ids = batch["input_ids"].cpu().numpy().tobytes()
+    draw = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(ids).digest()[:7]))
+    output = model(**inputs_of(batch), exit_policy=NEVER, length_config=1.0)
+    answers = answers_of(output, model.config, batch, model.exit_layers)
+    probes = {
+        layer: _probe(logits, answers.problem_type, answers.mask, draw) for layer, logits in answers.logits.items()
+    }
+    return weighted_loss(probes, model.config.exit_loss)
+
+
+def _blocks(scores: Gates, size: int) -> list[tuple[float, int, list[int]]]:
+    """Every layer's places in blocks of `size`, the most important first: (importance, layer, places).
+
+    Scores are normalised by layer (Molchanov et al. 2017): gradients of different layers have different scales.
+    """
+    blocks = []
+    for layer, score in enumerate(scores):
+        normal = (score / score.norm().clamp(min=1e-30)).tolist()
+        order = sorted(range(len(normal)), key=lambda place: (-normal[place], place))
+        for first in range(0, len(order), size):
+            places = order[first : first + size]
+            blocks.append((sum(normal[place] for place in places) / len(places), layer, places))
+    return blocks
+
+
+def best(scores: Gates, count: int, uneven: bool, multiple_of: int = 1) -> list[list[int]]:
+    """The places kept of each layer, in rising order: its `count` best; uneven: the best `count` x layers of all, but
+    at least one block of `multiple_of` a layer."""
+    if not uneven:
+        return [sorted(score.argsort(descending=True, stable=True)[:count].tolist()) for score in scores]
+    blocks = sorted(_blocks(scores, multiple_of), key=lambda block: -block[0])
+    first = {layer: next(block for block in blocks if block[1] == layer) for layer in range(len(scores))}
+    kept, left = list(first.values()), count * len(scores) - sum(len(block[2]) for block in first.values())
+    for block in blocks:
+        if block is not first[block[1]] and len(block[2]) <= left:
+            kept.append(block)
+            left -= len(block[2])
+    return [
+        sorted(place for _, layer, places in kept if layer == one for place in places) for one in range(len(scores))
+    ]
+
+
+def _down_to(multiple: int, count: float) -> int:
+    """The largest multiple up to `count`, but at least one."""
+    return max(multiple, int(count + 1e-9) // multiple * multiple)
+
+
+def schedule(before: Widths, after: Widths, rounds: int, multiple_of: int) -> list[Widths]:
+    """The widths after each round, falling evenly; rounds that would remove nothing are left out."""
+    steps = []
+    for number in range(1, rounds):
+        heads, neurons = (
+            now + (then - now) * number / rounds
+            for now, then in ((before.heads, after.heads), (before.neurons, after.neurons))
+        )
+        steps.append(Widths(max(after.heads, round(heads)), max(after.neurons, _down_to(multiple_of, neurons))))
+    return list(dict.fromkeys(one for one in [*steps, after] if one != before))
+
+
+def widths_of(config: ElasticBertConfig) -> Widths:
+    """The widths of a model: of a layer, on average and rounded down."""
+    heads, neurons = config.num_attention_heads_per_layer or (), config.intermediate_size_per_layer or ()
+    return Widths(sum(heads) // len(heads), sum(neurons) // len(neurons))
+
+
+def _at_share(share: float, before: Widths, multiple_of: int) -> Widths:
+    return Widths(max(1, round(share * before.heads)), _down_to(multiple_of, share * before.neurons))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread, as latencies are stated."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.inference_mode()
+def milliseconds_at(model: ElasticBertExitModel, widths: Widths, tokens: int) -> float:
+    """Of one row of `tokens` tokens at full depth, on one thread, were the model that wide."""
+    layers = range(model.config.num_hidden_layers)
+    thin = narrowed(model, [list(range(widths.heads)) for _ in layers], [list(range(widths.neurons)) for _ in layers])
+    row = torch.full((1, tokens), model.config.vocab_size - 1, device=model.device)
+    spent = []
+    with one_thread():
+        for _ in range(REPEATS + 1):
+            began = time.perf_counter()
+            thin(input_ids=row, exit_policy=NEVER, length_config=1.0)
+            spent.append((time.perf_counter() - began) * 1e3)
+    return min(spent[1:])
+
+
+def _at_latency(model: ElasticBertExitModel, options: PruneOptions, before: Widths) -> Widths:
+    """The widest that takes at most `latency_ms`, of shares in steps of one head; ValueError where none does."""
+    limit, low, high = float(options.latency_ms or 0), 1, before.heads
+    measured: dict[int, float] = {}
+
+    def fits(heads: int) -> bool:
+        widths = _at_share(heads / before.heads, before, options.multiple_of)
+        measured[heads] = milliseconds_at(model, widths, options.max_length)
+        return measured[heads] <= limit
+
+    if not fits(low):
+        raise ValueError(
+            f"latency_ms {limit:g}: with one head a layer a row of {options.max_length} tokens still takes "
+            f"{measured[low]:.2f} ms; fewer layers (distill) or a smaller max_length go further"
+        )
+    if fits(high):
+        raise ValueError(f"latency_ms {limit:g}: the model is as fast already ({measured[high]:.2f} ms)")
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return _at_share(low / before.heads, before, options.multiple_of)
+
+
+def target(options: PruneOptions, model: ElasticBertExitModel) -> Widths:
+    """The widths asked for; ValueError where they are none, larger than the model, or not what a layer can have."""
+    config, before = model.config, widths_of(model.config)
+    counts = [one for one in (options.heads, options.intermediate) if one is not None]
+    given = bool(counts) + (options.share is not None) + (options.latency_ms is not None)
+    if given != 1:
+        raise ValueError("give one target: --heads and --intermediate (or one of them), --share, or --latency_ms")
+    for name in ("rounds", "multiple_of", "importance_rows"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    narrowest = min(config.intermediate_size_per_layer or ())
+    if options.multiple_of > narrowest:
+        raise ValueError(
+            f"multiple_of must be at most {narrowest}, the FFN neurons of a layer, got {options.multiple_of}"
+        )
+    if options.share is not None:
+        if not 0 < options.share < 1:
+            raise ValueError(f"share must be above 0 and below 1, got {options.share}")
+        return _at_share(options.share, before, options.multiple_of)
+    if options.latency_ms is not None:
+        return _at_latency(model, options, before)
+    for name, count, most in (
+        ("heads", options.heads, before.heads),
+        ("intermediate", options.intermediate, before.neurons),
+    ):
+        if count is not None and not 1 <= count <= most:
+            raise ValueError(f"{name} must be 1 to {most}, what a layer of the model has, got {count}")
+    asked = Widths(options.heads or before.heads, options.intermediate or before.neurons)
+    if asked.neurons % options.multiple_of and options.intermediate:
+        raise ValueError(f"intermediate must be a multiple of multiple_of {options.multiple_of}, got {asked.neurons}")
+    if asked == before:
+        raise ValueError(f"the model has {before.heads} heads and {before.neurons} FFN neurons a layer already")
+    if not options.uneven and (
+        asked.heads > min(config.num_attention_heads_per_layer or ()) or asked.neurons > narrowest
+    ):
+        raise ValueError("layers of this model differ and some are smaller than the target: add --uneven")
+    return asked
+
+
+def remove(run: TaskRun, model: ElasticBertExitModel, to: Widths) -> tuple[ElasticBertExitModel, Kept, list[Any]]:
+    """The model pruned to these widths, what is left of it, and what each round did."""
+    options, encoded = run.options, run.splits["train"]
+    assert isinstance(options, PruneOptions)
+    loss: Loss = loss_without_labels if options.label_free else loss_on_labels
+    rows = sorted_batches(encoded.lengths, options.batch_size)
+    if options.importance_rows is not None:  # batches spread over the lengths
+        wanted = min(len(rows), -(-options.importance_rows // options.batch_size))
+        rows = [rows[number * len(rows) // wanted] for number in range(wanted)]
+    kept, history = Kept.everything(model.config), []
+    for step in tqdm(
+        schedule(widths_of(model.config), to, options.rounds, options.multiple_of), unit="round", disable=None
+    ):
+        batches = (collate(encoded, one, run.tokenizer, model.device) for one in rows)
+        heads, neurons = importance(model, batches, loss)
+        left = (
+            best(heads, step.heads, options.uneven),
+            best(neurons, step.neurons, options.uneven, options.multiple_of),
+        )
+        model, kept = narrowed(model, *left), kept.of(*left)
+        history.append({"heads": [len(one) for one in left[0]], "intermediate": [len(one) for one in left[1]]})
+    return model, kept, history
+
+
+def prepare_pruning(options: PruneOptions, accelerator: Accelerator) -> tuple[TaskRun, ElasticBertExitModel, Widths]:
+    """The run with a copy of the model, the model itself, and the widths to reach; nothing is written yet."""
+    unpruned = load_teacher(options)
+    if options.latency_ms is None:
+        target(options, unpruned)
+
+    def copy(_: Any, labels: Any) -> ElasticBertExitModel:
+        settings = settings_of_student(options, labels, unpruned.exit_layers)
+        return shallower(unpruned, unpruned.config.num_hidden_layers, settings)
+
+    run = prepare(options, accelerator, copy)
+    run.model.to(accelerator.device)
+    return run, unpruned, target(options, unpruned)
+
+
+def prune(options: PruneOptions) -> int:
+    """Remove, distil, choose an exit policy, write; exit code 0, or 143 after SIGTERM (state saved)."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    accelerator = start_accelerator(options)
+    run, unpruned, to = prepare_pruning(options, accelerator)
+    if was_finished(run):
+        return 0
+    model, kept, history = remove(run, run.model, to)
+    counts = {"before": unpruned.num_parameters(), "after": model.num_parameters()}
+    accelerator.print(
+        f"pruned in {len(history)} rounds to heads {history[-1]['heads']}, FFN {history[-1]['intermediate']}: "
+        f"{counts['after'] / counts['before']:.0%} of the parameters"
+    )
+    if options.distill:
+        code = run_to_the_end(taught_by(run, model, unpruned), write_student)
+    else:
+        code, run = 0, replace(run, model=model)
+        write_student(run, replace(start(run), best_weights=copy_weights(model)))
+    if code == 0 and accelerator.is_main_process:
+        result = {"kept": vars(kept), "rounds": history, "parameters": counts}
+        result |= {"importance": "the model's own predictions" if options.label_free else "labels"}
+        with new_file(Path(options.output) / RESULT) as file:
+            file.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    return code

@@ -1,0 +1,155 @@
+"""Pruning: importance that does not depend on the order of batches, what is kept, a model that is really smaller."""
+
+import json
+
+import pytest
+import torch
+
+from elastic_model import ElasticBertForSequenceClassification
+from elastic_model.provenance import read_provenance
+from finetune.__main__ import _command
+from finetune.config import PruneOptions
+from finetune.prune import Kept, Widths, _probe, best, loss_without_labels, prune, schedule
+from finetune.widths import gated, importance, loss_on_labels, narrowed
+
+
+@pytest.fixture
+def pruned(trained, tmp_path):
+    """-> options(**changes): a short run from the trained checkpoint."""
+    own = {name: getattr(trained, name) for name in ("dev", "text", "label", "max_length", "batch_size")}
+    own |= {"model": trained.output, "output": str(tmp_path / "pruned"), "learning_rate": 1e-3, "epochs": 1}
+    return lambda **changes: PruneOptions(**{**own, "train": trained.train, "importance_rows": 60, **changes})
+
+
+@pytest.fixture
+def batches():
+    """Four batches of padded rows."""
+    draw = torch.Generator().manual_seed(0)
+    mask = (torch.arange(9) < torch.tensor([9, 6, 3])[:, None]).long()
+    labels = torch.tensor([0, 1, 2])
+    return [
+        {"input_ids": torch.randint(5, 200, (3, 9), generator=draw), "attention_mask": mask, "labels": labels}
+        for _ in range(4)
+    ]
+
+
+@pytest.mark.parametrize("loss", [loss_on_labels, loss_without_labels])
+def test_importance_does_not_depend_on_the_order_of_batches(tiny_model, batches, loss):
+    found = [importance(tiny_model, order, loss) for order in (batches, batches[::-1])]
+    alone = [importance(tiny_model, [batch], loss) for batch in batches]
+    for kind in (0, 1):
+        for layer, score in enumerate(found[0][kind]):
+            assert score.sum() > 0
+            torch.testing.assert_close(score, found[1][kind][layer], rtol=1e-12, atol=0)
+            torch.testing.assert_close(score, sum(one[kind][layer] for one in alone), rtol=1e-12, atol=0)
+
+
+def test_importance_without_labels_does_not_read_labels(tiny_model, batches):
+    others = [{**batch, "labels": torch.tensor([2, 0, 0])} for batch in batches]
+    for one, other in zip(
+        *(importance(tiny_model, rows, loss_without_labels)[1] for rows in (batches, others)), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_the_probes_squared_gradient_is_the_fisher_information():
+    logits = torch.tensor([[0.3, -1.0, 0.8]], requires_grad=True)
+    squares = torch.zeros(3)
+    for seed in range(4000):
+        probe = _probe(logits, "single_label_classification", None, torch.Generator().manual_seed(seed))
+        squares += torch.autograd.grad(probe, logits)[0][0] ** 2 / 4000
+    p = logits.detach().softmax(-1)[0]
+    torch.testing.assert_close(squares, p * (1 - p), rtol=0.1, atol=0)  # Fisher of a softmax: diag(p) - p p'
+
+
+def test_what_is_kept_is_the_best():
+    scores = [torch.tensor([4.0, 1, 3, 2]), torch.tensor([1.0, 1, 1, 9])]
+    assert best(scores, 2, uneven=False) == [[0, 2], [0, 3]]
+    assert best(scores, 2, uneven=True) == [[0, 2, 3], [3]]  # 9 of norm 9.2, then 4, 3, 2 of norm 5.5
+    kept = best([torch.rand(16), torch.rand(16)], 8, uneven=True, multiple_of=4)
+    assert sum(map(len, kept)) == 16 and all(len(one) % 4 == 0 and one for one in kept)
+
+
+def test_rounds_fall_evenly_to_the_target():
+    steps = schedule(Widths(12, 1536), Widths(8, 768), 4, 8)
+    assert steps == [Widths(11, 1344), Widths(10, 1152), Widths(9, 960), Widths(8, 768)]
+    assert schedule(Widths(4, 64), Widths(4, 32), 1, 1) == [Widths(4, 32)]
+    assert len(schedule(Widths(2, 8), Widths(1, 8), 8, 1)) == 1
+
+
+@torch.no_grad()
+def test_the_pruned_model_is_the_masked_one_after_several_rounds(tiny_model, batches):
+    first, then = ([[0, 1, 3]] * 4, [[*range(0, 64, 2)]] * 4), ([[1, 2]] * 4, [[*range(5, 30)]] * 4)
+    kept = Kept.everything(tiny_model.config).of(*first).of(*then)
+    assert kept.heads[0] == [1, 3] and kept.neurons[0][0] == 10
+    gates = [
+        [torch.zeros(count).index_fill(0, torch.tensor(one), 1.0) for one in places]
+        for places, count in ((kept.heads, 4), (kept.neurons, 64))
+    ]
+    inputs = {name: one for name, one in batches[0].items() if name != "labels"}
+    with gated(tiny_model, *gates):
+        expected = tiny_model(**inputs)
+    found = narrowed(narrowed(tiny_model, *first), *then)(**inputs)
+    for ours, theirs in zip(found.exit_logits, expected.exit_logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_pruned_and_distilled_it_loads_and_exports(pruned, tmp_path):
+    from export.config import ExportOptions
+    from export.write import export_checkpoint
+
+    options = pruned(heads=3, intermediate=40, rounds=3, uneven=True, multiple_of=8)
+    assert prune(options) == 0
+    model, loading = ElasticBertForSequenceClassification.from_pretrained(options.output, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    heads, neurons = model.config.num_attention_heads_per_layer, model.config.intermediate_size_per_layer
+    assert sum(heads) == 12 and sum(neurons) == 160 and all(count % 8 == 0 for count in neurons)
+    assert model.elasticbert.encoder.layer[0].intermediate.dense.weight.shape == (neurons[0], 32)
+    result = json.loads((tmp_path / "pruned" / "pruning.json").read_text())
+    assert [len(one) for one in result["kept"]["heads"]] == heads and len(result["rounds"]) == 3
+    assert read_provenance(options.output)[-1].stage == "prune"
+    assert {
+        metric.value > 0.8 for metric in read_provenance(options.output)[-1].metrics if metric.exit_layer == 4
+    } == {True}
+    report = export_checkpoint(ExportOptions(tmp_path / "pruned", tmp_path / "artefact", files=["model_quint8_avx2"]))
+    assert report["files"]["model"]
+
+
+def test_without_distillation_the_weights_are_the_unpruned_ones(pruned, trained, tmp_path):
+    assert prune(pruned(share=0.5, rounds=1, label_free=True, distill=False)) == 0
+    kept = json.loads((tmp_path / "pruned" / "pruning.json").read_text())["kept"]
+    original = ElasticBertForSequenceClassification.from_pretrained(trained.output)
+    expected = narrowed(original, kept["heads"], kept["neurons"]).state_dict()
+    found = ElasticBertForSequenceClassification.from_pretrained(tmp_path / "pruned").state_dict()
+    assert all(torch.equal(found[name], one) for name, one in expected.items())
+
+
+def test_a_latency_that_half_the_width_meets_is_met(pruned, monkeypatch, tmp_path):
+    monkeypatch.setattr("finetune.prune.milliseconds_at", lambda model, widths, tokens: widths.neurons / 10)
+    assert prune(pruned(latency_ms=5.0, rounds=1, distill=False)) == 0
+    model = ElasticBertForSequenceClassification.from_pretrained(tmp_path / "pruned")
+    assert model.config.num_attention_heads_per_layer == [3] * 4
+    assert model.config.intermediate_size_per_layer == [48] * 4
+    with pytest.raises(ValueError, match="with one head a layer a row of 32 tokens still takes"):
+        prune(pruned(latency_ms=0.1))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give one target"),
+        (["--heads", "3", "--share", "0.5"], "give one target"),
+        (["--heads", "5"], "heads must be 1 to 4, what a layer of the model has, got 5"),
+        (["--intermediate", "0"], "intermediate must be 1 to 64"),
+        (["--intermediate", "30", "--multiple_of", "8"], "intermediate must be a multiple of multiple_of 8, got 30"),
+        (["--heads", "4"], "has 4 heads and 64 FFN neurons a layer already"),
+        (["--share", "1"], "share must be above 0 and below 1"),
+        (["--heads", "2", "--rounds", "0"], "rounds must be at least 1"),
+    ],
+)
+def test_bad_input_is_named_before_training(pruned, flags, message, tmp_path):
+    own = pruned()
+    common = [f"--{name}={getattr(own, name)}" for name in ("model", "train", "dev", "text", "label", "output")]
+    with pytest.raises(ValueError, match=message):
+        _command(["prune", *common, "--max_length=32", "--batch_size=10", *flags])
+    assert not (tmp_path / "pruned").exists() and not (tmp_path / "pruned.run").exists()
