@@ -46,7 +46,7 @@ _ENCODER_KEYS = [
     (r"^(?:bert\.|roberta\.)?pooler\.dense\.", "POOLER.dense."),
     (r"^qa_outputs\.", "HEAD."),
 ]
-_DISTILBERT_LAYER = {
+DISTILBERT_LAYER = {
     "attention.q_lin": "attention.self.query",
     "attention.k_lin": "attention.self.key",
     "attention.v_lin": "attention.self.value",
@@ -74,7 +74,7 @@ _KEYS = {
     "distilbert": [
         *(
             (rf"^(?:distilbert\.)?transformer\.layer\.(\d+)\.{stock}\.", rf"elasticbert.encoder.layer.\1.{ours}.")
-            for stock, ours in _DISTILBERT_LAYER.items()
+            for stock, ours in DISTILBERT_LAYER.items()
         ),
         (r"^pre_classifier\.", "POOLER.dense."),
         (r"^vocab_transform\.", "TRANSFORM.dense."),
