@@ -171,7 +171,7 @@ def read_facts(folder: Path, repo_id: str | None = None, name: str | None = None
     if weights is None:
         raise ValueError(f"{folder} holds no weights (*.safetensors); save the model there first")
     stages = read_provenance(folder)
-    points = OperatingPoints.load(folder) if (folder / POINTS_FILE).is_file() else None
+    points = OperatingPoints.read(folder) if (folder / POINTS_FILE).is_file() else None
     return Facts(
         name=name or (repo_id or folder.resolve().name).split("/")[-1],
         repo_id=repo_id,

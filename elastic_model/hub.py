@@ -84,7 +84,7 @@ def carry_records(folder: Path, source: str, commit: str | None) -> None:
     else:
         append_stage(folder, UNSTATED, parent=source, revision=commit)
     points = Path(source) / POINTS_FILE if Path(source).is_dir() else hub_file(source, POINTS_FILE, commit)
-    if points and points.is_file() and OperatingPoints.load(points.parent).checkpoint == weights:
+    if points and points.is_file() and OperatingPoints.read(points.parent).checkpoint == weights:
         shutil.copyfile(points, folder / POINTS_FILE)
 
 

@@ -22,8 +22,9 @@ class OperatingPoint:
     measurements.
 
     quality: {"metric", "value", "low", "high", "split"}, value and interval as fractions of 1. latency_ms: {"value",
-    "batch", "threads", "machine"}. flops: mean FLOPs per row, a multiply-add counted as two. length_config: a share
-    per layer, None = all tokens. calibration: what a calibrated point promises (`finetune.calibrate` writes it).
+    "batch", "threads", "machine"}. flops: mean FLOPs per row on its real tokens, a multiply-add counted as two;
+    padded_flops: were every row padded to the maximum length, as Kim and Cho (2021) count. length_config: a share per
+    layer, None = all tokens. calibration: what a calibrated point promises (`finetune.calibrate` writes it).
     """
 
     name: str
@@ -34,9 +35,10 @@ class OperatingPoint:
     quality: dict[str, Any] | None = None
     latency_ms: dict[str, Any] | None = None
     calibration: dict[str, Any] | None = None
+    padded_flops: float | None = None
 
     def __post_init__(self) -> None:
-        values = [*self.thresholds, self.mean_exit_layer, self.flops or 0.0]
+        values = [*self.thresholds, self.mean_exit_layer, self.flops or 0.0, self.padded_flops or 0.0]
         if not self.thresholds or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
             raise ValueError(
                 f"operating point {self.name!r}: thresholds, mean_exit_layer and flops must be finite, got {values}"
@@ -77,20 +79,22 @@ class OperatingPoints:
             raise ValueError("operating points must all have one threshold per exit, got lists of different lengths")
 
     @classmethod
-    def load(cls, folder: Path | str) -> "OperatingPoints":
-        """From `operating_points.json` in a folder.
-
-        ValueError where the file is damaged, of another format, or of other weights than those that lie beside it.
-        """
+    def read(cls, folder: Path | str) -> "OperatingPoints":
+        """`operating_points.json` of a folder, of whatever weights; ValueError where it is damaged."""
         file = Path(folder) / FILE
         try:
-            points = cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
+            return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{file}: not a table of operating points: {error}") from error
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "OperatingPoints":
+        """As `read`; ValueError also where the points are of other weights than those that lie beside them."""
+        points = cls.read(folder)
         if any(Path(folder).glob("*.safetensors")) and (found := checkpoint_hash(folder)) != points.checkpoint:
             raise ValueError(
-                f"{file} belongs to another checkpoint (weights {points.checkpoint[:12]}..., here {found[:12]}...); "
-                "search or calibrate this one, or delete the file"
+                f"{Path(folder) / FILE} belongs to another checkpoint (weights {points.checkpoint[:12]}..., here "
+                f"{found[:12]}...); search or calibrate this one, or delete the file"
             )
         return points
 
@@ -107,8 +111,9 @@ class OperatingPoints:
         """As the file holds it."""
         points = [asdict(point) for point in self.points]
         for point in points:
-            if point["calibration"] is None:
-                del point["calibration"]
+            for name in ("calibration", "padded_flops"):  # of those who measure them alone
+                if point[name] is None:
+                    del point[name]
         return {"format": FORMAT, "checkpoint": self.checkpoint, "policy": self.policy, "points": points}
 
     def save(self, folder: Path | str) -> None:

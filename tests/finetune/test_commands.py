@@ -51,16 +51,16 @@ ROWS = [f"the {word}\t{label}" for label in ("early", "middle", "late") for word
         ({"text": "sentence"}, r"there is no column 'sentence'; columns: text, label"),
         ({"label": "class"}, r"there is no column 'class'; columns: text, label"),
         ({"recipe": "jiont"}, r"recipe 'jiont' is unknown; allowed: joint, two_stage"),
-        ({"task": "era"}, r"--task era has its own files and columns; --train is for your own files"),
+        ({"task": "era"}, r"--task era has its own files and columns; --train is for your own data"),
         ({"dev": None}, r"task 'own files' has no dev split; it has: train"),
         ({"max_length": 65}, r"max_length must be 3 to 64 \(the positions of the model\), got 65"),
         ({"batch_size": 61}, r"the train split has 60 rows, fewer than a batch \(61\)"),
         ({"batch_size": 0}, r"batch_size must be at least 1, got 0"),
-        ({"warmup": 1.5}, r"warmup is a share of the updates, from 0 to 1, got 1.5"),
+        ({"warmup": 1.5}, r"warmup must be from 0 to 1, got 1.5"),
         ({"learning_rate": 0.0}, r"learning_rate must be above 0, got 0.0"),
         ({"exit_policy": "constant"}, r"exit policy 'constant' cannot be calibrated"),
         ({"exit_loss": "max"}, r"exit_loss must be one of sum, last, .* got 'max'"),
-        ({"problem_type": "regression"}, r"a classifier of other labels: early, middle, late; the task has score"),
+        ({"problem_type": "regression"}, r"has a head for single_label_classification, the task is regression"),
         ({"model": "/nowhere"}, r"model /nowhere is not a folder"),
         ({"train": "/nowhere.tsv"}, r"/nowhere.tsv: No such file"),
     ],
@@ -159,7 +159,7 @@ def test_a_bad_recipe_is_one_line(options, capsys, tmp_path, recipe, message):
 
 
 def test_an_unknown_command_lists_those_there(capsys):
-    assert "command 'fit' is unknown; allowed: train, evaluate" in error_of(capsys, "fit")
+    assert "command 'fit' is unknown; allowed: train, elastify," in error_of(capsys, "fit")
 
 
 def test_help_answers_at_once():
