@@ -797,7 +797,7 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
         loss = distillation = None
         if mlm or sop:
             loss = self.weighted(mlm, sop)
-            if students:
+            if students and labels is not None:
                 teacher = self.teacher(exit, labels, sentence_order_label, orders[exit.layer])
                 settings = [(*ids, one["length_config"], one["layer_config"]) for one in students]
                 walks = [self.walk(one, exits, kwargs) for one in settings]

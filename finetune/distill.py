@@ -23,12 +23,11 @@ from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from finetune.checkpoint import write_checkpoint
 from finetune.config import DistillOptions, LabelledOptions
 from finetune.data import inputs_of
-from finetune.distributed import start_accelerator
 from finetune.kinds import KINDS, kind_of, problem_type_of
 from finetune.labels import Labels
 from finetune.prepare import check_length, load_tokenizer, weight_files
 from finetune.recipe import NEVER, Batch, Phase, Update, answers_of
-from finetune.run import TaskRun, prepare
+from finetune.run import TaskRun, prepare, start_accelerator
 from finetune.state import Progress
 from finetune.teacher import check_tokenizer
 from finetune.train import run_to_the_end, was_finished

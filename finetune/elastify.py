@@ -22,13 +22,12 @@ from elastic_model.provenance import Metric, append_stage, describe_data, file_h
 from finetune.checkpoint import REPORT, SETTINGS
 from finetune.config import ElastifyOptions
 from finetune.data import Encoded, rows_of
-from finetune.distributed import start_accelerator
 from finetune.evaluate import stacked_exits, table
 from finetune.figures import plot_exits
 from finetune.kinds import KINDS, problem_type_of
 from finetune.prepare import check_length, rows_hash, weight_files
 from finetune.recipe import INNER_EXITS, SANDWICH, Phase
-from finetune.run import METRICS, Run, check_numbers
+from finetune.run import METRICS, Run, check_numbers, start_accelerator
 from finetune.state import Progress
 from finetune.tasks import ProblemType
 from finetune.teacher import ask, check_name, final_logits, load_stock

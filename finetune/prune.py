@@ -25,9 +25,8 @@ from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from finetune.config import PruneOptions
 from finetune.data import collate, inputs_of, sorted_batches
 from finetune.distill import load_teacher, settings_of_student, shallower, taught_by, write_student
-from finetune.distributed import start_accelerator
 from finetune.recipe import NEVER, answers_of
-from finetune.run import TaskRun, prepare
+from finetune.run import TaskRun, prepare, start_accelerator
 from finetune.state import copy_weights
 from finetune.train import run_to_the_end, start, was_finished
 from finetune.widths import Gates, Loss, importance, loss_on_labels, narrowed

@@ -13,6 +13,7 @@ import numpy as np
 from accelerate import Accelerator
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from elastic_model import distributed
 from elastic_model.folders import check_output
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from finetune.config import LabelledOptions, LoopOptions
@@ -36,6 +37,17 @@ from finetune.tasks import Task
 from finetune.teacher import ask, check_tokenizer, final_logits, label_order, load_stock
 
 METRICS = "metrics.jsonl"
+
+
+def start_accelerator(options: LoopOptions) -> Accelerator:
+    """The accelerator of a run; ValueError where processes would hold parts of the model, which could not evaluate."""
+    accelerator = distributed.start_accelerator(options)
+    if distributed.holds_parts(accelerator):
+        raise ValueError(
+            "fine-tuning runs under DDP, DeepSpeed ZeRO-1 and ZeRO-2, not under ZeRO-3 or FSDP: every process "
+            "evaluates with the whole model; launch it with pretrain/accelerate/zero2.yaml"
+        )
+    return accelerator
 
 
 @dataclass(frozen=True)

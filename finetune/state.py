@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from elastic_model.distributed import Tensors
 from elastic_model.folders import new_folder
-
-Weights = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -23,44 +22,25 @@ class Progress:
     stale: int = 0
     best_update: int = 0
     best_quality: float | None = None
-    best_weights: Weights = field(default_factory=dict)
+    best_weights: Tensors = field(default_factory=dict)
 
 
-def copy_weights(model: torch.nn.Module) -> Weights:
+def copy_weights(model: torch.nn.Module) -> Tensors:
     """The model's weights as they are now, on the CPU."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
 
 
-def _moments(optimizer: torch.optim.Optimizer) -> Weights:
-    """AdamW's state, one tensor a name: `3.exp_avg` is that of the fourth parameter."""
-    states = optimizer.state_dict()["state"]
-    return {
-        f"{parameter}.{name}": tensor.detach().cpu().contiguous()
-        for parameter, state in states.items()
-        for name, tensor in state.items()
-    }
-
-
-def _restore_moments(optimizer: torch.optim.Optimizer, moments: Weights) -> None:
-    states: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in moments.items():
-        parameter, name = key.split(".", 1)
-        states.setdefault(int(parameter), {})[name] = tensor
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
 def save_state(
-    folder: Path,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    settings: Mapping[str, Any],
+    folder: Path, weights: Tensors, optimizer: Tensors, progress: Progress, settings: Mapping[str, Any]
 ) -> None:
-    """Write the state of a run that `settings` describe, in the place of the one before."""
+    """Write the state of a run that `settings` describe, in the place of the one before.
+
+    optimizer: AdamW's state by the names of the parameters; empty where a phase is over, the next has its own.
+    """
     plain = {name: value for name, value in vars(progress).items() if name != "best_weights"}
     with new_folder(folder) as new:
-        save_file(copy_weights(model), new / "weights.safetensors")
-        save_file(_moments(optimizer), new / "optimizer.safetensors")
+        save_file(weights, new / "weights.safetensors")
+        save_file(optimizer, new / "optimizer.safetensors")
         save_file(progress.best_weights, new / "best.safetensors")
         (new / "progress.json").write_text(json.dumps({"progress": plain, "settings": settings}, indent=1))
 
@@ -89,6 +69,6 @@ def load_weights(folder: Path, model: torch.nn.Module) -> None:
     model.load_state_dict(load_file(folder / "weights.safetensors"))
 
 
-def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Put the saved state into an optimizer of the same parameters."""
-    _restore_moments(optimizer, load_file(folder / "optimizer.safetensors"))
+def load_optimizer_tensors(folder: Path) -> Tensors:
+    """AdamW's state by the names of the parameters."""
+    return load_file(folder / "optimizer.safetensors")

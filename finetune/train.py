@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,14 +20,14 @@ from accelerate import Accelerator
 from tqdm import tqdm
 from transformers import logging
 
+from elastic_model.distributed import Engine, on_main_process, start_engine
 from elastic_model.folders import claim_folder, is_ours
 from finetune.checkpoint import REPORT, is_finished, write_checkpoint
 from finetune.config import LoopOptions, TrainOptions
 from finetune.data import collate
-from finetune.distributed import meeting, saves, start_accelerator
 from finetune.recipe import Phase, Update
-from finetune.run import METRICS, Plan, Run, prepare
-from finetune.state import Progress, copy_weights, load_optimizer, load_progress, load_weights, save_state
+from finetune.run import METRICS, Plan, Run, prepare, start_accelerator
+from finetune.state import Progress, copy_weights, load_optimizer_tensors, load_progress, load_weights, save_state
 from finetune.teacher import stacked
 
 AnyRun = TypeVar("AnyRun", bound=Run)
@@ -39,13 +40,19 @@ def learning_rate(update: int, updates: int, peak: float, warmup: float) -> floa
     return peak * min((update + 1) / rising, (updates - update) / max(1, updates - rising))
 
 
-def make_optimizer(model: torch.nn.Module, options: LoopOptions) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, options: LoopOptions) -> torch.optim.AdamW:
     """AdamW over what the phase trains, without decay on biases and norms."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trained if parameter.ndim > 1]
     other = [parameter for parameter in trained if parameter.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": other, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=options.learning_rate)
+
+
+def engine_of(run: Run) -> Engine:
+    """What trains the run's model: those of its parameters that require a gradient."""
+    optimizer = partial(make_optimizer, options=run.options)
+    return start_engine(run.accelerator, run.model, optimizer, run.options.max_grad_norm)
 
 
 def _seed_update(seed: int, update: int, process: int) -> None:
@@ -66,7 +73,7 @@ def _parts(rows: list[int], run: Run) -> list[tuple[list[int], float]]:
     return [(cut or rows[:1], len(cut) * processes / len(rows)) for cut in cuts]
 
 
-def backward(run: Run, phase: Phase, model: torch.nn.Module, number: int) -> float:
+def backward(run: Run, phase: Phase, engine: Engine, number: int) -> float:
     """Add up the gradients of an update; gradients are exchanged between processes once, in the last backward pass."""
     accelerator, options, total = run.accelerator, run.options, 0.0
     parts, passes = _parts(run.plan.rows(number), run), phase.passes(options)
@@ -74,19 +81,19 @@ def backward(run: Run, phase: Phase, model: torch.nn.Module, number: int) -> flo
         batch = collate(run.splits["train"], rows, run.tokenizer, accelerator.device)
         draw = random.Random(f"{options.seed} {number}")  # of sub-networks: the same in every process and part
         teacher = None if run.teacher is None else stacked([run.teacher[row] for row in rows], accelerator.device)
-        losses = phase.objective(model, run.model.config, batch, Update(number, draw, options, teacher))
+        losses = phase.objective(engine.model, run.model.config, batch, Update(number, draw, options, teacher))
         for done in range(1, passes + 1):
-            with meeting(accelerator, model, is_last=part == len(parts) and done == passes):
+            with engine.micro_batch(last=part == len(parts) and done == passes):
                 with accelerator.autocast():
                     loss = next(losses) * weight
-                accelerator.backward(loss)
+                engine.backward(loss)
             total += loss.item()
     if not math.isfinite(total):
         raise ValueError(f"the loss of update {number + 1} is {total}; a lower learning_rate may help")
     return total
 
 
-def _evaluate(run: Run, progress: Progress) -> None:
+def _evaluate(run: Run, engine: Engine, progress: Progress) -> None:
     """Quality at every exit on dev; keeps the weights where they are the best so far (the later ones of equal)."""
     exits = run.measure(run)
     deciding = [values[run.metric] for values in exits.values()]
@@ -98,7 +105,7 @@ def _evaluate(run: Run, progress: Progress) -> None:
     progress.stale = 0 if improved else progress.stale + 1
     if improved or value == progress.best_quality:
         progress.best_quality, progress.best_update = value, progress.update
-        progress.best_weights = copy_weights(run.model)
+        progress.best_weights = engine.weights(everywhere=True)
 
 
 @contextmanager
@@ -131,55 +138,69 @@ def _is_due(update: int, every: int | None, plan: Plan) -> bool:
     return update % (every or plan.updates_per_epoch) == 0 or update in plan.ends
 
 
+def _save(run: Run, progress: Progress, engine: Engine | None = None) -> None:
+    """The state that the run continues from; of a phase that is over there is no engine any more."""
+    weights = engine.weights() if engine else copy_weights(run.model)  # all processes take part
+    optimizer = engine.optimizer_tensors() if engine else {}
+    on_main_process(run.accelerator, lambda: save_state(run.state, weights, optimizer, progress, run.settings))
+
+
 def fit_phase(run: Run, number: int, progress: Progress, asked: threading.Event, bar: tqdm) -> bool:
-    """Train one phase from where `progress` is; False where the run was asked to stop (its state is then saved)."""
+    """Train one phase from where `progress` is; False where the run was asked to stop. Its state is saved."""
     phase, plan, options, accelerator = run.phases[number], run.plan, run.options, run.accelerator
     start, stop = [0, *plan.ends][number], plan.ends[number]
     for name, parameter in run.model.named_parameters():
         parameter.requires_grad_(phase.trains(name, run.model.config))
-    model, optimizer = accelerator.prepare(run.model, make_optimizer(run.model, options))
+    engine = engine_of(run)
     if progress.update == start:
         progress.best_quality, progress.stale = None, 0  # the checkpoint kept is one of the last phase
     else:
-        load_optimizer(run.state, optimizer)
-    since, losses = time.monotonic(), []
-    while progress.update < stop:
-        model.train()
+        engine.load_optimizer(load_optimizer_tensors(run.state))
+    since, losses, stopping, early = time.monotonic(), [], False, False
+    while progress.update < stop and not stopping and not early:
+        engine.model.train()
         _seed_update(options.seed, progress.update, accelerator.process_index)
         peak = phase.learning_rate or options.learning_rate
         rate = learning_rate(progress.update - start, stop - start, peak, options.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        losses.append(backward(run, phase, model, progress.update))
-        accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        progress.update += 1
+        losses.append(backward(run, phase, engine, progress.update))
+        _step(engine, rate, progress)
         bar.update()
         if _is_due(progress.update, options.log_steps, plan):
             run.log({"update": progress.update, "loss": _mean(losses, accelerator), "learning_rate": rate,
                      "updates_per_second": len(losses) / (time.monotonic() - since)})  # fmt: skip
             since, losses = time.monotonic(), []
         if _is_due(progress.update, options.eval_steps, plan):
-            _evaluate(run, progress)
-            if options.patience and progress.stale >= options.patience and progress.update < stop:
-                _end_early(run, progress, stop, bar)
+            _evaluate(run, engine, progress)
+            early = progress.update < stop and 0 < (options.patience or 0) <= progress.stale
         stopping = _anyone(asked.is_set(), accelerator)
-        if (stopping or _is_due(progress.update, options.save_steps, plan)) and saves(accelerator):
-            save_state(run.state, run.model, optimizer, progress, run.settings)
-        if stopping:
-            return False
-    return True
+        if progress.update < stop and not early and (stopping or _is_due(progress.update, options.save_steps, plan)):
+            _save(run, progress, engine)
+    if progress.update == stop or early:
+        weights = progress.best_weights if early else engine.weights(everywhere=True)
+        engine.close()
+        run.model.load_state_dict(weights)
+        _end(run, progress, stop, bar)
+    return not stopping
 
 
-def _end_early(run: Run, progress: Progress, stop: int, bar: tqdm) -> None:
-    """The phase is over, with its best weights; the updates that are left out are counted as done."""
-    run.accelerator.print(
-        f"update {progress.update}: no better for {progress.stale} evaluations; back to update {progress.best_update}"
-    )
-    run.model.load_state_dict(progress.best_weights)
-    bar.update(stop - progress.update)
-    progress.update = stop
+def _step(engine: Engine, rate: float, progress: Progress) -> None:
+    """The optimizer's step of an update; ValueError where the gradient is not finite."""
+    norm = engine.step(rate)
+    if not math.isfinite(norm):
+        raise ValueError(f"the gradient of update {progress.update + 1} is {norm}; a lower learning_rate may help")
+    progress.update += 1
+
+
+def _end(run: Run, progress: Progress, stop: int, bar: tqdm) -> None:
+    """The phase is over: saved; updates that are left out, with its best weights then, are counted as done."""
+    if progress.update < stop:
+        run.accelerator.print(
+            f"update {progress.update}: no better for {progress.stale} evaluations; back to update "
+            f"{progress.best_update}"
+        )
+        bar.update(stop - progress.update)
+        progress.update = stop
+    _save(run, progress)
 
 
 def fit(run: Run, progress: Progress) -> bool:
@@ -190,7 +211,6 @@ def fit(run: Run, progress: Progress) -> bool:
         for number, end in enumerate(ends):
             if progress.update < end and not fit_phase(run, number, progress, asked, bar):
                 return False
-            run.accelerator.free_memory()
     return True
 
 
@@ -223,8 +243,7 @@ def run_to_the_end(run: AnyRun, write: Callable[[AnyRun, Progress], None]) -> in
     if finished:
         write(run, progress)
     else:
-        saved = "the state is saved; continue with --resume" if saves(run.accelerator) else "no state is saved"
-        run.accelerator.print(f"stopped at update {progress.update}, {saved}")
+        run.accelerator.print(f"stopped at update {progress.update}, the state is saved; continue with --resume")
     run.accelerator.end_training()
     return 0 if finished else INTERRUPTED
 

@@ -12,9 +12,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from elastic_model.distributed import Tensors
 from elastic_model.folders import new_folder
 from pretrain.config import FREE_ON_RESUME, PretrainConfig
-from pretrain.distributed import Tensors
 from pretrain.prepare import Corpus
 
 STATE = "trainer_state.json"

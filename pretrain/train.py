@@ -24,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from elastic_model import ElasticBertConfig, ElasticBertForPreTraining
 from elastic_model.arguments import to_yaml
+from elastic_model.distributed import Tensors, on_main_process, start_accelerator, start_engine
 from elastic_model.folders import check_output, claim_folder, new_file, new_folder
 from elastic_model.losses import exit_group, trained_exits
 from elastic_model.subnetworks import sandwich
@@ -39,7 +40,6 @@ from pretrain.checkpoint import (
 )
 from pretrain.config import PretrainConfig
 from pretrain.data import Batch, Examples, GlobalBatches, Share, check_batch_size
-from pretrain.distributed import Tensors, on_main_process, start_accelerator, start_engine
 from pretrain.evaluate import Evaluation, evaluate, unigram_losses
 from pretrain.masking import IGNORED
 from pretrain.metrics import METRICS, Update, Window, cut_metrics, flat, peak_flops, peak_memory, update_flops
@@ -163,7 +163,7 @@ class Run:
             load_weights(checkpoint, model)
             self.progress = Progress(**checkpoint.state["progress"])
         make_optimizer = partial(build_optimizer, config=config)
-        self.engine = start_engine(accelerator, model, make_optimizer, config, self.micro_batch_size)
+        self.engine = start_engine(accelerator, model, make_optimizer, config.clip_norm)
         if checkpoint:
             self.engine.load_optimizer(load_optimizer_tensors(checkpoint))
         self.peak_flops = peak_flops(config.peak_tflops, config.precision, accelerator.num_processes)
@@ -365,8 +365,6 @@ def train(config: PretrainConfig) -> int:
     _check_run_folder(config)
     disable_progress_bar()  # transformers' bars for saving one file would tear ours
     accelerator = start_accelerator(config)
-    if config.tracker and not accelerator.log_with:  # accelerate leaves it out without a word
-        raise ValueError(f"tracker {config.tracker!r} is not installed: pip install {config.tracker}, or leave it out")
     with accelerator.local_main_process_first():
         corpus = prepare(config, quiet=not accelerator.is_local_main_process)
     run = Run(config, accelerator, corpus, checkpoint_to_resume(config.output, config.resume_previous))

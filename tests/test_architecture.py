@@ -54,8 +54,13 @@ def test_imports_point_downwards(package):
 
 
 def test_the_library_needs_torch_and_transformers_only():
-    """At import; the client of exported files and what parses options load what they need and say so in the extras."""
-    clients = {"session.py": {"numpy", "onnxruntime", "tokenizers"}, "arguments.py": {"yaml"}}
+    """At import; the client of exported files, what parses options and what jobs train with load what they need and
+    say so in the extras."""
+    clients = {
+        "session.py": {"numpy", "onnxruntime", "tokenizers"},
+        "arguments.py": {"yaml"},
+        "distributed.py": {"accelerate"},
+    }
     brought_by_transformers = {"huggingface_hub", "safetensors", "numpy"}
     for path in sources("elastic_model"):
         allowed = {"torch", "transformers"} | brought_by_transformers | clients.get(path.name, set())

@@ -4,6 +4,7 @@ import resource
 import pytest
 import torch
 
+from elastic_model.distributed import Replicated, start_accelerator
 from pretrain.checkpoint import (
     Checkpoint,
     check_same_run,
@@ -13,7 +14,6 @@ from pretrain.checkpoint import (
     load_weights,
     save_checkpoint,
 )
-from pretrain.distributed import Replicated, start_accelerator
 from pretrain.prepare import prepare
 from pretrain.train import build_model, build_optimizer
 
@@ -29,7 +29,7 @@ def trained(options):
         model = build_model(config, tokenizer, torch.zeros(len(tokenizer)))
         if checkpoint:
             load_weights(checkpoint, model)
-        return Replicated(accelerator, model, build_optimizer(model, config), config)
+        return Replicated(accelerator, model, build_optimizer(model, config), config.clip_norm)
 
     engine = make()
     for seed in range(2):

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 
+from elastic_model.distributed import start_accelerator
 from elastic_model.operating_points import checkpoint_hash
 from pretrain.__main__ import main
 from pretrain.checkpoint import save_model
 from pretrain.data import Examples
-from pretrain.distributed import start_accelerator
 from pretrain.evaluate import evaluate, unigram_losses
 from pretrain.masking import IGNORED
 from pretrain.prepare import prepare

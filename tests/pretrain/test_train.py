@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
 from elastic_model import ElasticBertForPreTraining, ElasticBertForSequenceClassification
+from elastic_model.distributed import start_accelerator
 from elastic_model.folders import is_ours
 from pretrain.checkpoint import find_checkpoints
-from pretrain.distributed import start_accelerator
 from pretrain.metrics import update_flops
 from pretrain.prepare import prepare
 from pretrain.train import Run, build_optimizer, learning_rate, train

@@ -10,14 +10,14 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from torch import nn
-
-from pretrain.config import PretrainConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, each of the parameter's shape; beside them the number of steps
 Tensors = dict[str, torch.Tensor]
@@ -29,7 +29,8 @@ class Engine(Protocol):
     model: nn.Module
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of a micro-batch; gradients are exchanged in the `last` of an update."""
+        """Around a forward and backward pass; gradients are exchanged in the `last` of an update, which must reach
+        every parameter that is trained."""
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of this process's part of the loss."""
@@ -37,19 +38,41 @@ class Engine(Protocol):
     def step(self, rate: float) -> float:
         """Clip the averaged gradients and take the optimizer's step, unless they are not finite; -> their norm."""
 
-    def weights(self) -> Tensors:
-        """Every parameter in float32, on the CPU of the main process; nothing elsewhere. All processes call this."""
+    def weights(self, everywhere: bool = False) -> Tensors:
+        """Every parameter in float32, on the CPU of the main process, or of all. All processes call this."""
 
     def optimizer_tensors(self) -> Tensors:
-        """AdamW's state as NAME.exp_avg, NAME.exp_avg_sq, NAME.step; where and by whom, as `weights`."""
+        """AdamW's state as NAME.exp_avg, NAME.exp_avg_sq, NAME.step, on the CPU of the main process.
+        All processes call this."""
 
     def load_optimizer(self, tensors: Tensors) -> None:
         """What `optimizer_tensors` gave."""
 
+    def close(self) -> None:
+        """Leave the model as an ordinary one in float32, to be given its weights; not where processes hold parts."""
 
-def start_accelerator(config: PretrainConfig) -> Accelerator:
-    """The accelerator, on the CPU where there is nothing faster; ValueError where the launcher asked for more
-    processes than train together."""
+
+class Options(Protocol):
+    """What the options of every training job have."""
+
+    @property
+    def precision(self) -> str:
+        """no or bf16"""
+
+    @property
+    def tracker(self) -> str | None:
+        """The name of a tracker that accelerate knows."""
+
+    @property
+    def output(self) -> Path | str:
+        """Where the job writes."""
+
+
+def start_accelerator(options: Options) -> Accelerator:
+    """The accelerator, on the CPU where there is nothing faster.
+
+    ValueError where the launcher asked for more processes than train together, or the tracker is not installed.
+    """
     _check_launcher()
     no_device, deepspeed = not torch.accelerator.is_available(), _asked_for("DEEPSPEED")
     if no_device:
@@ -61,13 +84,23 @@ def start_accelerator(config: PretrainConfig) -> Accelerator:
     accelerator = Accelerator(
         cpu=no_device and not deepspeed,  # with DeepSpeed, cpu=True would mean: without DeepSpeed
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if no_device and deepspeed else None,
-        mixed_precision=config.precision,
-        log_with=config.tracker,
-        project_dir=config.output,
+        mixed_precision=options.precision,
+        log_with=options.tracker,
+        project_dir=options.output,
         step_scheduler_with_optimizer=False,
     )
     _check_processes(accelerator)
+    if options.tracker and not accelerator.log_with:  # accelerate leaves it out without a word
+        raise ValueError(
+            f"tracker {options.tracker!r} is not installed: pip install {options.tracker}, or leave it out"
+        )
     return accelerator
+
+
+def holds_parts(accelerator: Accelerator) -> bool:
+    """Whether each process will hold a part of the model only: ZeRO-3, FSDP."""
+    plugin = accelerator.deepspeed_plugin
+    return _asked_for("FSDP") or (plugin is not None and plugin.zero_stage == 3)
 
 
 def _asked_for(what: str) -> bool:
@@ -113,23 +146,24 @@ def start_engine(
     accelerator: Accelerator,
     model: nn.Module,
     make_optimizer: Callable[[nn.Module], torch.optim.AdamW],
-    config: PretrainConfig,
-    micro_batch_size: int,
+    clip_norm: float,
 ) -> Engine:
-    """The engine for what the launcher was asked for."""
+    """The engine for what the launcher was asked for; it trains the parameters that require a gradient."""
     if accelerator.deepspeed_plugin:
-        return Partitioned(accelerator, model, make_optimizer(model), config, micro_batch_size)
+        return Partitioned(accelerator, model, make_optimizer(model), clip_norm)
     if _asked_for("FSDP"):
-        return Sharded(accelerator, model, make_optimizer, config)
-    return Replicated(accelerator, model, make_optimizer(model), config)
+        return Sharded(accelerator, model, make_optimizer, clip_norm)
+    return Replicated(accelerator, model, make_optimizer(model), clip_norm)
 
 
 @torch.no_grad()
-def _gather(accelerator: Accelerator, tensors: Iterator[tuple[str, torch.Tensor]]) -> Tensors:
-    """Whole tensors, one after another: on other processes than the main one each is dropped at once."""
+def _gather(
+    accelerator: Accelerator, tensors: Iterator[tuple[str, torch.Tensor]], everywhere: bool = False
+) -> Tensors:
+    """Whole tensors, one after another: where they are not wanted each is dropped at once."""
     kept = {}
     for name, tensor in tensors:
-        if accelerator.is_main_process:
+        if everywhere or accelerator.is_main_process:
             kept[name] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
     return kept
 
@@ -137,11 +171,9 @@ def _gather(accelerator: Accelerator, tensors: Iterator[tuple[str, torch.Tensor]
 class Replicated:
     """All of the model and its optimizer in every process: one process, or DDP."""
 
-    def __init__(
-        self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.AdamW, config: PretrainConfig
-    ):
+    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.AdamW, clip_norm: float):
         self.accelerator = accelerator
-        self.clip_norm = config.clip_norm
+        self.clip_norm = clip_norm
         self.optimizer = optimizer
         self.model, _ = accelerator.prepare(model, optimizer)
         self.parameters = dict(model.named_parameters())
@@ -164,15 +196,16 @@ class Replicated:
     def _clip(self) -> float:
         return float(nn.utils.clip_grad_norm_(self.parameters.values(), self.clip_norm))
 
-    def weights(self) -> Tensors:
-        return _gather(self.accelerator, ((name, self._whole(one)) for name, one in self.parameters.items()))
+    def weights(self, everywhere: bool = False) -> Tensors:
+        whole = ((name, self._whole(one)) for name, one in self.parameters.items())
+        return _gather(self.accelerator, whole, everywhere)
 
     def optimizer_tensors(self) -> Tensors:
         state = self.optimizer.state
         tensors = (
             (f"{name}.{key}", self._whole(value))
             for name, parameter in self.parameters.items()
-            for key, value in state[parameter].items()
+            for key, value in state.get(parameter, {}).items()
         )
         return _gather(self.accelerator, tensors)
 
@@ -183,6 +216,10 @@ class Replicated:
                     "step": tensors[f"{name}.step"].to(parameter.device),
                     **{key: self._part(tensors[f"{name}.{key}"], parameter) for key in MOMENTS},
                 }
+
+    def close(self) -> None:
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
 
     def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
@@ -203,7 +240,7 @@ class Sharded(Replicated):
         accelerator: Accelerator,
         model: nn.Module,
         make_optimizer: Callable[[nn.Module], torch.optim.AdamW],
-        config: PretrainConfig,
+        clip_norm: float,
     ):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -216,14 +253,14 @@ class Sharded(Replicated):
             "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
             "reshard_after_forward": plugin.reshard_after_forward,
             "offload_policy": plugin.cpu_offload or OffloadPolicy(),
-            "mp_policy": reduced if config.precision == "bf16" else MixedPrecisionPolicy(),
+            "mp_policy": reduced if accelerator.mixed_precision == "bf16" else MixedPrecisionPolicy(),
         }
         model.to(accelerator.device)
         for layer in model.get_submodule("elasticbert.encoder.layer").children():
             fully_shard(layer, **settings)
         fully_shard(model, **settings)
         self.accelerator = accelerator
-        self.clip_norm = config.clip_norm
+        self.clip_norm = clip_norm
         self.model = model
         self.optimizer = make_optimizer(model)
         self.parameters = dict(model.named_parameters())
@@ -254,27 +291,20 @@ class Partitioned:
     are pickles, and tied to the number of processes.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        model: nn.Module,
-        optimizer: torch.optim.AdamW,
-        config: PretrainConfig,
-        micro_batch_size: int,
-    ):
-        micro_batches = config.batch_size // (accelerator.num_processes * micro_batch_size)
-        accelerator.gradient_accumulation_steps = micro_batches
+    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.AdamW, clip_norm: float):
         accelerator.deepspeed_plugin.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": micro_batch_size,
-            "gradient_accumulation_steps": micro_batches,
-            "gradient_clipping": config.clip_norm,
+            "train_micro_batch_size_per_gpu": 1,  # for its log alone: `micro_batch` says when an update ends
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": clip_norm,
             "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW is as fast, and needs no compiler
         }
-        weights = {name: one.detach().clone() for name, one in model.named_parameters()}
+        weights = {name: one.detach().to("cpu", copy=True) for name, one in model.named_parameters()}
         self.accelerator = accelerator
         self.model, _ = accelerator.prepare(model, optimizer)
         self.zero = self.model.optimizer
-        self.parameters = dict(self.model.module.named_parameters())
+        everything = dict(self.model.module.named_parameters())
+        self.parameters = {name: one for name, one in everything.items() if one.requires_grad}
+        self.frozen = {name: weights.pop(name) for name in everything.keys() - self.parameters.keys()}
         for name, whole in weights.items():  # in bf16 the float32 masters were made from rounded weights
             self._set(name, whole)
         self._start_optimizer()
@@ -295,7 +325,7 @@ class Partitioned:
         yield
 
     def backward(self, loss: torch.Tensor) -> None:
-        self.model.backward(loss, scale_wrt_gas=False)  # the loss is divided by the counts of the global batch
+        self.model.backward(loss)
 
     def step(self, rate: float) -> float:
         for group in self.zero.param_groups:
@@ -303,12 +333,11 @@ class Partitioned:
         self.model.step()
         return float(self.model.get_global_grad_norm())
 
-    def weights(self) -> Tensors:
+    def weights(self, everywhere: bool = False) -> Tensors:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return _gather(
-            self.accelerator, ((name, safe_get_full_fp32_param(one)) for name, one in self.parameters.items())
-        )
+        trained = ((name, safe_get_full_fp32_param(one)) for name, one in self.parameters.items())
+        return _gather(self.accelerator, chain(trained, self.frozen.items()), everywhere)
 
     def optimizer_tensors(self) -> Tensors:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -330,6 +359,11 @@ class Partitioned:
         for name in self.parameters:
             for key in MOMENTS:
                 self._set(name, tensors[f"{name}.{key}"], key)
+
+    def close(self) -> None:
+        self.model.destroy()
+        self.model.module.float()
+        self.accelerator.free_memory()
 
     def _set(self, name: str, whole: torch.Tensor, *key: str) -> None:
         """Write a parameter's float32 master, or the moment `key` of it: the part that this process holds."""
