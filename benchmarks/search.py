@@ -1,7 +1,7 @@
 """What a search finds and what it costs: `python -m benchmarks.search CHECKPOINT --task sst2 --output FILE.json`.
 
 Joint against lengths alone, exits alone and the constant-ratio curve, by area under the front on dev and, for the
-points chosen there, on test; seconds of a configuration against evaluating it naively; with --exported, latency
+points chosen there, on test; CPU time of a configuration against evaluating it naively; with --exported, latency
 against FLOPs. What is begun continues: the journals lie beside the output.
 """
 
@@ -51,16 +51,16 @@ def searched(options: SearchOptions) -> tuple[Search, list[dict[str, Any]]]:
 
 @torch.inference_mode()
 def naive_seconds(work: Search, options: SearchOptions) -> float:
-    """Seconds of one candidate where each is a full forward pass of its own, float32, on the rows in their order."""
+    """CPU seconds of one candidate where each is a full forward pass of its own, float32, rows in their order."""
     drawn = random.Random(options.seed).sample([one for group in work.generations for one in group], SAMPLED)
     rows = range(len(work.encoded))
     spent = []
     for lengths in drawn:
-        began = time.perf_counter()
+        began = time.process_time()
         for start in range(0, len(rows), NAIVE_BATCH):
             batch = collate(work.encoded, list(rows[start : start + NAIVE_BATCH]), work.tokenizer, torch.device("cpu"))
             work.model(**inputs_of(batch), length_config=shares(lengths), exit_policy={"name": "never"})
-        spent.append(time.perf_counter() - began)
+        spent.append(time.process_time() - began)
     return float(np.mean(spent))
 
 
@@ -74,7 +74,7 @@ def curve(work: Search) -> float:
     lengths = initial(work.layers, CURVE, work.options.smallest_ratio, cost)
     seen = explore(work.model, work.encoded, work.tokenizer, work.options.eval_batch_size, lengths)
     alone = replace(work, policies=work.policies[:1])
-    points = [measure(alone, one, observed)[0] for one, observed in seen.items()]
+    points = [measure(alone, one, observed, work.encoded)[0] for one, observed in seen.items()]
     return area_under_front([one.cost for one in points], [one.quality for one in points], work.full().cost)
 
 
@@ -161,10 +161,11 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
         "iterations": arguments.iterations,
         "threads": torch.get_num_threads(),
         "area_dev": areas,
-        "seconds": seconds,
+        "cpu_seconds": seconds,
+        "configurations_on_all_rows": sum(bool(joint.measured(one)) for one in joint.found),
         "configurations": configurations,
         "candidates": configurations * len(joint.policies),
-        "naive_seconds_a_candidate": naive,
+        "naive_cpu_seconds_a_candidate": naive,
         "share_of_naive_per_configuration": seconds / (naive * configurations),
         "share_of_naive_per_candidate": seconds / (naive * configurations * len(joint.policies)),
     }

@@ -253,6 +253,9 @@ class SearchOptions(TaskOptions):
 
     split: Literal["train", "dev", "test"] = option("dev", help="which split to search on")
     rows: int = option(500, help="rows of the split to search on, a random subset; points are measured on all")
+    halving: int = option(
+        4, help="1 in so many configurations goes on to so many times the rows; only all rows count; 1: no subsets"
+    )
     axes: Literal["joint", "lengths", "exits"] = option(
         "joint", help="what is searched: length configurations, exit thresholds, or both together"
     )

@@ -28,6 +28,12 @@ class Observed:
     logits: np.ndarray
     uncertainty: np.ndarray | None
 
+    def followed_by(self, more: "Observed") -> "Observed":
+        """With the rows of `more` behind its own."""
+        doubts = (self.uncertainty, more.uncertainty)
+        both = None if doubts[0] is None or doubts[1] is None else np.concatenate([doubts[0], doubts[1]], axis=1)
+        return Observed(np.concatenate([self.logits, more.logits], axis=1), both)
+
 
 @dataclass
 class Tree:
@@ -84,10 +90,23 @@ def explore_batch(
 ) -> dict[Lengths, tuple[torch.Tensor, torch.Tensor | None]]:
     """What every exit says of a batch under each of the configurations: logits (exits, rows, ...), uncertainties."""
     inputs = {name: tensor for name, tensor in batch.items() if name in ("input_ids", "token_type_ids")}
-    hidden = model.elasticbert.embeddings(**inputs)
+    hidden, mask = model.elasticbert.embeddings(**inputs), batch["attention_mask"].bool()
+    alike = _alike(mask.sum(1))
+    walked = {one: tuple(alike[steps] for steps in one) for one in lengths}
     tree = Tree(model)
-    tree.walk(Flow(hidden, batch["attention_mask"].bool()), 1, sorted(set(lengths)), [])
-    return tree.found
+    tree.walk(Flow(hidden, mask), 1, sorted(set(walked.values())), [])
+    return {one: tree.found[walked[one]] for one in lengths}
+
+
+def _alike(real_tokens: torch.Tensor) -> dict[int, int]:
+    """For each share, in steps, the largest that keeps as many tokens of every row: what differs in name alone is
+    passed once."""
+    largest: dict[tuple[int, ...], int] = {}
+    alike = {}
+    for steps in range(STEPS, 0, -1):
+        counts = tuple(tokens_to_keep(steps / STEPS, real_tokens).tolist())
+        alike[steps] = largest.setdefault(counts, steps)
+    return alike
 
 
 def explore(
@@ -96,16 +115,20 @@ def explore(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     lengths: list[Lengths],
+    some: range | None = None,
 ) -> dict[Lengths, Observed]:
-    """What every exit says of all rows under each of the configurations; batches are of rows of like length."""
+    """What every exit says of all rows, or of `some`, under each of the configurations; batches are of rows of like
+    length."""
     found: dict[Lengths, Observed] = {}
-    device = next(model.parameters()).device
-    for rows in sorted_batches(encoded.lengths, batch_size):
-        batch = inputs_of(collate(encoded, rows, tokenizer, device))
+    device, tokens = next(model.parameters()).device, encoded.lengths
+    some = range(len(encoded)) if some is None else some
+    for rows in sorted_batches([tokens[row] for row in some], batch_size) if lengths else ():
+        batch = inputs_of(collate(encoded, [some[row] for row in rows], tokenizer, device))
         for one, (logits, doubt) in explore_batch(model, batch, lengths).items():
             part = logits.float().cpu().numpy()
-            if one not in found:  # the first batch has the longest rows
-                shape = (len(part), len(encoded), *part.shape[2:])
+            if one not in found:
+                padded = [max(tokens)] if part.ndim == 4 else []  # logits per token
+                shape = (len(part), len(some), *padded, part.shape[-1])
                 doubts = None if doubt is None else np.zeros(shape[:2], np.float32)
                 found[one] = Observed(np.zeros(shape, np.float32), doubts)
             place: tuple = (slice(None), rows, *map(slice, part.shape[2:-1]))

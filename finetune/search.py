@@ -6,6 +6,7 @@ of the exit policy is evaluated, so that a configuration brings as many candidat
 """
 
 import json
+import math
 import os
 import random
 import shutil
@@ -50,10 +51,12 @@ from finetune.prepare import (
     rows_hash,
     some_rows,
 )
+from finetune.tasks import Task
 
 JOURNAL = "journal.jsonl"
 RESULT = "search.json"
 LIKE_FULL = 1e-9  # qualities this close are equal
+FEWEST = 16  # rows on a rung
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,11 @@ class Found:
     flops: float
     padded_flops: float
     mean_exit_layer: float
+
+    @staticmethod
+    def area(found: "list[Found]", full: float) -> float:
+        """Mean quality over all budgets up to the cost `full`."""
+        return area_under_front([one.cost for one in found], [one.quality for one in found], full)
 
 
 @dataclass
@@ -84,20 +92,29 @@ class Served:
 
 @dataclass
 class Search:
-    """What a search works on, and what it has found: `generations`, configurations in the order they were tried."""
+    """What a search works on, and what it has found.
+
+    rungs: ever more of the rows, the last all of them. generations: configurations in the order they were tried;
+    found: of each the candidates on every rung that it has reached; only what was measured on all rows counts.
+    """
 
     options: SearchOptions
     model: ElasticBertExitModel
     tokenizer: PreTrainedTokenizerBase
     examples: Examples
-    encoded: Encoded
+    rungs: list[Encoded]
     labels: Labels
     policies: list[Policy]
     settings: dict[str, Any]
     served: "Served | None" = None
     generations: list[list[Lengths]] = field(default_factory=list)
-    found: dict[Lengths, list[Found]] = field(default_factory=dict)
+    found: dict[Lengths, list[list[Found]]] = field(default_factory=dict)
     seconds: dict[Lengths, float] = field(default_factory=dict)
+
+    @property
+    def encoded(self) -> Encoded:
+        """All rows that are searched on."""
+        return self.rungs[-1]
 
     @property
     def layers(self) -> int:
@@ -110,12 +127,16 @@ class Search:
         return (STEPS,) * self.layers
 
     def candidates(self) -> list[Found]:
-        """Every candidate found, in the order it was."""
-        return [one for generation in self.generations for lengths in generation for one in self.found[lengths]]
+        """Every candidate measured on all rows, in the order it was."""
+        return [one for generation in self.generations for lengths in generation for one in self.measured(lengths)]
 
-    def full(self) -> Found:
+    def measured(self, lengths: Lengths) -> list[Found]:
+        """The candidates of a configuration on all rows; none where it did not get there."""
+        return self.found[lengths][-1] if len(self.found[lengths]) == len(self.rungs) else []
+
+    def full(self, rung: int = -1) -> Found:
         """Full length and full depth."""
-        return max(self.found[self.whole], key=lambda one: one.cost)
+        return max(self.found[self.whole][rung], key=lambda one: one.cost)
 
     def front(self) -> list[Found]:
         """What nothing found beats, the cheapest first."""
@@ -124,16 +145,26 @@ class Search:
 
     def area(self) -> float:
         """Mean quality over all budgets up to the full cost."""
-        every = self.candidates()
-        return area_under_front([one.cost for one in every], [one.quality for one in every], self.full().cost)
+        return Found.area(self.candidates(), self.full().cost)
+
+    def promising(self, generation: list[Lengths], rung: int) -> set[Lengths]:
+        """The 1/`halving` of a generation that adds most area to the front on the rows of a rung."""
+        parents = dict.fromkeys(one.lengths for one in self.front())
+        known = [one for lengths in parents for one in self.found[lengths][rung]]
+        full = self.full(rung).cost
+        here = [lengths for lengths in generation if len(self.found[lengths]) > rung]
+        areas = {lengths: Found.area(known + self.found[lengths][rung], full) for lengths in here}
+        ranked = sorted(here, key=lambda lengths: (-areas[lengths], lengths))
+        return set(ranked[: math.ceil(len(here) / self.options.halving)])
 
 
-def measure(search: Search, lengths: Lengths, observed: Observed, encoded: Encoded | None = None) -> list[Found]:
-    """The candidates of a configuration that its others do not beat, from what the exits said of all rows."""
-    encoded = search.encoded if encoded is None else encoded
+def measure(search: Search, lengths: Lengths, observed: Observed, encoded: Encoded) -> list[Found]:
+    """The candidates of a configuration that its others do not beat, from what the exits said of the rows."""
     config, labels, score = search.model.config, search.labels, metric(search.labels.metrics[0])
-    exits = search.model.exit_layers
-    places = sweep(search.policies, observed.logits, exits, labels.problem_type, encoded.mask, observed.uncertainty)
+    exits, mask, logits = search.model.exit_layers, encoded.mask, observed.logits
+    if mask is not None:
+        logits = logits[:, :, : mask.shape[1]]  # as long as the longest of these rows
+    places = sweep(search.policies, logits, exits, labels.problem_type, mask, observed.uncertainty)
     costs = exit_flops(config, encoded.lengths, shares(lengths), encoded.head).double().numpy()
     padded = exit_flops(config, [search.options.max_length], shares(lengths), encoded.head).double().numpy()[:, 0]
     rows, layers, seen, tried = np.arange(costs.shape[1]), np.array(exits), set(), []
@@ -141,7 +172,7 @@ def measure(search: Search, lengths: Lengths, observed: Observed, encoded: Encod
         if left.tobytes() in seen:  # of equal settings the strictest
             continue
         seen.add(left.tobytes())
-        answers = answers_of(observed.logits[left, rows], encoded, labels)
+        answers = answers_of(logits[left, rows], encoded, labels)
         flops = float(costs[left, rows].mean())
         quality = float(score(answers, encoded.labels))
         means = float(padded[left].mean()), float(layers[left].mean())
@@ -151,15 +182,29 @@ def measure(search: Search, lengths: Lengths, observed: Observed, encoded: Encod
     return [one for place, one in enumerate(tried) if place in kept or not place]  # and full depth, where it stands
 
 
-def evaluate(search: Search, lengths: list[Lengths], accelerator: Accelerator) -> None:
-    """Pass new configurations through the model; each process takes neighbours, which share most."""
-    began, ordered, count = time.monotonic(), sorted(lengths), accelerator.num_processes
-    start, stop = (len(ordered) * (accelerator.process_index + one) // count for one in (0, 1))
+def evaluate(search: Search, generation: list[Lengths], accelerator: Accelerator) -> None:
+    """Pass what is new in a generation through the model, by successive halving (Jamieson and Talwalkar 2016).
+
+    All see the first rung's rows, the most promising the next one's, and so on; the first generation goes all the way.
+    Each process takes neighbours, which share most.
+    """
+    began, count = time.process_time(), accelerator.num_processes
+    new = sorted(one for one in generation if one not in search.found)
+    start, stop = (len(new) * (accelerator.process_index + one) // count for one in (0, 1))
     how = (search.model, search.encoded, search.tokenizer, search.options.eval_batch_size)
-    observed = explore(*how, ordered[start:stop]) if stop > start else {}
-    found = gather_object([(one, measure(search, one, values)) for one, values in observed.items()])
-    search.found |= dict(found)
-    search.seconds |= dict.fromkeys(lengths, (time.monotonic() - began) / len(lengths))
+    observed: dict[Lengths, Observed] = {}
+    going, done = new[start:stop], 0
+    for rung, encoded in enumerate(search.rungs):
+        more = explore(*how, going, range(done, len(encoded)))
+        observed = {one: observed[one].followed_by(more[one]) if rung else more[one] for one in going}
+        for one, found in gather_object([(one, measure(search, one, observed[one], encoded)) for one in going]):
+            search.found.setdefault(one, []).append(found)
+        done = len(encoded)
+        if search.generations and rung + 1 < len(search.rungs):
+            kept = search.promising(generation, rung)
+            going = [one for one in going if one in kept]
+    spent = sum(gather_object([time.process_time() - began]))
+    search.seconds |= dict.fromkeys(new, spent / max(len(new), 1))
 
 
 def first_generation(search: Search) -> list[Lengths]:
@@ -182,14 +227,14 @@ def next_generation(search: Search, number: int) -> list[Lengths]:
     return offspring(parents, known, options.mutations, options.crossovers, options.mutation_probability, draw)
 
 
-def read_journal(folder: Path, settings: dict[str, Any]) -> dict[Lengths, tuple[list[Found], float]]:
-    """What a search found before it was killed, and the seconds of each configuration; a line cut short is left out.
+def read_journal(folder: Path, settings: dict[str, Any]) -> dict[Lengths, tuple[list[list[Found]], float]]:
+    """What a search found before it was killed, and the CPU seconds of each configuration.
 
-    ValueError for other settings.
+    A line cut short is left out. ValueError for other settings.
     """
     file = folder / JOURNAL
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    found: dict[Lengths, tuple[list[Found], float]] = {}
+    found: dict[Lengths, tuple[list[list[Found]], float]] = {}
     for number, line in enumerate(lines):
         try:
             record = json.loads(line)
@@ -206,8 +251,8 @@ def read_journal(folder: Path, settings: dict[str, Any]) -> dict[Lengths, tuple[
                 )
             continue
         lengths = tuple(record["lengths"])
-        candidates = [Found(**{**one, "lengths": lengths}) for one in record["candidates"]]
-        found[lengths] = candidates, record["seconds"]
+        rungs = [[Found(**{**one, "lengths": lengths}) for one in rung] for rung in record["rungs"]]
+        found[lengths] = rungs, record["seconds"]
     return found
 
 
@@ -220,9 +265,9 @@ def add_to_journal(folder: Path, records: list[dict[str, Any]]) -> None:
 
 
 def record_of(search: Search, lengths: Lengths) -> dict[str, Any]:
-    """A configuration with its candidates, as the journal holds it."""
-    found = [asdict(one) for one in search.found[lengths]]
-    return {"lengths": list(lengths), "seconds": search.seconds[lengths], "candidates": found}
+    """A configuration with its candidates on every rung, as the journal holds it."""
+    rungs = [[asdict(one) for one in rung] for rung in search.found[lengths]]
+    return {"lengths": list(lengths), "seconds": search.seconds[lengths], "rungs": rungs}
 
 
 def evolve(search: Search, folder: Path, accelerator: Accelerator) -> Iterator[dict[str, Any]]:
@@ -238,26 +283,31 @@ def evolve(search: Search, folder: Path, accelerator: Accelerator) -> Iterator[d
     last = 0 if search.options.axes == "exits" else search.options.iterations
     for number in range(last + 1):
         lengths = next_generation(search, number) if number else first_generation(search)
-        new = [one for one in lengths if one not in known]
-        if new:
-            evaluate(search, new, accelerator)
+        evaluate(search, lengths, accelerator)
         search.generations.append(lengths)
         if accelerator.is_main_process:
-            add_to_journal(folder, [record_of(search, one) for one in new])
+            add_to_journal(folder, [record_of(search, one) for one in lengths if one not in known])
         yield {
             "iteration": number,
             "configurations": sum(map(len, search.generations)),
+            "on_all_rows": sum(bool(search.measured(one)) for group in search.generations for one in group),
             "area": search.area(),
             "front": len(search.front()),
             "seconds": sum(search.seconds[one] for one in lengths),
         }
 
 
+def two_points(search: Search) -> dict[str, Found]:
+    """What Kim and Cho (2021) report of a front: the best quality, and the lowest cost at no loss against full."""
+    front, full = search.front(), search.full()
+    lossless = next((one for one in front if one.quality >= full.quality - LIKE_FULL), full)
+    return {"best": front[-1], "lossless": lossless}
+
+
 def chosen(search: Search) -> dict[str, Found]:
     """Named candidates of the front: full, the best quality, the cheapest at no loss, and others spread over cost."""
     front, full = search.front(), search.full()
-    lossless = next((one for one in front if one.quality >= full.quality - LIKE_FULL), full)
-    named = {"full": full, "best": front[-1], "lossless": lossless}
+    named = {"full": full, **two_points(search)}
     count = max(2, search.options.points - len(named))
     costs = np.log([one.cost for one in front])
     for target in np.linspace(costs[0], costs[-1], count):
@@ -281,6 +331,7 @@ def operating_points(search: Search, encoded: Encoded, weights: str) -> Operatin
         (left,) = sweep([policy], seen.logits, exits, problem_type, encoded.mask, seen.uncertainty).numpy()
         rows = np.arange(len(left))
         flops = exit_flops(config, encoded.lengths, shares(one.lengths), encoded.head).double().numpy()
+        padded = exit_flops(config, [options.max_length], shares(one.lengths), encoded.head).double().numpy()[:, 0]
         answers = answers_of(seen.logits[left, rows], encoded, search.labels)
         limits, served = thresholds(policy["name"], policy, len(exits), problem_type), search.served
         points.append(
@@ -292,6 +343,7 @@ def operating_points(search: Search, encoded: Encoded, weights: str) -> Operatin
                 flops=float(flops[left, rows].mean()),
                 quality={**asdict(score_of(answers, encoded, search.labels, options.seed)), "split": options.split},
                 latency_ms=None if served is None else served.time(limits, shares(one.lengths)),
+                padded_flops=float(padded[left].mean()),
             )
         )
     lossless = named.get("lossless", named["full"])
@@ -307,9 +359,33 @@ def guaranteed(folder: Path, policy: str) -> list[OperatingPoint]:
     return [one for one in known.points if one.calibration and known.policy["name"] == policy]
 
 
+def ladder(
+    some: Examples, task: Task, labels: Labels, tokenizer: PreTrainedTokenizerBase, options: SearchOptions
+) -> list[Encoded]:
+    """The rows encoded, each rung `halving` times as many as the one before; the last holds all."""
+    how = (options.split, task, labels, tokenizer, options.max_length)
+    rungs, count = [encode_split(some, *how)], len(some) // max(options.halving, 2)
+    while options.halving > 1 and count >= FEWEST:
+        try:
+            rungs.insert(0, encode_split(some.select(list(range(count))), *how))
+        except ValueError:  # one class only: all were read before
+            break
+        count //= options.halving
+    return rungs
+
+
 def prepare(options: SearchOptions) -> tuple[Search, Encoded]:
     """What the search works on, read and checked, and all rows of the split."""
-    for name in ("rows", "first", "points", "eval_batch_size", "latency_batch", "latency_threads", "latency_rows"):
+    for name in (
+        "rows",
+        "halving",
+        "first",
+        "points",
+        "eval_batch_size",
+        "latency_batch",
+        "latency_threads",
+        "latency_rows",
+    ):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
     for name in ("iterations", "mutations", "crossovers"):
@@ -325,7 +401,9 @@ def prepare(options: SearchOptions) -> tuple[Search, Encoded]:
     labels, examples = labels_of_model(options, task, model.config), read_examples(task, options.split)
     every = encode_split(examples, options.split, task, labels, tokenizer, options.max_length)
     some = some_rows(examples, options.rows, options.seed)
-    encoded = encode_split(some, options.split, task, labels, tokenizer, options.max_length)
+    some = some.select(random.Random(options.seed).sample(range(len(some)), len(some)))  # any first few are a sample
+    rungs = ladder(some, task, labels, tokenizer, options)
+    encoded = rungs[-1]
     name = policy_name(options.exit_policy or (model.config.exit_policy or {}).get("name"), labels.problem_type)
     policies = [never(name, len(model.exit_layers), labels.problem_type)]
     check_learned(policies[0], model.config)
@@ -337,7 +415,7 @@ def prepare(options: SearchOptions) -> tuple[Search, Encoded]:
     free = ("output", "resume", "model", "points", "iterations", "eval_batch_size")
     settings = {name: value for name, value in vars(options).items() if name not in free}
     settings |= {"checkpoint": checkpoint_hash(folder), "rows_hash": rows_hash(encoded)}
-    return Search(options, model, tokenizer, some, encoded, labels, policies, settings), every
+    return Search(options, model, tokenizer, some, rungs, labels, policies, settings), every
 
 
 def load_served(options: SearchOptions, search: Search, folder: Path) -> Served:
@@ -369,7 +447,7 @@ def load_served(options: SearchOptions, search: Search, folder: Path) -> Served:
 
 def result_of(search: Search, history: list[dict[str, Any]], points: OperatingPoints) -> dict[str, Any]:
     """The search as JSON: areas by iteration, the front, the constant-ratio curve, the points."""
-    curve = [max(search.found[one], key=lambda found: found.cost) for one in search.generations[0]]
+    curve = [max(search.measured(one), key=lambda found: found.cost) for one in search.generations[0]]
     return {
         "metric": search.labels.metrics[0],
         "rows": len(search.encoded),
@@ -379,6 +457,7 @@ def result_of(search: Search, history: list[dict[str, Any]], points: OperatingPo
         "latency": search.settings.get("measured"),
         "full": asdict(search.full()),
         "front": [{**asdict(one), "policy": search.policies[one.setting]} for one in search.front()],
+        **{name: {**asdict(one), "policy": search.policies[one.setting]} for name, one in two_points(search).items()},
         "constant_ratio": [asdict(one) for one in curve],
         "points": [asdict(point) for point in points.points],
     }
@@ -395,6 +474,22 @@ def write(search: Search, folder: Path, history: list[dict[str, Any]], points: O
     for place in (search.options.model, search.options.latency):
         if place is not None:
             points.save(Path(place))
+
+
+def show_two_points(search: Search) -> str:
+    """The paper's two points as a table, on the rows that were searched on; speed-ups against full."""
+    full = search.full()
+    rows = [
+        [
+            {"best": "best quality", "lossless": "lowest cost at no loss"}.get(name, name),
+            f"{one.quality:.4f}",
+            f"{full.flops / one.flops:.2f}",
+            f"{full.padded_flops / one.padded_flops:.2f}",
+            f"{one.mean_exit_layer:.2f}",
+        ]
+        for name, one in {"full": full, **two_points(search)}.items()
+    ]
+    return table(["of the front", "quality", "fewer FLOPs", "padded to the maximum", "mean exit layer"], rows)
 
 
 def show(points: OperatingPoints) -> str:
@@ -450,11 +545,12 @@ def search(options: SearchOptions) -> None:
     for one in tqdm(evolve(work, folder, accelerator), unit="generation", disable=hidden):
         history.append(one)
         accelerator.print(
-            f"iteration {one['iteration']}: {one['configurations']} configurations, {one['front']} on the front, "
-            f"area {one['area']:.5f}, {one['seconds']:.1f} s"
+            f"iteration {one['iteration']}: {one['configurations']} configurations, {one['on_all_rows']} on all rows, "
+            f"{one['front']} candidates on the front, area {one['area']:.5f}, {one['seconds']:.1f} CPU s"
         )
     if accelerator.is_main_process:
         points = operating_points(work, every, checkpoint_hash(options.model))
         write(work, folder, history, points)
+        print("", f"on the {len(work.examples)} rows searched:", show_two_points(work), sep="\n")
         print("", f"measured on all {len(every)} rows of {options.split}:", show(points), sep="\n")
         print(f"\nwritten to {Path(options.model) / FILE}; curves and figures in {folder}")

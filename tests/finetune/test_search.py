@@ -24,8 +24,8 @@ from elastic_model.operating_points import OperatingPoints
 from export.__main__ import export
 from finetune.candidates import STEPS, constant_ratio, crossover, initial, mutate, offspring, shares
 from finetune.config import SearchOptions
-from finetune.explore import explore_batch
-from finetune.search import JOURNAL, RESULT, read_journal, search
+from finetune.explore import explore, explore_batch
+from finetune.search import JOURNAL, RESULT, prepare, read_journal, search
 
 
 def test_configurations_never_rise():
@@ -116,7 +116,7 @@ def checkpoint(tiny_config, tiny_tokenizer, tmp_path):
 
 def options_of(checkpoint, small_task, output, **changes):
     own = {"dev": str(small_task / "more.tsv"), "text": "text", "label": "label", "max_length": 32, "rows": 40}
-    small = {"iterations": 2, "mutations": 5, "crossovers": 5, "first": 5}
+    small = {"iterations": 2, "mutations": 5, "crossovers": 5, "first": 5, "halving": 2}
     return SearchOptions(**{"model": str(checkpoint), "output": str(output), **own, **small, **changes})
 
 
@@ -135,6 +135,12 @@ def test_a_search_from_end_to_end(checkpoint, small_task, tmp_path, capsys):
     lines = (tmp_path / "whole" / JOURNAL).read_text().splitlines()
     tried = [tuple(json.loads(line)["lengths"]) for line in lines[1:]]
     assert len(set(tried)) == len(tried) == result["iterations"][-1]["configurations"] >= 15
+    whole = {tuple(one["lengths"]) for line in lines[1:] if len((one := json.loads(line))["rungs"]) == 2}
+    assert len(whole) == result["iterations"][-1]["on_all_rows"] < len(tried)  # the others stopped half way
+    assert {tuple(one["lengths"]) for one in result["front"]} <= whole and set(tried[:5]) <= whole
+    full, best, lossless = (result[name] for name in ("full", "best", "lossless"))
+    assert best["quality"] == max(one["quality"] for one in result["front"]) and lossless["cost"] <= full["cost"]
+    assert lossless["quality"] >= full["quality"] and points.full().padded_flops == full["padded_flops"]
     policy, lengths = points.at(max_drop=100)
     model = ElasticBertForSequenceClassification.from_pretrained(checkpoint).eval()
     left = model(torch.tensor([[2, 9, 8, 7, 3]]), exit_policy=policy, length_config=lengths).exit_layers
@@ -148,6 +154,23 @@ def test_a_search_from_end_to_end(checkpoint, small_task, tmp_path, capsys):
     assert result_of(torn) == result and (torn / JOURNAL).read_text().splitlines()[:9] == lines[:9]
     with pytest.raises(ValueError, match="holds a search with mutations = 5, not 6"):
         search(options_of(checkpoint, small_task, torn, resume=True, mutations=6))
+
+
+def test_rows_seen_in_parts_answer_as_seen_at_once(checkpoint, small_task, tmp_path):
+    work, every = prepare(options_of(checkpoint, small_task, tmp_path / "out", rows=64))
+    few, _ = work.rungs
+    assert (len(few), len(work.encoded), len(every)) == (32, 64, 240) and few.rows == work.encoded.rows[:32]
+    lengths, how = (20, 12, 9, 9), (work.model, work.encoded, work.tokenizer, 8)
+    (whole,), first, rest = (explore(*how, [lengths], some).values() for some in (None, range(20), range(20, 64)))
+    parts = next(iter(first)).followed_by(*rest)
+    np.testing.assert_allclose(parts.logits, whole.logits, atol=1e-5)
+
+
+def test_no_subset_has_one_class_only(checkpoint, tmp_path):
+    rows = ["text\tlabel", *["the treaty\tearly"] * 70, "army ships\tmiddle"]
+    (tmp_path / "more.tsv").write_text("\n".join(rows) + "\n")
+    work, _ = prepare(options_of(checkpoint, tmp_path, tmp_path / "out", rows=71))
+    assert all(len(set(rung.labels.tolist())) == 2 for rung in work.rungs)
 
 
 def test_one_axis_alone_is_searched_alone(checkpoint, small_task, tmp_path):
@@ -185,6 +208,7 @@ def test_latency_as_the_cost(checkpoint, small_task, tmp_path):
     ("changes", "says"),
     [
         ({"rows": 0}, "rows must be at least 1, got 0"),
+        ({"halving": 0}, "halving must be at least 1, got 0"),
         ({"mutation_probability": 2.0}, "mutation_probability lies from 0 to 1"),
         ({"exit_policy": "learned"}, "asks a learned exit head"),
         ({"exit_policy": "constant"}, "'constant' cannot be calibrated"),
