@@ -29,9 +29,14 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see --help")
 
 
-def option(default: Any = dataclasses.MISSING, *, help: str, positional: bool = False) -> Any:
-    """A dataclass field with its help text; without a default it is required, a mutable default is copied."""
-    metadata = {"help": help, "positional": positional}
+def option(
+    default: Any = dataclasses.MISSING, *, help: str, positional: bool = False, aliases: tuple[str, ...] = ()
+) -> Any:
+    """A dataclass field with its help text; without a default it is required, a mutable default is copied.
+
+    aliases: other names of its flag, such as one that is a word of Python.
+    """
+    metadata = {"help": help, "positional": positional, "aliases": aliases}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -125,7 +130,8 @@ def _add_flag(parser: Parser, field: dataclasses.Field[Any], hint: Any) -> None:
     text = field.metadata.get("help", "").replace("%", "%%") + _default_text(field)
     if field.metadata.get("positional"):  # or by its flag, as any other
         parser.add_argument(field.name, nargs="?", metavar=field.name.upper(), help=text)
-    names = list(dict.fromkeys([_flag(field.name), "--" + field.name]))  # --batch-size and --batch_size
+    called = [*field.metadata.get("aliases", ()), field.name]
+    names = list(dict.fromkeys(form for name in called for form in (_flag(name), "--" + name)))  # --a-b and --a_b
     arguments: dict[str, Any] = {"dest": field.name, "help": text, "metavar": _metavar(kind)}
     if typing.get_origin(kind) is list:
         arguments["nargs"] = "*"

@@ -133,7 +133,7 @@ def append_stage(
         settings={name: _publishable(value) for name, value in (settings or {}).items()},
         seed=seed,
         license=license,
-        versions=_versions(),
+        versions=versions(),
     )
     write_provenance(folder, [*before, added])
     return [*before, added]
@@ -284,7 +284,8 @@ def _publishable(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the packages that a stage depends on, those that are installed."""
     found = {}
     for package in PACKAGES:
         try:

@@ -16,6 +16,7 @@ from finetune.config import (
     TrainOptions,
 )
 from finetune.elue.config import LeaderboardOptions, RunOptions, ScoreOptions
+from finetune.pipelines.config import EstimateOptions, PipelineOptions, StudyOptions
 
 # command -> its options, and the module whose function of the command's name runs it
 COMMANDS: dict[str, tuple[type[Any], str]] = {
@@ -26,6 +27,9 @@ COMMANDS: dict[str, tuple[type[Any], str]] = {
     "evaluate": (EvaluateOptions, "finetune.evaluate"),
     "search": (SearchOptions, "finetune.search"),
     "calibrate": (CalibrateOptions, "finetune.calibrate"),
+    "pipeline": (PipelineOptions, "finetune.pipelines.pipeline"),
+    "estimate": (EstimateOptions, "finetune.pipelines.estimate"),
+    "study": (StudyOptions, "finetune.pipelines.study"),
     "elue run": (RunOptions, "finetune.elue.run"),
     "elue score": (ScoreOptions, "finetune.elue.score"),
     "elue leaderboard": (LeaderboardOptions, "finetune.elue.leaderboard"),

@@ -1,0 +1,136 @@
+"""Estimates: the paper's equations by hand, intervals from the spread of seeds, the distance of curves."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from finetune.__main__ import _command
+from finetune.pipelines.estimate import curve_distance, errors, estimate_of, parts_needed
+from finetune.pipelines.measure import Measurement, Point
+
+
+def measurement(pipeline, *points, seed=0, first_exit=None):
+    """A pipeline measured as (milliseconds, quality) points."""
+    curve = [
+        Point(None if not place else 1 - place / 10, quality, ms, ms, 1) for place, (ms, quality) in enumerate(points)
+    ]
+    ms, quality = points[0]
+    return Measurement(
+        pipeline, seed, "0" * 64, "accuracy", quality, quality, ms, ms, 1, 1, 1, [first_exit or ms], curve
+    )
+
+
+PARTS = [
+    measurement("O", (100.0, 0.9)),
+    measurement("D", (50.0, 0.8)),
+    measurement("P", (70.0, 0.85)),
+    measurement("L", (30.0, 0.9)),
+    measurement("Q", (40.0, 0.88)),
+    measurement("PQ", (20.0, 0.84)),
+    measurement("S", (60.0, 0.89)),
+    measurement("E", (105.0, 0.9), (60.0, 0.88), (20.0, 0.7), first_exit=18.0),
+]
+
+
+def measured(*measurements):
+    found = {}
+    for one in measurements:
+        found.setdefault(one.pipeline, {})[one.seed] = one
+    return found
+
+
+@pytest.mark.parametrize(
+    ("letters", "points"),
+    [
+        ("", [(100, 0.9)]),
+        ("D", [(50, 0.8)]),
+        ("DP", [(100 * 0.5 * 0.7, 0.9 * 0.8 / 0.9 * 0.85 / 0.9)]),
+        ("DLQ", [(100 * 0.5 * 0.3 * 0.4, 0.8 * 0.88 / 0.9)]),
+        ("PLQ", [(100 * 0.3 * 0.2, 0.84)]),  # P and Q as one
+        ("DS", [(100 * 0.5 * 0.6, 0.8 * 0.89 / 0.9)]),
+        ("EP", [(105 * 0.7, 0.85), (60 * 0.7, 0.88 * 0.85 / 0.9), (20 * 0.7, 0.7 * 0.85 / 0.9)]),
+        ("ED", [(18 + 87 * 0.5, 0.8), (18 + 42 * 0.5, 0.88 * 0.8 / 0.9), (18 + 2 * 0.5, 0.7 * 0.8 / 0.9)]),
+        (
+            "DEPQ",  # first D, which leaves the first layer as it is, then P and Q on all of it
+            [
+                ((18 + (ms - 18) * 0.5) * 0.2, a * 0.8 / 0.9 * 0.84 / 0.9)
+                for ms, a in ((105, 0.9), (60, 0.88), (20, 0.7))
+            ],
+        ),
+    ],
+)
+def test_the_equations(letters, points):
+    np.testing.assert_allclose(estimate_of(letters, measured(*PARTS)).curve, points)
+
+
+def test_the_order_of_operators_does_not_change_an_estimate():
+    first, second = (estimate_of(letters, measured(*PARTS)).curve for letters in ("DEP", "EDP"))
+    np.testing.assert_allclose(first, second)
+
+
+def test_p_and_q_together_are_one_part():
+    assert parts_needed("EDPLQ") == ["O", "E", "D", "L", "PQ"]
+    with pytest.raises(ValueError, match="there are none of PQ: run `python -m finetune pipeline PQ`"):
+        estimate_of("DPQ", measured(*(one for one in PARTS if one.pipeline != "PQ")))
+
+
+def test_the_interval_comes_from_the_spread_over_seeds():
+    seeds = [measurement("O", (100.0, 0.9), seed=seed) for seed in range(3)]
+    seeds += [measurement("D", (ms, 0.8), seed=seed) for seed, ms in enumerate((40.0, 50.0, 60.0))]
+    found = estimate_of("D", measured(*seeds), draws=500)
+    assert found.low is not None and found.high is not None
+    assert found.curve[0, 0] == pytest.approx(50) and 40 <= found.low[0, 0] < 50 < found.high[0, 0] <= 60
+    assert found.low[0, 1] == pytest.approx(0.8)
+    assert estimate_of("D", measured(*PARTS), draws=500).low is None  # one seed has no spread
+
+
+def test_a_ratio_of_seeds_that_move_together_has_no_spread():
+    seeds = [
+        measurement(name, (ms * (1 + seed), 0.9), seed=seed)
+        for name, ms in (("O", 100.0), ("D", 50.0), ("P", 70.0))
+        for seed in range(3)
+    ]
+    found = estimate_of("DP", measured(*seeds), draws=200)
+    np.testing.assert_allclose(found.curve[0, 0] / 200, 0.35)
+    np.testing.assert_allclose((found.high - found.low)[0, 1], 0, atol=1e-12)
+
+
+def test_the_distance_of_curves():
+    first, second = np.array([[0.0, 0.0], [10.0, 1.0]]), np.array([[5.0, 0.3], [15.0, 0.9]])
+    assert curve_distance(first, second) == pytest.approx(0.4)  # at 10: 1 against 0.6; beyond it there is one curve
+    assert curve_distance(first, first) == 0 and curve_distance(second, first) == pytest.approx(0.4)
+    assert np.isnan(curve_distance(first, first + [20, 0]))
+    steps = np.array([[0.0, 0.0], [5.0, 0.2], [5.0, 0.5], [10.0, 1.0]])
+    assert curve_distance(first, steps) == pytest.approx(0.0)
+
+
+def test_errors_are_medians_over_the_curve():
+    assert errors(np.array([[11.0, 0.9], [22.0, 0.8]]), np.array([[10.0, 0.92], [20.0, 0.8]])) == pytest.approx(
+        {"time": 0.1, "quality": 0.01}
+    )
+
+
+def test_the_command_reads_measured_json(tmp_path, capsys):
+    content = {"format": 1, "metric": "accuracy", "data": {}, "settings": {}}
+    every = [*PARTS, measurement("DE", (60.0, 0.8), (40.0, 0.8), (19.0, 0.6))]
+    (tmp_path / "measured.json").write_text(json.dumps({**content, "measurements": [asdict(one) for one in every]}))
+    assert (
+        _command(["estimate", "DE", "--from", str(tmp_path / "measured.json"), "--output", str(tmp_path / "e.json")])
+        == 0
+    )
+    shown = capsys.readouterr().out
+    assert "61.5000" in shown and "measured too: median error 2.5% in time" in shown
+    assert json.loads((tmp_path / "e.json").read_text())["curve"][0]["ms"] == pytest.approx(61.5)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"format": 2}', '{"format": 1}', "no JSON", '{"format": 1, "measurements": [{}]}']
+)
+def test_a_file_that_holds_no_measurements_is_named(tmp_path, content):
+    (tmp_path / "measured.json").write_text(content)
+    with pytest.raises(ValueError, match="not measurements of pipelines"):
+        _command(["estimate", "D", "--from", str(tmp_path / "measured.json")])
+    with pytest.raises(ValueError, match="give the measurements: --from"):
+        _command(["estimate", "D"])

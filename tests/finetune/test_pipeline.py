@@ -1,0 +1,163 @@
+"""Pipelines: which strings are any, stages that are kept and continued, what is measured, the study."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from elastic_model import ElasticBertForSequenceClassification
+from elastic_model.provenance import read_provenance
+from finetune.__main__ import _command
+from finetune.pipelines.letters import parse, prefixes, weights_of
+from finetune.pipelines.measure import Point, line_in_tokens, operating_point, times_of_exits
+from finetune.pipelines.study import all_orders, measured_pipelines, stages_of
+
+
+@pytest.fixture
+def start(trained):
+    """The folder that `trained` began with: a checkpoint without a head."""
+    return trained.model
+
+
+@pytest.fixture
+def flags(small_task, start, tmp_path):
+    """-> flags(*more): of a short pipeline on the small task."""
+    own = [f"--{split}={small_task / name}.tsv" for split, name in (("train", "more"), ("dev", "dev"))]
+    own += ["--text=text", "--label=label", "--max_length=32", "--batch_size=24", "--epochs=1", "--rounds=2"]
+    own += ["--learning_rate=1e-3", "--timed_rows=4", "--search_iterations=1", f"--output={tmp_path / 'out'}"]
+    return lambda *more: [f"--model={start}", *own, *more]
+
+
+@pytest.mark.parametrize(
+    ("text", "letters"), [("O", ""), ("deplq", "DEPLQ"), ("EDPQL", "EDPLQ"), ("LSQ", "SLQ"), ("P", "P")]
+)
+def test_pipelines(text, letters):
+    assert parse(text) == letters
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("DX", "'X' is no operator; the letters are D, P, E, S, L, Q, or O alone"),
+        ("DED", "D stands twice"),
+        ("OD", "O is the pipeline of no operators"),
+        ("DO", "O is the pipeline of no operators"),
+        ("QE", "E after Q"),
+        ("LD", "D after L"),
+        ("SP", "P after S"),
+        ("PD", "D after P"),
+        ("EPD", "D after P"),
+        ("QS", "S after Q"),
+    ],
+)
+def test_impossible_pipelines_say_why(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse(text)
+
+
+def test_the_way_to_a_pipeline():
+    assert prefixes("DEQ") == ["", "D", "DE", "DEQ"]
+    assert weights_of("DLQ") == "DQ"
+
+
+def test_the_orders_are_the_papers():
+    assert set(all_orders()) == {"D", "P", "E", "DP", "DE", "ED", "PE", "EP", "DPE", "DEP", "EDP"}
+    stages = stages_of(all_orders())
+    assert len(stages) == 12 + 4 and all(stage[:-1] in stages[: stages.index(stage)] for stage in stages[1:])
+    assert {"L", "Q", "LQ", "DPLQ", "PQ", "EDP"} <= set(measured_pipelines(all_orders()))
+
+
+def test_the_operating_point_is_the_loosest_before_quality_first_falls():
+    curve = [Point(None, 0.9, 9, 9, 6), Point(0.9, 0.91, 6, 6, 4), Point(0.8, 0.88, 4, 4, 3), Point(0.7, 0.9, 2, 2, 2)]
+    assert operating_point(curve, 0.01).ms == 6
+    assert operating_point(curve, 0.05).ms == 2
+
+
+def test_times_of_other_rows_follow_a_line_in_their_tokens():
+    spent = np.array([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]])
+    np.testing.assert_allclose(line_in_tokens(spent, [10, 20, 30], [15, 30, 40]), [[1.5, 3, 4], [3, 6, 8]])
+    np.testing.assert_allclose(line_in_tokens(spent, [9, 9, 9], [5]), [[2], [4]])
+    calls = []
+    assert times_of_exits(lambda row, place: calls.append((row, place)), ["a", "b"], 2).shape == (2, 2)
+    assert set(calls) == {("a", 0), ("a", 1), ("b", 0), ("b", 1)}
+
+
+def test_a_pipeline_of_every_operator_and_its_second_run(flags, tmp_path, capsys):
+    assert _command(["pipeline", "DEPSLQ", *flags("--layers=2")]) == 0
+    shown = capsys.readouterr().out
+    assert "DEPSLQ" in shown and "time saved" in shown
+    out = tmp_path / "out"
+    measured = {one["pipeline"]: one for one in json.loads((out / "measured.json").read_text())["measurements"]}
+    assert list(measured) == ["O", "D", "DE", "DEP", "DEPS", "DEPSL", "DEPSLQ"]
+    assert measured["D"]["parameters"] < measured["O"]["parameters"]
+    assert measured["DEP"]["parameters"] < measured["DE"]["parameters"]
+    assert len(measured["DE"]["curve"]) > 10 and len(measured["O"]["curve"]) == 1
+    assert measured["DEPSL"]["flops"] < measured["DEPS"]["flops"] < measured["O"]["flops"]
+    assert measured["DEPSLQ"]["bytes"] < measured["DEPSL"]["bytes"]
+    model = ElasticBertForSequenceClassification.from_pretrained(out / "DEPS")
+    assert model.exit_layers == [1, 2] and model.config.num_attention_heads_per_layer == [3, 3]
+    assert model.config.intermediate_size_per_layer == [32, 32] and not model.config.gradient_equilibrium
+    record = json.loads((out / "DEP" / "stage.json").read_text())
+    assert record["parent"]["name"] == "DE" and record["seconds"] > 0 and set(record["data"]) == {"train", "dev"}
+    assert [stage.stage for stage in read_provenance(out / "DEP")][-4:] == ["finetune", "distill", "finetune", "prune"]
+
+    shutil.rmtree(out / "DEPS")  # only what is missing is made again
+    times = {stage: (out / stage / "model.safetensors").stat().st_mtime_ns for stage in ("O", "D", "DE", "DEP")}
+    assert _command(["pipeline", "DEPSLQ", *flags("--layers=2")]) == 0
+    assert times == {stage: (out / stage / "model.safetensors").stat().st_mtime_ns for stage in times}
+    with pytest.raises(ValueError, match="stage .*D holds a run with layers = 2, not 1"):
+        _command(["pipeline", "DE", *flags("--layers=1")])
+    with pytest.raises(ValueError, match="was made from other data: its train rows differ"):
+        _command(["pipeline", "DE", *flags("--layers=2", "--train_rows=100")])
+
+
+def test_a_fine_tuned_model_is_taken_as_it_is(flags, trained, tmp_path):
+    fine_tuned = [flag for flag in flags() if not flag.startswith("--model")]
+    assert _command(["pipeline", "O", f"--checkpoint={trained.output}", *fine_tuned]) == 0
+    found = ElasticBertForSequenceClassification.from_pretrained(tmp_path / "out" / "O").state_dict()
+    given = ElasticBertForSequenceClassification.from_pretrained(trained.output).state_dict()
+    assert "classifiers.3.weight" in found and "classifiers.0.weight" not in found
+    assert all((found[name] == given[name]).all() for name in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "message"),
+    [
+        ("PD", [], "D after P"),
+        ("D", ["--layers=4"], "layers must be 1 to 3"),
+        ("P", ["--heads=5"], "heads must be 1 to 4"),
+        ("P", ["--intermediate=100"], "intermediate must be 1 to 64"),
+        ("E", ["--epochs=0"], "epochs must be at least 1"),
+        ("E", ["--permitted_loss=1"], "permitted_loss must be from 0 to 1"),
+    ],
+)
+def test_bad_input_is_named_before_training(flags, tmp_path, text, more, message):
+    with pytest.raises(ValueError, match=message):
+        _command(["pipeline", text, *flags(*more)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_study_prints_its_plan_and_continues(flags, tmp_path, capsys):
+    own = ["--orders", "DE", "ED", "P", "--seeds", "0", "1", "--layers=2"]
+    assert _command(["study", *flags(), *own, "--plan"]) == 0
+    assert "h are left" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    assert _command(["study", *flags(), *own, "--minutes=0"]) == 0
+    assert "run the same again to go on" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "study.json").exists()
+
+
+@pytest.mark.slow
+def test_a_study_of_two_orders_over_two_seeds(flags, tmp_path, capsys):
+    own = ["--orders", "DE", "ED", "P", "--seeds", "0", "1", "--layers=2"]
+    assert _command(["study", *flags(), *own]) == 0
+    result = json.loads((tmp_path / "out" / "study.json").read_text())
+    table = result["table_1"]["D+E"]
+    assert table["same"]["pairs"] == 2 and table["different"]["pairs"] == 4
+    assert set(result["table_2"]) == {"O", "D", "P"} and result["table_2"]["O"]["saved_LQ"] > 0
+    assert {"DE", "ED"} <= set(result["figure_4"]) and result["figure_4"]["DE"]["median_error"]["time"] < 1
+    assert (tmp_path / "out" / "curves.png").is_file() and (tmp_path / "out" / "estimates.png").is_file()
+    assert _command(["estimate", "EDQ", "--from", str(tmp_path / "out" / "measured.json")]) == 0
+    assert _command(["study", *flags(), *own]) == 0  # nothing is left to do
+    assert "there already" in capsys.readouterr().out
