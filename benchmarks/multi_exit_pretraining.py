@@ -3,8 +3,8 @@
 Three bodies of all-MiniLM-L6-v2: as it is; pre-trained with the MLM+SOP loss of every exit; pre-trained with the last
 exit's loss alone. The two pre-trainings run side by side, one thread each, on the same text in the same order; their
 numbers of updates (`UPDATES`) are chosen so that both take the same time. Each body is then fine-tuned on SST-2 (5,000
-training sentences) and MRPC with all exits and the same settings over several seeds, and measured at every exit on
-the test split.
+training sentences) and MRPC with all exits and the same settings (the learning rate was chosen on dev for the body as
+it is) over several seeds, and measured at every exit on the test split.
 
 Every stage is made by the project's own commands, is kept when it is done and continues where it was interrupted:
 `python -m benchmarks.multi_exit_pretraining` (about three hours on two cores) writes
@@ -13,19 +13,32 @@ Every stage is made by the project's own commands, is kept when it is done and c
 
 import argparse
 import json
-import os
-import subprocess
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import matplotlib.pyplot as plt
 
-from benchmarks.checkpoints import ROOT, minilm, python
+from benchmarks.answers import answers, files_of, read_logits, read_split
+from benchmarks.checkpoints import ROOT, minilm
+from benchmarks.experiment import (
+    LEARNING_RATE,
+    Job,
+    Size,
+    checkpoint,
+    fine_tuning,
+    flags,
+    provenance,
+    run_chains,
+    working,
+)
 from elastic_model import ElasticBertModel
 from elastic_model.arguments import run
 from elastic_model.folders import new_file, new_folder
+from finetune.evaluate import scores
 from finetune.tasks import data_folder
 
 RESULTS = ROOT / "benchmarks" / "results" / "multi_exit_pretraining.json"
@@ -52,37 +65,20 @@ PRETRAIN = {
     "save_every": 50,
     "workers": 0,
 }
-FINETUNE = {
-    "sst2": {"train_rows": 5000, "max_length": 64, "epochs": 2},
-    "mrpc": {"max_length": 128, "epochs": 2},
-}
-SHARED = {"recipe": "joint", "batch_size": 32, "learning_rate": 5e-5}
+SIZES = {"sst2": Size(5_000, 64, 2, tokens=13), "mrpc": Size(3_668, 128, 2, tokens=53)}
 
 
-def flags(settings: dict[str, Any]) -> list[str]:
-    """Settings as arguments of a command."""
-    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-
-
-def pretrain(folder: Path) -> dict[str, Path]:
-    """Both pre-trainings side by side, one thread each; -> the folder of each."""
+def pretraining(folder: Path) -> dict[str, Job]:
+    """Both pre-trainings, from the same text in the same order."""
     texts = [str(data_folder() / text) for text in TEXTS]
-    folders = {name: folder / name for name in UPDATES}
     last = ["--exit_layers", str(ElasticBertModel.config_class.from_pretrained(minilm(folder)).num_hidden_layers)]
     common = ["--text", *texts, "--init_from", str(minilm(folder)), "--cache", str(folder / "cache"), *flags(PRETRAIN)]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", "pretrain", *common, "--output", str(folders[name]), "--steps", str(steps)]
-            + (last if name == LAST_EXIT else [])
-            + ["--resume"],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for name, steps in UPDATES.items()
-    ]
-    if codes := [process.returncode for process in running if process.wait()]:
-        sys.exit(codes[0])
-    return folders
+    jobs = {}
+    for name, steps in UPDATES.items():
+        words = ["pretrain", *common, "--steps", str(steps), *(last if name == LAST_EXIT else [])]
+        output = ["--output", str(folder / name), "--resume"]
+        jobs[name] = Job(name, (*words, *output), (folder / name / "evaluation.json",), 0.0)
+    return jobs
 
 
 def with_every_exit(source: Path, target: Path) -> Path:
@@ -99,56 +95,49 @@ def with_every_exit(source: Path, target: Path) -> Path:
     return target
 
 
-def finetune(folder: Path, bodies: dict[str, Path], seeds: list[int]) -> dict[str, Path]:
-    """Every body fine-tuned on every task with every seed; -> "body/task/seed" -> the test split's curves."""
-    curves = {}
-    for seed in seeds:
-        for task, settings in FINETUNE.items():
-            for body, model in bodies.items():
-                target = folder / "tasks" / f"{body}-{task}-{seed}"
-                options = flags({**SHARED, **settings, "seed": seed})
-                train = ["finetune", "train", "--task", task, "--model", str(model), *options]
-                python(*train, "--output", str(target), "--resume")
-                curve = target.with_name(f"{target.name}.test")
-                if not curve.is_dir():
-                    length = str(settings["max_length"])
-                    options = ["--task", task, "--split", "test", "--max_length", length, "--output", str(curve)]
-                    python("finetune", "evaluate", "--model", str(target), *options)
-                curves[f"{body}/{task}/{seed}"] = curve / "curve.json"
-    return curves
+def fine_tunings(folder: Path, bodies: dict[str, Path], seeds: Sequence[int]) -> dict[str, dict[str, list[Job]]]:
+    """task -> body -> a job a seed."""
+    return {
+        task: {
+            body: [
+                fine_tuning(folder, "finetune train", body, task, size, seed, recipe="joint", model=model)
+                for seed in seeds
+            ]
+            for body, model in bodies.items()
+        }
+        for task, size in SIZES.items()
+    }
 
 
-def evaluate(folder: Path, bodies: dict[str, Path]) -> dict[str, dict[str, Any]]:
+def evaluations(folder: Path, bodies: dict[str, Path]) -> dict[str, dict[str, Job]]:
     """MLM and SOP at every exit on held-out documents and WikiText-2, of the start (with new heads) and after."""
     held_out = ["--held_out", str(PRETRAIN["validation_fraction"]), "--examples", "512"]
     texts = {
         "held_out": [*(str(data_folder() / text) for text in TEXTS), *held_out],
         "wikitext2": [str(data_folder() / "wikitext2" / "test.txt"), "--examples", "512"],
     }
-    results: dict[str, dict[str, Any]] = {}
+    jobs: dict[str, dict[str, Job]] = {text: {} for text in texts}
     for body, model in bodies.items():
         for text, words in texts.items():
-            file = folder / "evaluations" / f"{body}-{text}.json"
-            if not file.is_file():
-                file.parent.mkdir(exist_ok=True)
-                options = ["--cache", str(folder / "cache"), "--output", str(file)]
-                python("pretrain", "evaluate", "--model", str(model), "--text", *words, *options)
-            results.setdefault(text, {})[body] = json.loads(file.read_text())
-    return results
+            file = folder / f"{body}-{text}.json"
+            options = ["--cache", str(folder / "cache"), "--output", str(file)]
+            command = ("pretrain", "evaluate", "--model", str(model), "--text", *words, *options)
+            jobs[text][body] = Job(file.stem, command, (file,), 0.0)
+    return jobs
 
 
-def accuracies(curves: dict[str, Path]) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """task -> body -> exit layer -> test accuracy in per cent, a number per seed."""
-    collected: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for name, file in curves.items():
-        body, task, _ = name.split("/")
-        for layer, scores in json.loads(file.read_text())["exits"].items():
-            accuracy = next(score["value"] for score in scores if score["metric"] == "accuracy")
-            collected.setdefault(task, {}).setdefault(body, {}).setdefault(layer, []).append(100 * accuracy)
-    return collected
+def accuracy_by_exit(job: Job, task: str) -> list[float]:
+    """Test accuracy in per cent at exits 1 .. n."""
+    size = SIZES[task]
+    split = read_split(checkpoint(job), task, "test", size.max_length, size.test_rows)
+    logits = read_logits(files_of(checkpoint(job), "test", size, [1.0])[0])
+    named = [
+        {score.metric: score.value for score in scores(one, split.encoded, split.labels, seed=0)} for one in logits
+    ]
+    return [100 * one["accuracy"] for one in named]
 
 
-def spread(values: list[float]) -> str:
+def spread(values: Sequence[float]) -> str:
     """Mean and standard deviation over seeds."""
     return f"{mean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
 
@@ -164,10 +153,11 @@ def report(results: dict[str, Any]) -> None:
     figure, axes = plt.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4), squeeze=False)
     for axis, (task, by_body) in zip(axes[0], tasks.items(), strict=True):
         print(f"\n{task}: test accuracy by exit, mean ± standard deviation of {len(results['seeds'])} seeds")
-        for body, by_layer in by_body.items():
-            print(f"  {LABELS[body]:32} {'  '.join(spread(values) for values in by_layer.values())}")
-            layers, means = [int(layer) for layer in by_layer], [mean(values) for values in by_layer.values()]
-            errors = [stdev(values) if len(values) > 1 else 0.0 for values in by_layer.values()]
+        for body, by_seed in by_body.items():
+            by_layer = list(zip(*by_seed, strict=True))
+            print(f"  {LABELS[body]:32} {'  '.join(spread(values) for values in by_layer)}")
+            layers, means = range(1, len(by_layer) + 1), [mean(values) for values in by_layer]
+            errors = [stdev(values) if len(values) > 1 else 0.0 for values in by_layer]
             axis.errorbar(layers, means, errors, marker="o", capsize=3, label=LABELS[body])
         axis.set(title=task, xlabel="exit layer", ylabel="test accuracy, %")
         axis.grid(alpha=0.3)
@@ -182,20 +172,39 @@ def experiment() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "checkpoints" / "multi_exit", help="models and cache")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the fine-tuning")
     arguments = parser.parse_args()
-    folder = arguments.folder.resolve()
-    (folder / "tasks").mkdir(parents=True, exist_ok=True)
-    pretrained = pretrain(folder)
-    evaluated = {START: minilm(folder), **pretrained}
-    last = pretrained[LAST_EXIT]
-    bodies = {**evaluated, LAST_EXIT: with_every_exit(last, folder / "last_exit_body")}
+    arguments.folder = arguments.folder.resolve()
+    with working(arguments) as folder:
+        carry_out = partial(run_chains, folder=folder, workers=2)
+        pretrained = pretraining(folder)
+        carry_out([[job] for job in pretrained.values()])
+        evaluated = {START: minilm(folder), **{body: folder / body for body in pretrained}}
+        bodies = {**evaluated, LAST_EXIT: with_every_exit(folder / LAST_EXIT, folder / "last_exit_body")}
+        measured = evaluations(folder, evaluated)
+        carry_out([[job] for by_body in measured.values() for job in by_body.values()])
+        tuned = fine_tunings(folder, bodies, arguments.seeds)
+        carry_out(
+            [
+                [by_body[body][number], answers(by_body[body][number], task, "test", SIZES[task])]
+                for number in range(len(arguments.seeds))
+                for task, by_body in tuned.items()
+                for body in bodies
+            ]
+        )
     results = {
         "what": (__doc__ or "").split("\n\n")[1].replace("\n", " "),
         "updates": UPDATES,
         "pretrain": PRETRAIN,
-        "finetune": {task: {**SHARED, **settings} for task, settings in FINETUNE.items()},
+        "finetune": {"recipe": "joint", "learning_rate": LEARNING_RATE},
+        "sizes": {task: provenance(size) for task, size in SIZES.items()},
         "seeds": arguments.seeds,
-        "pretraining": evaluate(folder, evaluated),
-        "test_accuracy": accuracies(finetune(folder, bodies, arguments.seeds)),
+        "pretraining": {
+            text: {body: json.loads(job.outputs[0].read_text()) for body, job in by_body.items()}
+            for text, by_body in measured.items()
+        },
+        "test_accuracy": {
+            task: {body: [accuracy_by_exit(job, task) for job in jobs] for body, jobs in by_body.items()}
+            for task, by_body in tuned.items()
+        },
     }
     with new_file(RESULTS) as temporary:
         temporary.write_text(json.dumps(results, indent=1) + "\n")
