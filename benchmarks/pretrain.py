@@ -1,7 +1,7 @@
 """What exits cost in pre-training: steps with grouped training against a single-exit step of the same model, against
 logits at every position, and against making a batch.
 
-    python -m benchmarks.pretrain         # minutes on two cores; writes benchmarks/results/pretrain.json
+    python -m benchmarks.pretrain         # ten minutes on two cores; writes benchmarks/results/pretrain.json
 
 A step is forward, backward and clearing of gradients of one real batch; the optimizer's part is the same with any
 number of exits and is left out. Every figure is a ratio of times taken in turn in one run.
@@ -161,7 +161,7 @@ def main():
     parser.add_argument("--vocabulary", type=int, default=30522)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5, help="how often each step is timed")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each step is timed")
     parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch")
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: %(default)s")
     options = parser.parse_args()
