@@ -115,6 +115,8 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = Path(os.environ["ELASTIC_MODEL_DATA"]) / "text"
     results = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "texts": {}}
+    if arguments.output.is_file():  # texts that are not measured now keep what they had
+        results["texts"] |= json.loads(arguments.output.read_text())["texts"]
     for name in arguments.texts:
         results["texts"][name] = compare([folder / file for file in TEXTS[name]], arguments.workers)
         print(name, json.dumps(results["texts"][name], indent=2), flush=True)
