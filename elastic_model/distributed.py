@@ -76,9 +76,7 @@ def start_accelerator(options: Options) -> Accelerator:
     _check_launcher()
     no_device, deepspeed = not torch.accelerator.is_available(), _asked_for("DEEPSPEED")
     if no_device:
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # DeepSpeed, imported where it is installed, need not look for one
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed, which would look for one
         if deepspeed:
             _without_compiled_collective()
     accelerator = Accelerator(

@@ -10,13 +10,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, RobertaConfig, RobertaModel
 
 from elastic_model import ElasticBertForPreTraining
 from elastic_model.arguments import run
 from finetune.__main__ import _command
 from finetune.config import EvaluateOptions
 from finetune.evaluate import evaluate
+from finetune.prepare import check_length
 
 
 def flags_of(options):
@@ -68,6 +71,23 @@ ROWS = [f"the {word}\t{label}" for label in ("early", "middle", "late") for word
 def test_a_wrong_option_is_one_line(options, capsys, changes, message):
     assert re.search(message, error_of(capsys, *changed(options, **changes)))
     assert not list(Path(options().output).parent.glob("out*"))
+
+
+def test_positions_that_roberta_reserves_are_not_for_tokens(options, capsys, tiny_tokenizer, tmp_path):
+    """Of 64 positions two lie below the first token, in a stock checkpoint and in ours made from it."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = RobertaConfig(vocab_size=200, max_position_embeddings=64, type_vocab_size=1, pad_token_id=1, **sizes)
+    RobertaModel(config).save_pretrained(tmp_path / "stock")
+    ElasticBertForPreTraining.from_pretrained(tmp_path / "stock").save_pretrained(tmp_path / "ours")
+    for folder in (tmp_path / "stock", tmp_path / "ours"):
+        tiny_tokenizer.save_pretrained(folder)
+        for length in (63, 64):
+            line = error_of(capsys, *changed(options, model=str(folder), max_length=length))
+            assert f"max_length must be 3 to 62 (the positions of the model), got {length}" in line
+        longest = torch.full((1, 62), 7)
+        ElasticBertForPreTraining.from_pretrained(folder)(input_ids=longest)
+        check_length(AutoConfig.from_pretrained(folder), 62)
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_metrics_must_fit(options, capsys):
