@@ -19,6 +19,7 @@ class OperatorOptions(TaskOptions):
     learning_rate: float = option(5e-5, help="peak learning rate of a stage")
     train_rows: int | None = option(None, help="use a random subset of the train split of this size")
     layers: int | None = option(None, help="D: layers of the student (default: half of the teacher's)")
+    student: str | None = option(None, help="D: or another checkpoint as the student, of the same vocabulary: folder")
     temperature: float = option(1.0, help="D and P: logits are divided by it before they are compared")
     heads: int | None = option(None, help="P: heads kept in a layer (default: two thirds)")
     intermediate: int | None = option(None, help="P: FFN neurons kept in a layer (default: half)")
@@ -61,3 +62,4 @@ class StudyOptions(OperatorOptions):
     orders: list[str] = option([], help="pipelines of D, P and E to run (default: every order there is)")
     plan: bool = option(False, help="print the plan with its expected time, and stop")
     minutes: float | None = option(None, help="begin no stage after so many minutes; a second run goes on")
+    measure: bool = option(True, help="when all stages are there, measure their times and write tables and plots")

@@ -22,6 +22,7 @@ from finetune.pipelines.measure import Measurement
 from finetune.pipelines.pipeline import read_measured
 
 Curve = np.ndarray  # (points, 2): milliseconds and quality, from strict to loose
+Measured = Mapping[str, Mapping[int, Measurement]]  # pipeline -> seed
 LINES = 12  # of a curve that are printed
 
 
@@ -60,6 +61,8 @@ def parts_needed(letters: str) -> list[str]:
 def combine(letters: str, parts: Mapping[str, Part]) -> Curve:
     """The estimated curve of a pipeline: of one point without E."""
     base_ms, base_quality = parts[NOTHING].full
+    if not base_quality:
+        raise ValueError("the quality of O is 0: shares of it say nothing")
     curve = (parts["E"] if "E" in letters else parts[NOTHING]).curve.copy()
     for name in parts_needed(letters):
         if name in (NOTHING, "E"):
@@ -91,17 +94,23 @@ class Estimate:
         return {"curve": points}
 
 
-def by_pipeline(measurements: Sequence[Measurement]) -> dict[str, dict[int, Measurement]]:
-    """{pipeline: {seed: measurement}}; of one measured twice the later."""
+def by_pipeline(measurements: Sequence[Measurement]) -> Measured:
+    """{pipeline: {seed: measurement}}, of one measured twice the later; ValueError where their operators were given
+    different options."""
     found: dict[str, dict[int, Measurement]] = {}
+    options: dict[str, tuple[Any, str]] = {}
     for one in measurements:
         found.setdefault(one.pipeline, {})[one.seed] = one
+        for name, value in one.settings.items():
+            before, where = options.setdefault(name, (value, one.pipeline))
+            if before != value:
+                raise ValueError(
+                    f"{where} was measured with {name} = {before!r}, {one.pipeline} with {value!r}: choose one of them"
+                )
     return found
 
 
-def estimate_of(
-    letters: str, measured: Mapping[str, Mapping[int, Measurement]], draws: int = 0, seed: int = 0
-) -> Estimate:
+def estimate_of(letters: str, measured: Measured, draws: int = 0, seed: int = 0) -> Estimate:
     """The estimate from the means over seeds; its interval from seeds drawn anew, for all parts the same ones where
     all have the same. ValueError where a part was not measured."""
     needed = parts_needed(letters)
@@ -109,7 +118,7 @@ def estimate_of(
     if missing:
         raise ValueError(
             f"an estimate of {name_of(letters)} needs measurements of {', '.join(needed)}; there are none of "
-            f"{', '.join(missing)}: run `python -m finetune pipeline {missing[0]}`"
+            f"{', '.join(missing)}: run `python -m finetune pipeline {missing[0]}` with the same options"
         )
     curve = combine(letters, {name: part_of(list(measured[name].values())) for name in needed})
     if draws < 1 or min(len(measured[name]) for name in needed) < 2:
@@ -160,39 +169,53 @@ def _cell(value: float, low: float | None, high: float | None) -> str:
     return f"{value:.4f}" if low is None or high is None else f"{value:.4f} ({low:.4f}-{high:.4f})"
 
 
+def _lines(found: Estimate) -> list[list[str]]:
+    """Points spread over the curve, milliseconds and quality with their intervals."""
+    last = len(found.curve) - 1
+    points = found.as_dict()["curve"]
+    return [
+        [_cell(points[place][name], points[place].get(f"{name}_low"), points[place].get(f"{name}_high"))
+         for name in ("ms", "quality")]
+        for place in np.unique(np.linspace(0, last, min(LINES, last + 1)).astype(int))
+    ]  # fmt: skip
+
+
+def read_parts(files: Sequence[str]) -> tuple[str, Measured]:
+    """The metric, and the measurements of one or more files; ValueError where they do not combine."""
+    if not files:
+        raise ValueError("give the measurements: --from measured.json, which `pipeline` and `study` write")
+    contents = [read_measured(Path(file)) for file in files]
+    for name in ("metric", "dev", "settings", "machine"):
+        if any(one[name] != contents[0][name] for one in contents):
+            what = "data" if name == "dev" else name
+            raise ValueError(f"{', '.join(files)} were measured on different {what}: they do not combine")
+    return contents[0]["metric"], by_pipeline([one for content in contents for one in content["measurements"]])
+
+
 def estimate(options: EstimateOptions) -> None:
     """Print (with --output also write) the estimated curve, and how far off it is where the pipeline was measured."""
     letters = parse(options.pipeline)
-    if not options.measured:
-        raise ValueError("give the measurements: --from measured.json, which `pipeline` and `study` write")
     if options.draws < 0:
         raise ValueError(f"draws must be at least 0, got {options.draws}")
-    contents = [read_measured(Path(file)) for file in options.measured]
-    for name in ("data", "settings"):
-        if any(one.get(name) != contents[0].get(name) for one in contents):
-            raise ValueError(f"{', '.join(options.measured)} were measured on different {name}: they do not combine")
-    measured = by_pipeline([one for content in contents for one in content["measurements"]])
+    if options.output and Path(options.output).is_dir():
+        raise ValueError(f"output {options.output} is a folder; give a JSON file")
+    metric, measured = read_parts(options.measured)
+    name, parts = name_of(letters), parts_needed(letters)
     found = estimate_of(letters, measured, options.draws, options.seed)
-    low, high = found.low, found.high
-    shown = np.unique(np.linspace(0, len(found.curve) - 1, min(LINES, len(found.curve))).astype(int))
-    rows = [
-        [_cell(*(None if one is None else float(one[place, axis]) for one in (found.curve, low, high)))  # type: ignore[arg-type]
-         for axis in (0, 1)]
-        for place in shown
-    ]  # fmt: skip
-    result: dict[str, Any] = {"pipeline": name_of(letters), "metric": contents[0]["metric"]}
-    result |= {"parts": parts_needed(letters), **found.as_dict()}
-    print(f"{name_of(letters)}, from {', '.join(parts_needed(letters))}:")
-    print(table(["ms a row", contents[0]["metric"]], rows))
-    if name_of(letters) in measured and name_of(letters) not in parts_needed(letters):
-        actual = part_of(list(measured[name_of(letters)].values())).curve
+    result: dict[str, Any] = {"pipeline": name, "metric": metric, "parts": parts, **found.as_dict()}
+    print(f"{name}, from {', '.join(parts)}{'' if found.low is None else '; 95 % intervals over the seeds'}:")
+    print(table(["ms a row", metric], _lines(found)))
+    if found.low is None:
+        print("one seed has no spread: with measurements of several seeds there are intervals")
+    if name in measured and name not in parts:
+        actual = part_of(list(measured[name].values())).curve
         result["measured"] = [{"ms": ms, "quality": quality} for ms, quality in actual.tolist()]
         if len(actual) == len(found.curve):
-            result["median_error"] = errors(found.curve, actual)
-            print(
-                f"measured too: median error {result['median_error']['time']:.1%} in time, "
-                f"{100 * result['median_error']['quality']:.2f} points in {contents[0]['metric']}"
-            )
+            error = result["median_error"] = errors(found.curve, actual)
+            points = f"{100 * error['quality']:.2f} points in {metric}"
+            print(f"measured too: median error {error['time']:.1%} in time, {points}")
     if options.output:
-        with new_file(Path(options.output)) as file:
-            file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        file = Path(options.output)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(file) as new:
+            new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

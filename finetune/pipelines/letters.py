@@ -58,6 +58,16 @@ def prefixes(letters: str) -> list[str]:
     return [letters[:count] for count in range(len(letters) + 1)]
 
 
-def weights_of(letters: str) -> str:
-    """The stage whose weights a pipeline runs: L has none of its own."""
+def checkpoint_of(letters: str) -> str:
+    """The stage whose weights PyTorch runs in a pipeline: L has none of its own, Q is a file of another's."""
+    return letters.replace("L", "").replace("Q", "")
+
+
+def stage_of(letters: str) -> str:
+    """The stage that a pipeline runs: L has none of its own."""
     return letters.replace("L", "")
+
+
+def letters_of(name: str) -> str:
+    """The letters of a pipeline by its name."""
+    return "" if name == NOTHING else name

@@ -1,14 +1,14 @@
 """`python -m finetune study --task NAME`: the experiment of Xin et al. (2022), sections 5 and 6, on any task.
 
 Every order of D, P and E over several seeds; how far apart the trade-off curves of two orders are, against two seeds
-of one order (their table 1); L and Q on top (table 2); curves estimated from single operators against measured ones
-(figure 4).
+of one order (their table 1); L and Q on top (table 2), also together with E and S; curves estimated from single
+operators against measured ones (figure 4). Times are measured last, all in one go, when nothing is trained any more.
 """
 
 import itertools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,24 +23,32 @@ from finetune.data import collate
 from finetune.evaluate import table
 from finetune.kinds import kind_of
 from finetune.pipelines.config import StudyOptions
-from finetune.pipelines.estimate import by_pipeline, curve_distance, errors, estimate_of, part_of
+from finetune.pipelines.estimate import (
+    Measured,
+    by_pipeline,
+    curve_distance,
+    errors,
+    estimate_of,
+    part_of,
+    parts_needed,
+)
 from finetune.pipelines.figures import plot_curves, plot_estimates
-from finetune.pipelines.letters import NOTHING, TRAINED, name_of, parse, prefixes
-from finetune.pipelines.measure import Measurement, is_current, measure
-from finetune.pipelines.pipeline import MEASURED, known_measurements, write_measured
-from finetune.pipelines.stages import Work, begin, carry_out, check_targets, read_record
+from finetune.pipelines.letters import NOTHING, TRAINED, letters_of, name_of, parse, prefixes, stage_of
+from finetune.pipelines.measure import Measurement
+from finetune.pipelines.pipeline import MEASURED, Known, known_measurements, measure_again, write_measured
+from finetune.pipelines.stages import carry_out, read_record
+from finetune.pipelines.work import Work, begin
 from finetune.prepare import load_tokenizer
 
 REPORT = "report.txt"
 RESULT = "study.json"
 BASES = ("", "D", "P", "DP")  # pipelines that L and Q are put on, as in table 2
+DYNAMIC = "ESLQ"  # rows leave early, lose tokens, are not padded, run as int8
 PROBED = 2  # updates timed for the plan
 # seconds of a stage in those of training the whole model: its own passes and those of its teacher
-RELATIVE = {"": 1.0, "E": 1.1, "D": 0.5 + 0.35, "P": 0.7 + 0.35}
-SMALLER = {"D": 0.5, "P": 0.65, "E": 1.1}  # what an operator leaves of the time of later stages
+RELATIVE = {"": 1.0, "E": 1.1, "D": 0.5 + 0.35, "P": 0.7 + 0.35, "S": 4.0}
+SMALLER = {"D": 0.5, "P": 0.65, "E": 1.1, "S": 1.0}  # what an operator leaves of the time of later stages
 SECONDS_OF_EXPORT = 40.0
-
-Measured = Mapping[str, Mapping[int, Measurement]]
 
 
 def all_orders() -> list[str]:
@@ -60,20 +68,21 @@ def chosen_orders(options: StudyOptions) -> list[str]:
     orders = [parse(text) for text in options.orders] if options.orders else all_orders()
     for one in orders:
         if set(one) - set(TRAINED):
-            raise ValueError(f"orders are of D, P and E, got {one}; the study puts L and Q on top by itself")
+            raise ValueError(f"orders are of D, P and E, got {one}; the study puts L, Q and S on top by itself")
     return list(dict.fromkeys(orders))
 
 
-def stages_of(orders: list[str]) -> list[str]:
-    """All stages of the study for one seed, parents first: the orders and what is met on the way, then int8 files."""
-    stages = dict.fromkeys(stage for order in ["", *orders] for stage in prefixes(order))
-    return [*sorted(stages, key=len), *(f"{base}Q" for base in BASES if base in stages)]
-
-
 def measured_pipelines(orders: list[str]) -> list[str]:
-    """What is measured for each seed."""
-    stages = [stage for stage in stages_of(orders) if "Q" not in stage]
-    return stages + [base + top for base in BASES if base in stages for top in ("L", "Q", "LQ")]
+    """What is measured for each seed: the orders and what is met on the way, L and Q on top, exits with lengths."""
+    trained = sorted(dict.fromkeys(stage for order in ["", *orders] for stage in prefixes(order)), key=len)
+    tops = [base + top for base in BASES if base in trained for top in ("L", "Q", "LQ")]
+    return [*trained, *tops, *([DYNAMIC] if "E" in trained else [])]
+
+
+def stages_of(orders: list[str]) -> list[str]:
+    """All stages of the study for one seed, parents first."""
+    ends = [stage_of(letters) for letters in measured_pipelines(orders)]
+    return sorted(dict.fromkeys(stage for end in ends for stage in prefixes(end)), key=len)
 
 
 def seconds_of_update(work: Work) -> float:
@@ -163,26 +172,37 @@ def _mean(measured: Measured, name: str, field: str) -> float:
     return float(np.mean([getattr(one, field) for one in measured[name].values()]))
 
 
+def _against_nothing(measured: Measured, name: str) -> dict[str, Any]:
+    """A pipeline beside O: the difference of quality, the share of time saved, also of O's with rows padded to twice
+    the length."""
+    ms, nothing = _mean(measured, name, "ms"), _mean(measured, NOTHING, "ms")
+    found: dict[str, Any] = {"quality": _mean(measured, name, "quality"), "ms": ms, "saved": 1 - ms / nothing}
+    found["difference_to_O"] = paired(measured[NOTHING], measured[name])
+    if all(one.doubled_ms is not None for one in measured[NOTHING].values()):
+        found["saved_of_doubled"] = 1 - ms / _mean(measured, NOTHING, "doubled_ms")
+    return found
+
+
 def savings(measured: Measured) -> dict[str, dict[str, Any]]:
-    """Table 2: what L and Q give on top of O, D, P and DP, and what was estimated for both together."""
+    """Table 2: what L and Q save on top of O, D, P and DP, of the time of each, and what was estimated for both."""
     found = {}
     for base in BASES:
-        name = name_of(base)
-        names = {top: base + top for top in ("Q", "L", "LQ")}
+        name, names = name_of(base), {top: base + top for top in ("Q", "L", "LQ")}
         if name not in measured or any(one not in measured for one in names.values()):
             continue
-        ms, quality = _mean(measured, name, "ms"), _mean(measured, name, "quality")
+        ms, quality, with_q = (
+            _mean(measured, *of) for of in ((name, "ms"), (name, "quality"), (names["Q"], "quality"))
+        )
         found[name] = {
             "quality": quality,
             "difference_to_O": paired(measured[NOTHING], measured[name]),
-            "quality_with_Q": _mean(measured, names["Q"], "quality"),
+            "quality_with_Q": with_q,
+            "relative_change_with_Q": with_q / quality - 1 if quality else None,
             "difference_with_Q": paired(measured[name], measured[names["Q"]]),
             "ms": ms,
             **{f"saved_{top}": 1 - _mean(measured, one, "ms") / ms for top, one in names.items()},
-            "saved_LQ_against_O": 1 - _mean(measured, names["LQ"], "ms") / _mean(measured, NOTHING, "ms"),
+            "estimated_LQ": 1 - float(estimate_of(names["LQ"], measured).curve[0, 0]) / ms,
         }
-        if all(part in measured for part in ("L", "Q", *(["PQ"] if "P" in base else []))):
-            found[name]["estimated_LQ"] = 1 - float(estimate_of(f"{base}LQ", measured).curve[0, 0]) / ms
     return found
 
 
@@ -190,20 +210,37 @@ def estimates(measured: Measured) -> dict[str, dict[str, Any]]:
     """Figure 4: of every pipeline of several operators, the estimated and the measured curve, and how far apart."""
     found = {}
     for name in measured:
-        letters = "" if name == NOTHING else name
-        if len(letters) < 2 or letters == "PQ":
+        letters = letters_of(name)
+        parts = parts_needed(letters)
+        if name in parts or any(part not in measured for part in parts):
             continue
-        try:
-            estimated = estimate_of(letters, measured).curve
-        except ValueError:
-            continue  # a part is not measured yet
+        estimated = estimate_of(letters, measured).curve
         actual = part_of(list(measured[name].values())).curve
         shown: dict[str, Any] = {"estimated": estimated.tolist(), "measured": actual.tolist()}
         if len(estimated) == len(actual):
             shown["median_error"] = errors(estimated, actual)
-        shown["distance"] = 100 * curve_distance(estimated, actual) if "E" in letters else None
+        if "E" in letters:
+            shown["distance"] = 100 * curve_distance(estimated, actual)
         found[name] = shown
     return found
+
+
+def answers(measured: Measured) -> dict[str, Any]:
+    """All that the study says, from measurements: {pipeline: {seed: measurement}}."""
+    table_1, figure = distances(measured), estimates(measured)
+    known = [one["median_error"] for one in figure.values() if "median_error" in one]
+    ratios = [one["different"]["mean"] / one["same"]["mean"] for one in table_1.values()
+              if "same" in one and "different" in one and one["same"]["mean"]]  # fmt: skip
+    return {
+        "table_1": table_1,
+        "commutative": {"different_to_same": float(np.mean(ratios))} if ratios else None,
+        "table_2": savings(measured),
+        "against_O": {name: _against_nothing(measured, name) for name in ("LQ", DYNAMIC) if name in measured},
+        "figure_4": figure,
+        "cumulative": {key: float(np.median([one[key] for one in known])) for key in ("time", "quality")}
+        if known
+        else None,
+    }
 
 
 def _spread(one: dict[str, float] | None) -> str:
@@ -216,70 +253,80 @@ def _interval(one: dict[str, float]) -> str:
     return f"{100 * one['mean']:+.2f} ({100 * one['low']:+.2f} to {100 * one['high']:+.2f})"
 
 
-def report(result: dict[str, Any]) -> str:
+def _percent(one: Mapping[str, Any], name: str) -> str:
+    return f"{one[name]:.1%}" if one.get(name) is not None else "-"
+
+
+def report(result: Mapping[str, Any]) -> str:
     """The tables as text."""
-    lines = ["distance of trade-off curves, points of 100, mean and standard deviation"]
-    lines.append(
-        table(
-            ["operators", "same order", "different order"],
-            [
-                [name, _spread(one.get("same")), _spread(one.get("different"))]
-                for name, one in result["table_1"].items()
-            ],
-        )
+    metric, lines = result["metric"], []
+
+    def add(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        if rows:
+            lines.extend([title, table(heads, rows), ""])
+
+    add(
+        "distance of trade-off curves, points of 100, mean and standard deviation",
+        ["operators", "same order", "different order"],
+        [[name, _spread(one.get("same")), _spread(one.get("different"))] for name, one in result["table_1"].items()],
     )
-    rows = [
-        [name, f"{one['quality']:.4f}", _interval(one["difference_to_O"]), _interval(one["difference_with_Q"]),
-         f"{one['ms']:.3f}", *(f"{one[f'saved_{top}']:.1%}" for top in ("Q", "L", "LQ")),
-         f"{one['estimated_LQ']:.1%}" if "estimated_LQ" in one else "-"]
-        for name, one in result["table_2"].items()
-    ]  # fmt: skip
-    heads = ["pipeline", result["metric"], "points to O (95 %)", "points with Q (95 %)", "ms a row"]
-    lines += ["", "L and Q on top", table([*heads, "saved Q", "saved L", "saved LQ", "estimated LQ"], rows)]
-    rows = [
-        [name, f"{one['median_error']['time']:.1%}", f"{100 * one['median_error']['quality']:.2f}",
-         "-" if one["distance"] is None else f"{one['distance']:.2f}"]
-        for name, one in result["figure_4"].items() if "median_error" in one
-    ]  # fmt: skip
-    lines += ["", "estimated against measured, medians over the curve"]
-    lines.append(table(["pipeline", "error of time", f"error of {result['metric']}, points", "distance"], rows))
-    medians = result["median_error"]
-    if medians:
-        lines.append(f"over all: {medians['time']:.1%} in time, {100 * medians['quality']:.2f} points")
-    return "\n".join(lines)
+    if result["commutative"]:
+        ratio = result["commutative"]["different_to_same"]
+        lines.extend([f"commutative: two orders are {ratio:.2f} times as far apart as two seeds of one order", ""])
+    add(
+        "L and Q on top: share of the time of the pipeline alone that they save",
+        ["pipeline", metric, "points to O (95 %)", "points with Q (95 %)", "ms a row",
+         "saved Q", "saved L", "saved LQ", "estimated LQ"],
+        [[name, f"{one['quality']:.4f}", _interval(one["difference_to_O"]), _interval(one["difference_with_Q"]),
+          f"{one['ms']:.3f}", *(_percent(one, key) for key in ("saved_Q", "saved_L", "saved_LQ", "estimated_LQ"))]
+         for name, one in result["table_2"].items()],
+    )  # fmt: skip
+    padded = result["padded_to"]
+    add(
+        "against O, every row of it padded",
+        ["pipeline", metric, "points to O (95 %)", "ms a row", f"saved (to {padded})", f"saved (to {2 * padded})"],
+        [[name, f"{one['quality']:.4f}", _interval(one["difference_to_O"]), f"{one['ms']:.3f}",
+          _percent(one, "saved"), _percent(one, "saved_of_doubled")] for name, one in result["against_O"].items()],
+    )  # fmt: skip
+    add(
+        "estimated against measured, medians over the curve",
+        ["pipeline", "error of time", f"error of {metric}, points", "distance"],
+        [[name, f"{one['median_error']['time']:.1%}", f"{100 * one['median_error']['quality']:.2f}",
+          f"{one['distance']:.2f}" if "distance" in one else "-"]
+         for name, one in result["figure_4"].items() if "median_error" in one],
+    )  # fmt: skip
+    if result["cumulative"]:
+        time_, quality = result["cumulative"]["time"], result["cumulative"]["quality"]
+        lines.append(f"cumulative: estimates are off by {time_:.1%} in time, {100 * quality:.2f} points (medians)")
+    return "\n".join(lines).rstrip()
 
 
 def summarise(root: Path, works: list[Work], measurements: list[Measurement]) -> str:
-    """The tables and plots of what is measured so far, written; the tables as text."""
-    measured = by_pipeline(measurements)
-    figure = estimates(measured)
-    known = [one["median_error"] for one in figure.values() if "median_error" in one]
+    """The tables and plots of what is measured, written; the tables as text."""
+    metric, measured = works[0].labels.metrics[0], by_pipeline(measurements)
     result = {
-        "metric": works[0].labels.metrics[0],
-        "seeds": sorted({one.seed for one in measurements}),
+        "task": works[0].options.task,
+        "metric": metric,
+        "seeds": [work.options.seed for work in works],
         "rows": {"train": works[0].train_rows, "dev": len(works[0].dev)},
-        "table_1": distances(measured),
-        "table_2": savings(measured),
-        "figure_4": figure,
-        "median_error": {key: float(np.median([one[key] for one in known])) for key in ("time", "quality")}
-        if known
-        else None,
+        "padded_to": works[0].options.max_length,
+        **answers(measured),
     }
     text = report(result)
-    with new_file(root / RESULT) as file:
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    with new_file(root / REPORT) as file:
-        file.write_text(text + "\n", encoding="utf-8")
-    curves = {name: [_values(one) for one in seeds.values()] for name, seeds in measured.items() if "E" in name}
+    for name, content in ((RESULT, json.dumps(result, indent=1)), (REPORT, text)):
+        with new_file(root / name) as file:
+            file.write_text(content + "\n", encoding="utf-8")
+    curves = {name: [_values(one) for one in seeds.values()] for name, seeds in measured.items()
+              if "E" in name and not set(name) - set(TRAINED)}  # fmt: skip
     if curves:
-        plot_curves(root / "curves.png", curves, works[0].labels.metrics[0])
-    if any(len(one["estimated"]) > 1 for one in figure.values()):
-        plot_estimates(root / "estimates.png", figure, works[0].labels.metrics[0])
+        plot_curves(root / "curves.png", curves, metric)
+    if any(len(one["estimated"]) > 1 for one in result["figure_4"].values()):
+        plot_estimates(root / "estimates.png", result["figure_4"], metric)
     return text
 
 
 def study(options: StudyOptions) -> int:
-    """Print the plan, carry out what is missing, write tables and plots; exit code 0, or 143 after SIGTERM."""
+    """Print the plan, carry out what is missing, measure, write tables; exit code 0, or 143 after SIGTERM."""
     orders = chosen_orders(options)
     if not options.seeds or len(set(options.seeds)) != len(options.seeds):
         raise ValueError(f"seeds must be different numbers, at least one, got {options.seeds}")
@@ -287,16 +334,16 @@ def study(options: StudyOptions) -> int:
     logging.disable_progress_bar()
     root = Path(options.output)
     check_output(root)
-    check_targets(options, "DPE")
-    works = [begin(replace(options, seed=seed), root / f"seed-{seed}") for seed in options.seeds]
     stages, began = stages_of(orders), time.monotonic()
+    letters = "".join(dict.fromkeys("".join(stages)))
+    works = [begin(replace(options, seed=seed), root / f"seed-{seed}", letters) for seed in options.seeds]
+    known: Known = {}
+    for work in works:
+        known |= known_measurements(work.root / MEASURED, work)
     print(plan(works, stages), flush=True)
     if options.plan:
         return 0
     claim_folder(root)
-    known: dict[tuple[str, int], Measurement] = {}
-    for work in works:
-        known |= known_measurements(work.root / MEASURED, work)
     for work in works:
         claim_folder(work.root)
         for stage in stages:
@@ -305,22 +352,13 @@ def study(options: StudyOptions) -> int:
                 return 0
             if code := carry_out(work, stage):
                 return code
-        for letters in measured_pipelines(orders):
-            key = (name_of(letters), work.options.seed)
-            if key not in known or not is_current(work, known[key]):
-                print(f"seed {work.options.seed}: measuring {key[0]}", flush=True)
-                known[key] = measure(work, letters)
-                own = [one for (_, seed), one in known.items() if seed == work.options.seed]
-                write_measured(work.root / MEASURED, work, own)
-    text = summarise(root, works, list(known.values()))
-    with new_file(root / MEASURED) as file:
-        _merge(file, works)
-    print("", text, f"\n{RESULT}, {MEASURED}, tables and plots: {root}", sep="\n")
+    if not options.measure:
+        return 0
+    shown = [
+        measure_again(work, letters, known, work.root / MEASURED)
+        for work in works
+        for letters in measured_pipelines(orders)
+    ]
+    write_measured(root / MEASURED, works[0], shown)
+    print("", summarise(root, works, shown), f"\n{RESULT}, {MEASURED}, tables and plots: {root}", sep="\n")
     return 0
-
-
-def _merge(file: Path, works: list[Work]) -> None:
-    """The measurements of all seeds as one file, for `estimate`."""
-    contents = [json.loads((work.root / MEASURED).read_text(encoding="utf-8")) for work in works]
-    every = [one for content in contents for one in content["measurements"]]
-    file.write_text(json.dumps({**contents[0], "measurements": every}, indent=1) + "\n", encoding="utf-8")

@@ -1,7 +1,6 @@
 """Estimates: the paper's equations by hand, intervals from the spread of seeds, the distance of curves."""
 
 import json
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -11,14 +10,28 @@ from finetune.pipelines.estimate import curve_distance, errors, estimate_of, par
 from finetune.pipelines.measure import Measurement, Point
 
 
-def measurement(pipeline, *points, seed=0, first_exit=None):
+def measurement(pipeline, *points, seed=0, first_exit=None, **settings):
     """A pipeline measured as (milliseconds, quality) points."""
     curve = [
         Point(None if not place else 1 - place / 10, quality, ms, ms, 1) for place, (ms, quality) in enumerate(points)
     ]
     ms, quality = points[0]
     return Measurement(
-        pipeline, seed, "0" * 64, "accuracy", quality, quality, ms, ms, 1, 1, 1, [first_exit or ms], curve
+        pipeline,
+        seed,
+        "0" * 64,
+        "accuracy",
+        quality,
+        quality,
+        ms,
+        ms,
+        1,
+        1,
+        1,
+        [first_exit or ms],
+        None,
+        curve,
+        settings,
     )
 
 
@@ -112,17 +125,32 @@ def test_errors_are_medians_over_the_curve():
     )
 
 
+def written(file, *measurements, **more):
+    """The measurements as `pipeline` writes them."""
+    content = {"format": 1, "task": "t", "metric": "accuracy", "dev": "0", "settings": {}, "machine": "m", **more}
+    file.write_text(json.dumps({**content, "measurements": [one.to_dict() for one in measurements]}))
+    return str(file)
+
+
 def test_the_command_reads_measured_json(tmp_path, capsys):
-    content = {"format": 1, "metric": "accuracy", "data": {}, "settings": {}}
-    every = [*PARTS, measurement("DE", (60.0, 0.8), (40.0, 0.8), (19.0, 0.6))]
-    (tmp_path / "measured.json").write_text(json.dumps({**content, "measurements": [asdict(one) for one in every]}))
-    assert (
-        _command(["estimate", "DE", "--from", str(tmp_path / "measured.json"), "--output", str(tmp_path / "e.json")])
-        == 0
-    )
+    file = written(tmp_path / "measured.json", *PARTS, measurement("DE", (60.0, 0.8), (40.0, 0.8), (19.0, 0.6)))
+    _command(["estimate", "DE", "--from", file, "--output", str(tmp_path / "new" / "e.json")])
     shown = capsys.readouterr().out
-    assert "61.5000" in shown and "measured too: median error 2.5% in time" in shown
-    assert json.loads((tmp_path / "e.json").read_text())["curve"][0]["ms"] == pytest.approx(61.5)
+    assert "61.5000" in shown and "measured too: median error 2.5% in time" in shown and "one seed has no" in shown
+    assert json.loads((tmp_path / "new" / "e.json").read_text())["curve"][0]["ms"] == pytest.approx(61.5)
+
+
+def test_files_of_several_seeds_combine_where_they_fit(tmp_path, capsys):
+    seeds = [written(tmp_path / f"{seed}.json", measurement("O", (100.0, 0.9), seed=seed, epochs=2),
+                     measurement("D", (50.0 + seed, 0.8), seed=seed, epochs=2)) for seed in range(2)]  # fmt: skip
+    _command(["estimate", "D", "--from", *seeds])
+    assert "50.5000 (50.0000-51.0000)" in capsys.readouterr().out
+    other = written(tmp_path / "data.json", *PARTS, dev="1")
+    with pytest.raises(ValueError, match="were measured on different data: they do not combine"):
+        _command(["estimate", "D", "--from", seeds[0], other])
+    longer = written(tmp_path / "longer.json", measurement("D", (50.0, 0.8), seed=2, epochs=9))
+    with pytest.raises(ValueError, match="O was measured with epochs = 2, D with 9"):
+        _command(["estimate", "D", "--from", seeds[0], longer])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from elastic_model import ElasticBertForSequenceClassification
 from elastic_model.provenance import read_provenance
 from finetune.__main__ import _command
-from finetune.pipelines.letters import parse, prefixes, weights_of
+from finetune.pipelines.letters import checkpoint_of, parse, prefixes, stage_of
 from finetune.pipelines.measure import Point, line_in_tokens, operating_point, times_of_exits
 from finetune.pipelines.study import all_orders, measured_pipelines, stages_of
 
@@ -59,14 +59,14 @@ def test_impossible_pipelines_say_why(text, message):
 
 def test_the_way_to_a_pipeline():
     assert prefixes("DEQ") == ["", "D", "DE", "DEQ"]
-    assert weights_of("DLQ") == "DQ"
+    assert stage_of("DLQ") == "DQ" and checkpoint_of("DLQ") == "D"
 
 
 def test_the_orders_are_the_papers():
     assert set(all_orders()) == {"D", "P", "E", "DP", "DE", "ED", "PE", "EP", "DPE", "DEP", "EDP"}
     stages = stages_of(all_orders())
-    assert len(stages) == 12 + 4 and all(stage[:-1] in stages[: stages.index(stage)] for stage in stages[1:])
-    assert {"L", "Q", "LQ", "DPLQ", "PQ", "EDP"} <= set(measured_pipelines(all_orders()))
+    assert len(stages) == 12 + 4 + 2 and all(stage[:-1] in stages[: stages.index(stage)] for stage in stages[1:])
+    assert {"L", "Q", "LQ", "DPLQ", "PQ", "EDP", "ESLQ"} <= set(measured_pipelines(all_orders()))
 
 
 def test_the_operating_point_is_the_loosest_before_quality_first_falls():
@@ -80,7 +80,7 @@ def test_times_of_other_rows_follow_a_line_in_their_tokens():
     np.testing.assert_allclose(line_in_tokens(spent, [10, 20, 30], [15, 30, 40]), [[1.5, 3, 4], [3, 6, 8]])
     np.testing.assert_allclose(line_in_tokens(spent, [9, 9, 9], [5]), [[2], [4]])
     calls = []
-    assert times_of_exits(lambda row, place: calls.append((row, place)), ["a", "b"], 2).shape == (2, 2)
+    assert times_of_exits(lambda row, place: calls.append((row, place)), ["a", "b"], [0, 1]).shape == (2, 2)
     assert set(calls) == {("a", 0), ("a", 1), ("b", 0), ("b", 1)}
 
 
@@ -103,14 +103,40 @@ def test_a_pipeline_of_every_operator_and_its_second_run(flags, tmp_path, capsys
     assert record["parent"]["name"] == "DE" and record["seconds"] > 0 and set(record["data"]) == {"train", "dev"}
     assert [stage.stage for stage in read_provenance(out / "DEP")][-4:] == ["finetune", "distill", "finetune", "prune"]
 
-    shutil.rmtree(out / "DEPS")  # only what is missing is made again
-    times = {stage: (out / stage / "model.safetensors").stat().st_mtime_ns for stage in ("O", "D", "DE", "DEP")}
-    assert _command(["pipeline", "DEPSLQ", *flags("--layers=2")]) == 0
-    assert times == {stage: (out / stage / "model.safetensors").stat().st_mtime_ns for stage in times}
-    with pytest.raises(ValueError, match="stage .*D holds a run with layers = 2, not 1"):
+    assert (
+        record["metrics"].keys() == {"1", "2"}
+        and record["metrics"]["2"]["accuracy"] == measured["DEP"]["full_quality"]
+    )
+
+    made = {stage: (out / stage / "model.safetensors").stat().st_mtime_ns for stage in ("O", "D", "DE", "DEP")}
+    shutil.rmtree(out / "DEP")  # only what is missing is made again, and what follows from other weights than before
+    assert _command(["pipeline", "DEP", *flags("--layers=2")]) == 0
+    assert [(out / stage / "model.safetensors").stat().st_mtime_ns != when for stage, when in made.items()] == [
+        0,
+        0,
+        0,
+        1,
+    ]
+    with pytest.raises(ValueError, match="stage .*D was made with layers = 2, not 1"):
         _command(["pipeline", "DE", *flags("--layers=1")])
     with pytest.raises(ValueError, match="was made from other data: its train rows differ"):
         _command(["pipeline", "DE", *flags("--layers=2", "--train_rows=100")])
+
+
+def test_a_stage_is_made_again_where_its_parent_is_another(flags, trained, tmp_path, capsys):
+    fine_tuned = [f"--model={trained.output}", *(flag for flag in flags() if not flag.startswith("--model"))]
+    assert _command(["pipeline", "Q", *fine_tuned]) == 0
+    out = tmp_path / "out"
+    other = json.loads((out / "Q" / "stage.json").read_text())
+    other["parent"]["sha256"] = "0" * 64
+    (out / "Q" / "stage.json").write_text(json.dumps(other))
+    capsys.readouterr()
+    assert _command(["pipeline", "Q", *fine_tuned]) == 0
+    shown = capsys.readouterr().out
+    assert "O is another since it was made" in shown and "stage O: there already" in shown
+    (out / "O" / "stage.json").write_text("{")
+    with pytest.raises(ValueError, match="O/stage.json: not the record of a stage .*remove the folder"):
+        _command(["pipeline", "Q", *fine_tuned])
 
 
 def test_a_fine_tuned_model_is_taken_as_it_is(flags, trained, tmp_path):
@@ -128,7 +154,12 @@ def test_a_fine_tuned_model_is_taken_as_it_is(flags, trained, tmp_path):
         ("PD", [], "D after P"),
         ("D", ["--layers=4"], "layers must be 1 to 3"),
         ("P", ["--heads=5"], "heads must be 1 to 4"),
+        ("P", ["--heads=0"], "heads must be 1 to 4, what a layer of the model has, got 0"),
         ("P", ["--intermediate=100"], "intermediate must be 1 to 64"),
+        ("P", ["--intermediate=30"], "intermediate must be a multiple of multiple_of 8"),
+        ("P", ["--heads=4", "--intermediate=64"], "P would remove none"),
+        ("O", ["--max_length=1000"], "max_length must be 3 to"),
+        ("D", ["--temperature=0"], "temperature must be above 0"),
         ("E", ["--epochs=0"], "epochs must be at least 1"),
         ("E", ["--permitted_loss=1"], "permitted_loss must be from 0 to 1"),
     ],
@@ -146,6 +177,10 @@ def test_a_study_prints_its_plan_and_continues(flags, tmp_path, capsys):
     assert _command(["study", *flags(), *own, "--minutes=0"]) == 0
     assert "run the same again to go on" in capsys.readouterr().out
     assert not (tmp_path / "out" / "study.json").exists()
+    with pytest.raises(ValueError, match="orders are of D, P and E, got DQ"):
+        _command(["study", *flags(), "--orders", "DQ"])
+    with pytest.raises(ValueError, match="seeds must be different numbers"):
+        _command(["study", *flags(), "--seeds", "1", "1"])
 
 
 @pytest.mark.slow
@@ -156,6 +191,7 @@ def test_a_study_of_two_orders_over_two_seeds(flags, tmp_path, capsys):
     table = result["table_1"]["D+E"]
     assert table["same"]["pairs"] == 2 and table["different"]["pairs"] == 4
     assert set(result["table_2"]) == {"O", "D", "P"} and result["table_2"]["O"]["saved_LQ"] > 0
+    assert set(result["against_O"]) == {"LQ", "ESLQ"} and result["commutative"]["different_to_same"] > 0
     assert {"DE", "ED"} <= set(result["figure_4"]) and result["figure_4"]["DE"]["median_error"]["time"] < 1
     assert (tmp_path / "out" / "curves.png").is_file() and (tmp_path / "out" / "estimates.png").is_file()
     assert _command(["estimate", "EDQ", "--from", str(tmp_path / "out" / "measured.json")]) == 0

@@ -1,0 +1,138 @@
+"""What the stages of a pipeline share: the options, the rows, and where each stage is kept."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from elastic_model import ElasticBertConfig
+from elastic_model.pretrained import elastic_config
+from finetune.config import TaskOptions, TrainOptions
+from finetune.data import Encoded
+from finetune.distill import layer_map
+from finetune.examples import read_examples
+from finetune.labels import Labels
+from finetune.pipelines.config import OperatorOptions
+from finetune.pipelines.letters import name_of
+from finetune.prepare import (
+    check_length,
+    chosen_task,
+    encode_split,
+    labels_of_training,
+    load_tokenizer,
+    rows_hash,
+    some_rows,
+    weight_files,
+)
+from finetune.recipe import find_recipe
+from finetune.run import check_numbers
+
+OF_TRAINING = ("epochs", "batch_size", "learning_rate", "train_rows")
+NUMBERS = ("rounds", "multiple_of", "timed_rows", "search_iterations")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all stages of one seed share: options (its seed among them), the folder of the stages, the rows.
+
+    data: split -> hash of its tokenised rows.
+    """
+
+    options: OperatorOptions
+    root: Path
+    labels: Labels
+    dev: Encoded
+    train_rows: int
+    data: dict[str, str]
+
+    def folder(self, stage: str) -> Path:
+        """Where a stage is kept."""
+        return self.root / name_of(stage)
+
+    @property
+    def policy(self) -> str:
+        """The exit policy of E: the paper's confidence; a regression has none, it leaves by patience."""
+        return "patience" if self.labels.problem_type == "regression" else "confidence"
+
+
+def training_options(kind: type[Any], options: OperatorOptions, model: Path | str, output: Path, **more: Any) -> Any:
+    """The options of a training job on the same rows: resumed, the exits' losses summed as they are."""
+    shared = {name: getattr(options, name) for name in (*(one.name for one in fields(TaskOptions)), *OF_TRAINING)}
+    own = {"model": str(model), "output": str(output), "resume": True, "gradient_equilibrium": False}
+    return kind(**{**shared, **own, **more})
+
+
+def begin(options: OperatorOptions, root: Path, letters: str) -> Work:
+    """The rows read, all checked that can be before training; ValueError for what cannot be carried out."""
+    for name in NUMBERS:
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
+    if not 0 <= options.permitted_loss < 1:
+        raise ValueError(f"permitted_loss must be from 0 to 1 (1 % is 0.01), got {options.permitted_loss}")
+    training = training_options(TrainOptions, options, options.model, root, temperature=options.temperature)
+    check_numbers(training, find_recipe(training.recipe).phases)
+    folder = Path(options.model)
+    weight_files(folder)
+    _check_targets(options, letters)
+    task, tokenizer = chosen_task(options), load_tokenizer(folder)
+    train = some_rows(read_examples(task, "train"), options.train_rows, options.seed)
+    if len(train) < options.batch_size:
+        raise ValueError(f"the train split has {len(train)} rows, fewer than a batch ({options.batch_size})")
+    labels = labels_of_training(training, task, train)
+    examples = {"train": train, "dev": read_examples(task, "dev")}
+    encoded = {
+        split: encode_split(rows, split, task, labels, tokenizer, options.max_length)
+        for split, rows in examples.items()
+    }
+    data = {split: rows_hash(rows) for split, rows in encoded.items()}
+    return Work(options, root, labels, encoded["dev"], len(train), data)
+
+
+def student_layers(options: OperatorOptions, layers: int) -> int:
+    """D: the layers of the student of a model with so many."""
+    return max(1, layers // 2) if options.layers is None else options.layers
+
+
+def pruned_widths(options: OperatorOptions, heads: int, neurons: int) -> dict[str, int]:
+    """P: heads and FFN neurons kept of so many a layer, and what the neurons are a multiple of."""
+    multiple = min(options.multiple_of, max(1, neurons // 2))
+    half = neurons // 2 // multiple * multiple or neurons
+    return {
+        "heads": max(1, round(heads * 2 / 3)) if options.heads is None else options.heads,
+        "intermediate": half if options.intermediate is None else options.intermediate,
+        "multiple_of": multiple,
+    }
+
+
+def narrowest(config: ElasticBertConfig) -> tuple[int, int]:
+    """The fewest heads and FFN neurons that a layer has."""
+    return min(config.num_attention_heads_per_layer or ()), min(config.intermediate_size_per_layer or ())
+
+
+def _check_targets(options: OperatorOptions, letters: str) -> None:
+    """ValueError where D or P would not make the model smaller, or rows would be longer than it reads."""
+    given = AutoConfig.from_pretrained(options.model, local_files_only=True)
+    check_length(given, options.max_length)
+    elastic = given.model_type == ElasticBertConfig.model_type
+    config = given if elastic else ElasticBertConfig(**elastic_config(given.to_dict()))
+    layers = config.num_hidden_layers
+    if "D" in letters and options.student is not None:
+        weight_files(Path(options.student))
+        other = AutoConfig.from_pretrained(options.student, local_files_only=True)
+        check_length(other, options.max_length)
+        layer_map(other.num_hidden_layers, layers)
+    elif "D" in letters and not 1 <= student_layers(options, layers) < layers:
+        raise ValueError(f"layers must be 1 to {layers - 1}, fewer than the model's, got {options.layers}")
+    if "P" in letters:
+        heads, neurons = narrowest(config)
+        widths = pruned_widths(options, heads, neurons)
+        for name, most in (("heads", heads), ("intermediate", neurons)):
+            if not 1 <= widths[name] <= most:
+                raise ValueError(f"{name} must be 1 to {most}, what a layer of the model has, got {widths[name]}")
+        if widths["intermediate"] % widths["multiple_of"]:
+            raise ValueError(
+                f"intermediate must be a multiple of multiple_of {widths['multiple_of']}, got {widths['intermediate']}"
+            )
+        if (widths["heads"], widths["intermediate"]) == (heads, neurons):
+            raise ValueError(f"a layer of the model has {heads} heads and {neurons} FFN neurons: P would remove none")
