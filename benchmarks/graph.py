@@ -142,7 +142,7 @@ def measure(size: str, threads: int) -> dict:
         sessions = {name: session_of(path, threads) for name, path in plain_graphs(stock, Path(folder)).items()}
     for name in files:
         graph = build_graph(elastic.config, tensors, task, ARITHMETICS[name])
-        sessions[name] = session_of(graph.SerializeToString(), threads)
+        sessions[name] = session_of(graph.to_bytes(), threads)
     result: dict = {"size": size, "threads": threads, "weights": "random", "full depth, ms": {}}
     for rows, tokens in SHAPES:
         inputs = feed(0, [tokens] * rows)

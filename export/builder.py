@@ -3,30 +3,61 @@
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
 CONTRIB = "com.microsoft"  # operators of onnxruntime's CPU build, beside the standard ones
 
-GRAPH, INITIALIZER = 7, 5  # numbers of the fields of ModelProto and GraphProto in onnx.proto
+# numbers of the fields of ModelProto, GraphProto and TensorProto in onnx.proto
+GRAPH, INITIALIZER, RAW_DATA = 7, 5, 9
 
 
-def save_model(model: onnx.ModelProto, file: Path) -> None:
-    """Write a model as protobuf does, but one weight at a time: `onnx.save` holds all of them twice."""
-    weights = model.graph.initializer
-    graph = _without(model.graph, "initializer").SerializeToString()
-    sizes = [weight.ByteSize() for weight in weights]
-    total = len(graph) + sum(len(_header(INITIALIZER, size)) + size for size in sizes)
-    with file.open("wb") as output:
-        output.write(_without(model, "graph").SerializeToString())
-        output.write(_header(GRAPH, total) + graph)
-        for weight, size in zip(weights, sizes, strict=True):
-            output.write(_header(INITIALIZER, size))
-            output.write(weight.SerializeToString())
+@dataclass(frozen=True)
+class Weight:
+    """An initializer: an array, which may be a view of the checkpoint's own memory, and the type it is written in
+    (bfloat16 as uint16 bits)."""
+
+    name: str
+    array: np.ndarray
+    kind: int
+
+    def head(self) -> bytes:
+        """The serialised TensorProto up to its content."""
+        tensor = onnx.TensorProto(name=self.name, data_type=self.kind, dims=self.array.shape)
+        return tensor.SerializeToString() + _header(RAW_DATA, self.array.nbytes)
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """A model whose weights are apart: protobuf would hold a copy of all of them, and another when it writes."""
+
+    proto: onnx.ModelProto
+    weights: list[Weight]
+
+    def chunks(self) -> Iterator[bytes]:
+        """The serialised ModelProto, a weight at a time."""
+        graph = self.proto.graph.SerializeToString()
+        heads = [weight.head() for weight in self.weights]
+        sizes = [len(head) + weight.array.nbytes for head, weight in zip(heads, self.weights, strict=True)]
+        total = len(graph) + sum(len(_header(INITIALIZER, size)) + size for size in sizes)
+        yield _without(self.proto, "graph").SerializeToString() + _header(GRAPH, total) + graph
+        for head, weight, size in zip(heads, self.weights, sizes, strict=True):
+            yield _header(INITIALIZER, size) + head
+            yield weight.array.tobytes()
+
+    def save(self, file: Path) -> None:
+        """Write the file."""
+        with file.open("wb") as output:
+            output.writelines(self.chunks())
+
+    def to_bytes(self) -> bytes:
+        """The file's content."""
+        return b"".join(self.chunks())
 
 
 def _without(message: Any, left_out: str) -> Any:
@@ -58,7 +89,7 @@ class GraphBuilder:
         self._scope: list[str] = parent._scope[:] if parent else []
         self._numbers: Iterator[int] = parent._numbers if parent else itertools.count()
         self._constants: dict[tuple, str] = parent._constants if parent else {}
-        self.initializers: list[onnx.TensorProto] = parent.initializers if parent else []
+        self.weights: list[Weight] = parent.weights if parent else []
         self._outermost: GraphBuilder = parent._outermost if parent else self
 
     @contextmanager
@@ -102,17 +133,17 @@ class GraphBuilder:
 
     def initializer(self, name: str, array: np.ndarray) -> str:
         """A weight under its own name."""
-        self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
+        self.weights.append(Weight(name, array, helper.np_dtype_to_tensor_dtype(array.dtype)))
         return name
 
     def half(self, name: str, array: np.ndarray, kind: int) -> str:
         """A weight kept in float16 or bfloat16, as float32: onnxruntime widens it once, when it loads the file."""
         if kind == onnx.TensorProto.FLOAT16:
-            self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(array, np.float16), name))
+            kept = array.astype(np.float16)
         else:  # the upper half of float32, rounded to the nearest, even of two as near
             bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
-            bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-            self.initializers.append(helper.make_tensor(name, kind, array.shape, bits.tobytes(), raw=True))
+            kept = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        self.weights.append(Weight(name, kept, kind))
         wide = f"{name}_float32"
         self._outermost.nodes.append(helper.make_node("Cast", [name], [wide], name=wide, to=onnx.TensorProto.FLOAT))
         return wide

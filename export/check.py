@@ -1,10 +1,8 @@
 """What is checked before an artefact is kept: float32 against PyTorch at every exit and several lengths, rows that
 leave, the other files against float32."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ import torch
 
 from elastic_model.exit_policies import simulate
 from elastic_model.session import ElasticSession, exit_values
+from export.builder import OnnxModel
 from export.checkpoint import Checkpoint
 from export.task import EMBEDDING, MULTI_LABEL, QUESTIONS, REGRESSION, SINGLE_LABEL, Task
 
@@ -294,15 +293,13 @@ def quality(session: ElasticSession, answers: Answers, labels: list[str]) -> dic
     return {name: float(np.corrcoef(logits[:, 0], values)[0, 1]) for name, logits in said.items()}
 
 
-def check_model_file(file: Path) -> dict[str, Any]:
-    """The ONNX checker's consent, and how many matrix products by weights are int8; those that are not are listed."""
-    onnx.checker.check_model(file)
-    model = onnx.load(file)
-    weights = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer if len(tensor.dims) == 2}
+def matrix_products(model: OnnxModel) -> dict[str, Any]:
+    """How many matrix products by weights are int8; those that are not are listed."""
+    weights = {weight.name: weight.array.size for weight in model.weights if weight.array.ndim == 2}
     weights |= {f"{name}_float32": size for name, size in weights.items()}  # those widened when the file is loaded
     int8: list[tuple[str, int]] = []
     kept: list[tuple[str, int]] = []
-    for node in _nodes(model.graph):
+    for node in _nodes(model.proto.graph):
         used = [name for name in node.input if name in weights]
         if node.op_type in INTEGER_PRODUCTS + ("MatMul", "Gemm") and used:
             (int8 if node.op_type in INTEGER_PRODUCTS else kept).append((used[0], weights[used[0]]))

@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
-import onnx
 from onnx import TensorProto, helper
 
 from elastic_model import ElasticBertConfig
 from export.arithmetic import Arithmetic
-from export.builder import CONTRIB, GraphBuilder
+from export.builder import CONTRIB, GraphBuilder, OnnxModel
 from export.encoder import Weights, embeddings, encode
 from export.heads import (
     Batch,
@@ -36,7 +35,7 @@ REQUIRES = {"onnxruntime": "1.17", "opset": OPSET, "ir_version": IR_VERSION}
 
 def build_graph(
     config: ElasticBertConfig, tensors: Mapping[str, np.ndarray], task: Task, arithmetic: Arithmetic
-) -> onnx.ModelProto:
+) -> OnnxModel:
     """A configuration and its tensors as one ONNX model that answers at every exit.
 
     Inputs input_ids, attention_mask, token_type_ids (where the model has two types or more) int64 (batch, sequence);
@@ -70,7 +69,7 @@ def build_graph(
 
 def build_plain_graph(
     config: ElasticBertConfig, tensors: Mapping[str, np.ndarray], task: Task, arithmetic: Arithmetic, layer: int
-) -> onnx.ModelProto:
+) -> OnnxModel:
     """The model cut after the exit at `layer`, without control flow and inputs of its own: the outputs that its
     transformers class has, and nothing else."""
     graph = GraphBuilder()
@@ -232,7 +231,7 @@ def write_embeddings(graph: GraphBuilder, weights: Weights, batch: Batch, inside
         graph.op("Expand", left_at, rows, output="exit_layer")
 
 
-def finish(graph: GraphBuilder, config: ElasticBertConfig, task: Task, plain: bool = False) -> onnx.ModelProto:
+def finish(graph: GraphBuilder, config: ElasticBertConfig, task: Task, plain: bool = False) -> OnnxModel:
     """The model with its inputs, outputs and defaults; a plain one has BERT's inputs and answers alone."""
     int64, float32, exits = TensorProto.INT64, TensorProto.FLOAT, len(config.exit_layers)
     names = ["input_ids", "attention_mask", *(["token_type_ids"] if config.type_vocab_size > 1 else [])]
@@ -255,9 +254,7 @@ def finish(graph: GraphBuilder, config: ElasticBertConfig, task: Task, plain: bo
     body = helper.make_graph(graph.nodes, "elasticbert", inputs, outputs)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, CONTRIB_OPSET)]
     model = helper.make_model(body, opset_imports=opsets, ir_version=IR_VERSION, producer_name="elastic-model")
-    while graph.initializers:  # moved one by one: the weights are never held twice
-        model.graph.initializer.append(graph.initializers.pop())
-    return model
+    return OnnxModel(model, graph.weights)
 
 
 def _answers(task: Task) -> dict[str, list]:

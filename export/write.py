@@ -1,6 +1,7 @@
 """The artefact: one folder that `from_pretrained`, onnxruntime and ElasticSession understand, kept only if it
 passes."""
 
+import ctypes
 import gc
 import hashlib
 import json
@@ -21,7 +22,6 @@ from elastic_model.processor import ONNX_FILES, cpu_flags, fitting_files
 from elastic_model.provenance import append_stage
 from elastic_model.session import REPORT, ElasticSession, Text, load_tokenizer
 from export.arithmetic import ARITHMETICS, INT8, Arithmetic, arithmetic_of
-from export.builder import save_model
 from export.card import card_notes, stock_card
 from export.check import (
     Answers,
@@ -29,7 +29,7 @@ from export.check import (
     answers_of,
     check_against_float32,
     check_float32,
-    check_model_file,
+    matrix_products,
     quality,
     random_rows,
     references,
@@ -56,11 +56,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Written:
-    """What is known of the ONNX files before they are checked: the task, what PyTorch says, what to compare on."""
+    """What is known of the ONNX files before they are checked: the task, what PyTorch says, what to compare on, and
+    of each file its matrix products."""
 
     task: Task
     expected: list[Reference]
     rows: list[Any]
+    products: dict[str, dict[str, Any]]
 
 
 def export_checkpoint(options: ExportOptions) -> dict[str, Any]:
@@ -72,7 +74,7 @@ def export_checkpoint(options: ExportOptions) -> dict[str, Any]:
     with new_folder(options.output) as folder:
         (folder / "onnx").mkdir()
         written, report = write_all(options, files, sample, folder)  # PyTorch's copy of the weights ends with it
-        gc.collect()
+        release_memory()
         report |= {
             "versions": versions(),
             "requires": REQUIRES,
@@ -89,6 +91,14 @@ def export_checkpoint(options: ExportOptions) -> dict[str, Any]:
         else:
             (folder / "README.md").write_text(stock_card(name, report), encoding="utf-8")
     return report
+
+
+def release_memory() -> None:
+    """Give freed weights back to the system: glibc keeps blocks below 32 MiB for itself."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def chosen_files(options: ExportOptions) -> list[str]:
@@ -128,6 +138,7 @@ def write_all(
     if options.at:
         apply_point(config, points, options.at)
     task = task_of(config, points.policy if points else None, checkpoint.architecture)
+    points = points and points.in_a_graph()
     if sample and sample.labels and task.problem_type not in (SINGLE_LABEL, REGRESSION):
         raise ValueError(f"--label: quality is measured for classification and regression, not {task.problem_type}")
     report = {"activations": options.activations, **write_checkpoint(options, checkpoint, plain, folder)}
@@ -137,10 +148,11 @@ def write_all(
     tokenizer = load_tokenizer(options.checkpoint / "tokenizer.json", checkpoint.max_tokens, task.problem_type)
     rows = sample_rows(checkpoint, sample, tokenizer)
     ranges = input_ranges(checkpoint, rows) if options.activations == "static" else None
+    products = {}
     for name in files:
         arithmetic = arithmetic_of(name, options.activations, ranges)
-        write_graph(checkpoint, task, arithmetic, plain, points, folder / "onnx" / f"{name}.onnx")
-    return Written(task, expected, rows), report
+        products[name] = write_graph(checkpoint, task, arithmetic, plain, points, folder / "onnx" / f"{name}.onnx")
+    return Written(task, expected, rows, products), report
 
 
 def write_checkpoint(
@@ -169,8 +181,8 @@ def write_graph(
     plain: int | None,
     points: OperatingPoints | None,
     file: Path,
-) -> None:
-    """One ONNX file with its metadata."""
+) -> dict[str, Any]:
+    """One ONNX file with its metadata; what its matrix products are."""
     config = checkpoint.config if plain is None else cut_config(checkpoint.config, plain)
     if plain is None:
         model = build_graph(config, checkpoint.tensors, task, arithmetic)
@@ -179,8 +191,9 @@ def write_graph(
     entries = metadata(config, task, checkpoint.max_tokens, versions(), REQUIRES, plain)
     if points is not None and plain is None:
         entries["elastic_operating_points"] = json.dumps(points.to_dict())
-    onnx.helper.set_model_props(model, entries)
-    save_model(model, file)
+    onnx.helper.set_model_props(model.proto, entries)
+    model.save(file)
+    return matrix_products(model)
 
 
 def sample_rows(checkpoint: Checkpoint, sample: Sample | None, tokenizer: Tokenizer) -> list[Any]:
@@ -216,7 +229,9 @@ def check_files(
             if sample and sample.labels:
                 checks[name]["quality"] = quality(session, answers, sample.labels)
             del session
-        checks[name] |= check_model_file(path) | {"bytes": path.stat().st_size}
+        release_memory()
+        onnx.checker.check_model(path)
+        checks[name] |= written.products[name] | {"bytes": path.stat().st_size}
         with path.open("rb") as content:
             checks[name]["sha256"] = hashlib.file_digest(content, "sha256").hexdigest()
     return checks

@@ -36,7 +36,7 @@ def session_of(model, file="model", level=onnxruntime.GraphOptimizationLevel.ORT
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     options.graph_optimization_level = level
-    return onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(graph.to_bytes(), options, providers=["CPUExecutionProvider"])
 
 
 def batch_of(config, lengths, seed=0):

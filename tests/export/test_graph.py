@@ -160,9 +160,7 @@ def test_skipped_layers_do_no_work(lively_model, tmp_path):
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.enable_profiling = 3, True
     options.profile_file_prefix = str(tmp_path / "profile")
-    graph = build_graph(
-        lively_model.config, tensors, task_of(lively_model.config), ARITHMETICS["model"]
-    ).SerializeToString()
+    graph = build_graph(lively_model.config, tensors, task_of(lively_model.config), ARITHMETICS["model"]).to_bytes()
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     session.run(None, {**batch_of(lively_model.config, LENGTHS), "max_layer": np.array([2])})
     with open(session.end_profiling()) as file:
@@ -174,7 +172,8 @@ def test_skipped_layers_do_no_work(lively_model, tmp_path):
 @pytest.mark.parametrize("file", ARITHMETICS)
 def test_the_file_is_valid_onnx_and_states_its_versions(lively_model, file):
     tensors = {name: tensor.numpy() for name, tensor in lively_model.state_dict().items()}
-    model = build_graph(lively_model.config, tensors, task_of(lively_model.config), ARITHMETICS[file])
+    graph = build_graph(lively_model.config, tensors, task_of(lively_model.config), ARITHMETICS[file])
+    model = onnx.load_from_string(graph.to_bytes())
     onnx.checker.check_model(model)
     assert model.ir_version == IR_VERSION
     assert {one.domain: one.version for one in model.opset_import} == {"": OPSET, "com.microsoft": 1}

@@ -182,7 +182,7 @@ def test_no_significance_is_computed_where_nothing_is_dropped(tmp_path):
     graph = build_graph(model.config, tensors, task_of(model.config), ARITHMETICS["model"])
     options = onnxruntime.SessionOptions()
     options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
-    session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(graph.to_bytes(), options, providers=["CPUExecutionProvider"])
     batch = batch_of(model.config, LENGTHS)
     session.run(None, batch)
     session.run(None, {**batch, "length_config": np.array([1, 1, 0.5, 0.5], np.float32)})
