@@ -2,7 +2,8 @@
 Python."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral, Real
 
 # name -> the settings it needs and the ones it may have; every threshold is a number or one number per exit
@@ -19,18 +20,28 @@ POLICY_SETTINGS: dict[str, tuple[set[str], set[str]]] = {
 REGRESSION_POLICIES = ("never", "constant", "patience", "learned")
 
 
-def check_length_config(length_config, layers: int) -> list[float] | list[int] | None:
+@dataclass(frozen=True)
+class Mass:
+    """What a layer keeps where rows choose themselves: the fewest tokens that received this share of the attention."""
+
+    share: float
+
+
+def check_length_config(length_config, layers: int) -> list[float] | list[int] | list[Mass | float] | None:
     """The length configuration as a list, one entry per layer, or None where nothing is dropped.
 
     An entry says what remains after that layer's attention (Kim and Cho 2021): a float in (0, 1] is a
-    share of the row's own real tokens, an int is that many tokens, at least 2. Raises ValueError for anything else,
-    and where it rises.
+    share of the row's own real tokens, an int is that many tokens, at least 2. {"mass": [...]}: each row keeps as many
+    as its own significance scores ask for, see `length_drop.tokens_to_cover`. Raises ValueError for anything else,
+    and where shares or tokens rise.
     """
     if length_config is None or (isinstance(length_config, float) and length_config == 1.0):
         return None
+    if isinstance(length_config, Mapping):
+        return _check_mass(length_config, layers)
     if not isinstance(length_config, Sequence) or isinstance(length_config, str):
         raise ValueError(
-            f"length_config must be a list with one entry per layer, or 1.0 or None, got {length_config!r}."
+            f"length_config must be a list with one entry per layer, a mass, 1.0 or None, got {length_config!r}."
         )
     lengths = list(length_config)
     if len(lengths) != layers:
@@ -52,6 +63,18 @@ def check_length_config(length_config, layers: int) -> list[float] | list[int] |
     if any(after > before for before, after in zip(lengths, lengths[1:], strict=False)):
         raise ValueError(f"length_config must not rise from layer to layer, got {lengths}.")
     return None if all(length == 1.0 for length in lengths) else lengths
+
+
+def _check_mass(length_config: Mapping, layers: int) -> list[Mass | float] | None:
+    given = length_config.get("mass") if set(length_config) == {"mass"} else None
+    given = given if isinstance(given, Sequence) else []
+    shares = [float(share) for share in given if isinstance(share, Real)]
+    if len(shares) != layers or len(given) != layers or not all(0.0 < share <= 1.0 for share in shares):
+        raise ValueError(
+            f'length_config of rows that choose themselves must be {{"mass": [...]}}, {layers} shares in (0, 1], '
+            f"got {length_config!r}."
+        )
+    return None if all(share == 1.0 for share in shares) else [1.0 if one == 1.0 else Mass(one) for one in shares]
 
 
 def check_layer_config(layer_config, layers: int) -> list[int]:

@@ -73,7 +73,7 @@ class ElasticBertConfig(PreTrainedConfig):
     exit_groups: int = 1
     learned_exit_head: bool = False
 
-    length_config: list | tuple | float | None = None
+    length_config: list | tuple | dict | float | None = None
     keep_cls: bool = True
     exit_policy: dict | None = None
     no_answer_threshold: float | None = None
@@ -144,6 +144,8 @@ def _per_layer(uniform):
 
 
 def _length_config(config, given):
+    if isinstance(given, dict) and isinstance(given.get("mass"), list):
+        return {**given, "mass": given["mass"][: config.num_hidden_layers]}
     return given[: config.num_hidden_layers] if isinstance(given, list) else given
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .checks import check_layer_config, check_length_config
+from .checks import Mass, check_layer_config, check_length_config
 from .configuration_elasticbert import ElasticBertConfig
 from .length_drop import tokens_to_keep
 
@@ -50,9 +50,7 @@ def modules(
         raise ValueError(f"exit_layer must be one of {exits}, got {exit_layer}.")
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}.")
-    lengths = check_length_config(
-        config.length_config if length_config is None else length_config, config.num_hidden_layers
-    )
+    lengths = _lengths(config, length_config)
     executed = check_layer_config(layer_config, config.num_hidden_layers)
     inside = tokens
     rows = [Module("emb", tokens, 0)]
@@ -89,23 +87,27 @@ def mean_flops(
 
 
 def exit_flops(
-    config: ElasticBertConfig, tokens: Sequence[int] | torch.Tensor, length_config=None, head: str = "sequence"
+    config: ElasticBertConfig,
+    tokens: Sequence[int] | torch.Tensor,
+    length_config=None,
+    head: str = "sequence",
+    kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """FLOPs of leaving at each exit, every exit below asked: (exits, rows) int64, for rows of `tokens` tokens.
 
-    What `flops` gives row by row, for many rows at once.
+    What `flops` gives row by row, for many rows at once. kept: where rows choose their lengths themselves, how many
+    tokens each had left behind each layer, (layers, rows).
     """
     inside = torch.as_tensor(tokens, dtype=torch.long)
     if inside.dim() != 1 or not len(inside) or inside.min() < 1:
         raise ValueError("tokens must be a list of at least one count, each at least 1.")
-    lengths = check_length_config(
-        config.length_config if length_config is None else length_config, config.num_hidden_layers
-    )
+    lengths = None if kept is not None else _lengths(config, length_config)
     real, spent, costs = inside, torch.zeros_like(inside), []
     for layer in range(1, config.num_hidden_layers + 1):
-        kept = inside if lengths is None else tokens_to_keep(lengths[layer - 1], real).minimum(inside)
-        spent = spent + _attention(config, layer, inside) + _feed_forward(config, layer, kept)
-        inside = kept
+        left = inside if lengths is None else tokens_to_keep(lengths[layer - 1], real).minimum(inside)
+        left = left if kept is None else kept[layer - 1]
+        spent = spent + _attention(config, layer, inside) + _feed_forward(config, layer, left)
+        inside = left
         if layer in (config.exit_layers or ()):
             spent = spent + _exit_head(config, head, real)
             costs.append(spent)
@@ -127,6 +129,17 @@ def parameters(config: ElasticBertConfig, head: str = "sequence", exit_layer: in
         count += 3 * (width + 1) * attention + (attention + 1) * width + 2 * width
         count += (width + 1) * inner + (inner + 1) * width + 2 * width
     return count + _head_parameters(config, head, len([layer for layer in exits if layer <= top]))
+
+
+def _lengths(config, length_config):
+    given = config.length_config if length_config is None else length_config
+    lengths = check_length_config(given, config.num_hidden_layers)
+    if any(isinstance(length, Mass) for length in lengths or ()):
+        raise ValueError(
+            f"what {given} costs depends on each row's scores: measure how many tokens rows keep, and give exit_flops "
+            "`kept`; or state shares."
+        )
+    return lengths
 
 
 def _attention(config, layer: int, tokens):

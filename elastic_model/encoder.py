@@ -14,7 +14,8 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .length_drop import most_significant, restore, significance, take_tokens, tokens_to_keep
+from .checks import Mass
+from .length_drop import most_significant, restore, significance, take_tokens, tokens_to_cover, tokens_to_keep
 from .losses import gradient_equilibrium
 
 
@@ -149,16 +150,19 @@ class ElasticBertLayer(GradientCheckpointingLayer):
         self.intermediate = ElasticBertIntermediate(config, index)
         self.output = ElasticBertResidual(config, config.intermediate_size_per_layer[index])
 
-    def forward(self, hidden, attention_mask=None, real=None, counts=None, keep_cls=True, **kwargs):
+    def forward(self, hidden, attention_mask=None, real=None, counts=None, mass=None, keep_cls=True, **kwargs):
         """hidden (rows, tokens, width) -> the same with the kept tokens, and the kept tokens' indices and mask (rows,
         kept).
 
-        counts (rows,): how many of the `real` (rows, tokens) tokens stay; None: all of them, and no significance is
-        computed.
+        counts (rows,): how many of the `real` (rows, tokens) tokens stay; mass: how much of the significance they
+        cover; neither: all of them, and no significance is computed.
         """
-        hidden, scores = self.attention(hidden, attention_mask, None if counts is None else real, **kwargs)
+        drops = counts is not None or mass is not None
+        hidden, scores = self.attention(hidden, attention_mask, real if drops else None, **kwargs)
         kept = mask = None
-        if counts is not None:
+        if drops:
+            if mass is not None:
+                counts = tokens_to_cover(mass, scores, real, keep_cls)
             kept, mask = most_significant(scores, real, counts, keep_cls)
             hidden = take_tokens(hidden, kept)
         return self.output(self.intermediate(hidden), hidden), kept, mask
@@ -194,7 +198,7 @@ class Flow:
     attention_mask: Any = None  # as the attention implementation wants it, made from `mask`
     attention_mask_is_stale: bool = True
 
-    def through(self, layer: nn.Module, config, length: float | int | None, **kwargs) -> None:
+    def through(self, layer: nn.Module, config, length: float | int | Mass | None, **kwargs) -> None:
         """Pass a layer, dropping tokens where `length` says so."""
         if self.attention_mask_is_stale:
             self.attention_mask = create_bidirectional_mask(
@@ -207,10 +211,14 @@ class Flow:
         real = self.real_mask()
         if self.real_tokens is None:
             self.real_tokens = real.sum(1)
-        counts = tokens_to_keep(length, self.real_tokens).minimum(real.sum(1))
+        dropping: dict[str, Any] = {}
+        if isinstance(length, Mass):
+            dropping["mass"] = length.share
+        else:
+            dropping["counts"] = tokens_to_keep(length, self.real_tokens).minimum(real.sum(1))
         before = self.hidden
         self.hidden, kept, mask = layer(
-            self.hidden, self.attention_mask, real=real, counts=counts, keep_cls=config.keep_cls, **kwargs
+            self.hidden, self.attention_mask, real=real, keep_cls=config.keep_cls, **dropping, **kwargs
         )
         if self.memory is None or self.positions is None:
             self.memory, self.positions = before, kept
@@ -339,7 +347,8 @@ class ElasticBertEncoder(nn.Module):
             if number in layers:
                 length = None if lengths is None or lengths[number - 1] in (before, 1.0) else lengths[number - 1]
                 flow.through(layer, self.config, length, **kwargs)
-                before = length or before
+                if not isinstance(length, Mass):  # which is of what is left: the same again drops more
+                    before = length or before
             if number not in computed:
                 continue
             exits_from_here = len(computed) - computed.index(number)

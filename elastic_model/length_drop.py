@@ -24,6 +24,21 @@ def tokens_to_keep(length: float | int, real_tokens: torch.Tensor) -> torch.Tens
     return (share * real_tokens.float()).ceil().long().clamp(min=2).minimum(real_tokens)
 
 
+def tokens_to_cover(mass: float, scores: torch.Tensor, real: torch.Tensor, keep_cls: bool) -> torch.Tensor:
+    """Tokens each row keeps where it chooses itself: the fewest, the most significant first, whose scores sum to the
+    share `mass` of the row's; at least 2, as far as it has them. [CLS] comes first where it is always kept.
+
+    scores, real (rows, tokens) -> (rows,)
+    """
+    ranked = scores.masked_fill(~real, -torch.inf)
+    if keep_cls:
+        ranked = ranked.scatter(1, real.long().argmax(1, keepdim=True), torch.inf)
+    order = ranked.sort(dim=1, descending=True, stable=True).indices
+    covered = scores.masked_fill(~real, 0.0).gather(1, order).cumsum(1)
+    counts = (covered < mass * covered[:, -1:]).sum(1) + 1
+    return counts.clamp(min=2).minimum(real.sum(1))
+
+
 def most_significant(
     scores: torch.Tensor, mask: torch.Tensor, counts: torch.Tensor, keep_cls: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,14 @@ class OperatingPoint:
     quality: {"metric", "value", "low", "high", "split"}, value and interval as fractions of 1. latency_ms: {"value",
     "batch", "threads", "machine"}. flops: mean FLOPs per row on its real tokens, a multiply-add counted as two;
     padded_flops: were every row padded to the maximum length, as Kim and Cho (2021) count. length_config: a share per
-    layer, None = all tokens. calibration: what a calibrated point promises (`finetune.calibrate` writes it).
+    layer, {"mass": [...]} where rows choose themselves (in PyTorch only), None = all tokens. calibration: what a
+    calibrated point promises (`finetune.calibrate` writes it).
     """
 
     name: str
     thresholds: list[float]
     mean_exit_layer: float
-    length_config: list[float] | None = None
+    length_config: list[float] | dict[str, list[float]] | None = None
     flops: float | None = None
     quality: dict[str, Any] | None = None
     latency_ms: dict[str, Any] | None = None
@@ -50,7 +51,18 @@ class OperatingPoint:
             ):
                 raise ValueError(f"operating point {self.name!r}: {name} must be finite, got {measured}")
         if self.length_config is not None:
-            check_length_config(self.length_config, len(self.length_config))
+            shares = self.length_config
+            check_length_config(shares, len(shares.get("mass", ()) if isinstance(shares, dict) else shares))
+
+    @property
+    def shares(self) -> list[float] | None:
+        """A share per layer, None = all tokens; ValueError where rows choose themselves, which no graph can."""
+        if isinstance(self.length_config, dict):
+            raise ValueError(
+                f"operating point {self.name!r} lets rows choose their lengths ({self.length_config}): it runs in "
+                "PyTorch only; export the checkpoint again, which leaves it out"
+            )
+        return self.length_config
 
 
 @dataclass(frozen=True)
@@ -120,6 +132,10 @@ class OperatingPoints:
         """As `operating_points.json` in a folder."""
         with new_file(Path(folder) / FILE) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+    def in_a_graph(self) -> "OperatingPoints":
+        """Those that an exported graph can run: its lengths are shares, not the row's own choice."""
+        return replace(self, points=[one for one in self.points if not isinstance(one.length_config, dict)])
 
     def full(self) -> OperatingPoint:
         """The most expensive point: what speed-ups and losses are counted against."""

@@ -143,7 +143,7 @@ class ElasticSession:
     ) -> Iterator[dict[str, Any]]:
         name = self.default_point() if point is None else point.name
         thresholds = None if point is None else point.thresholds
-        lengths = None if point is None else point.length_config or [1.0] * self.layers
+        lengths = None if point is None else point.shares or [1.0] * self.layers
         done = 0
         for chunk in self._chunks(texts):
             windows = self._windows(chunk)
@@ -209,7 +209,7 @@ class ElasticSession:
     def default_point(self) -> str:
         """The name of the operating point at which the file runs by itself."""
         for point in self.points.points if self.points else []:
-            lengths = point.length_config or [1.0] * self.layers
+            lengths = point.shares or [1.0] * self.layers
             if np.allclose(point.thresholds[:-1], self.thresholds[:-1], rtol=0, atol=1e-7) and np.allclose(
                 lengths, self.lengths, rtol=0, atol=1e-7
             ):
@@ -498,9 +498,9 @@ def _check_points(points: OperatingPoints | None, session: ElasticSession) -> No
                 f"{file}: {len(point.thresholds)} thresholds per point for the {len(session.thresholds)} exits of "
                 f"{session.file.name}; export the checkpoint again"
             )
-        if point.length_config is not None and len(point.length_config) != session.layers:
+        if point.shares is not None and len(point.shares) != session.layers:
             raise ValueError(
-                f"{file}: point {point.name!r} has {len(point.length_config)} lengths for the {session.layers} layers "
+                f"{file}: point {point.name!r} has {len(point.shares)} lengths for the {session.layers} layers "
                 f"of {session.file.name}; export the checkpoint again"
             )
 

@@ -74,17 +74,18 @@ def task_of(config: ElasticBertConfig, measured: dict[str, Any] | None = None, a
     """
     head, exits = HEADS[architecture], config.exit_layers
     problem_type = head.problem_type or config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE_LABEL)
-    lengths = check_length_config(config.length_config, config.num_hidden_layers) or [1.0] * config.num_hidden_layers
-    if any(isinstance(length, int) for length in lengths):
+    given = check_length_config(config.length_config, config.num_hidden_layers) or [1.0] * config.num_hidden_layers
+    lengths = [length for length in given if isinstance(length, float)]
+    if len(lengths) < len(given):
         raise ValueError(
-            f"length_config in tokens cannot be exported, the graph takes shares of each text; got {lengths}: state "
-            "shares in config.json, or null"
+            f"length_config in tokens or by mass cannot be exported, the graph takes shares of each text; got "
+            f"{config.length_config}: state shares in config.json, or null"
         )
     labels = {QUESTIONS: 2, EMBEDDING: config.hidden_size}.get(problem_type, config.num_labels)
     if problem_type == EMBEDDING:
-        return Task(head, problem_type, None, [], exits[-1], [float(one) for one in lengths], labels)
+        return Task(head, problem_type, None, [], exits[-1], lengths, labels)
     policy, thresholds, max_layer = _policy_of(config, measured, problem_type)
-    return Task(head, problem_type, policy, thresholds, max_layer, [float(one) for one in lengths], labels)
+    return Task(head, problem_type, policy, thresholds, max_layer, lengths, labels)
 
 
 def _policy_of(config, measured: dict[str, Any] | None, problem_type: str) -> tuple[dict, list[float], int]:

@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerBase, logging
 
 from elastic_model import ElasticBertConfig
 from elastic_model.checks import check_length_config
-from elastic_model.cost import mean_flops
+from elastic_model.cost import exit_flops, mean_flops
 from elastic_model.exit_policies import simulate
 from elastic_model.folders import check_output, new_folder
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
+from finetune.by_row import explore_by_row
 from finetune.config import EvaluateOptions
 from finetune.data import Encoded, collate, inputs_of, sorted_batches
 from finetune.examples import read_examples
@@ -137,14 +138,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def exit_table(
-    per_exit: dict[int, list[Score]], config: ElasticBertConfig, encoded: Encoded, lengths: list[float] | None = None
+    per_exit: dict[int, list[Score]],
+    config: ElasticBertConfig,
+    encoded: Encoded,
+    lengths: list[float] | None = None,
+    kept: np.ndarray | None = None,
 ) -> str:
-    """Quality by exit layer, a line an exit, with the cost of stopping there."""
+    """Quality by exit layer, a line an exit, with the cost of stopping there; kept: as `exit_flops` takes it."""
     metrics = [score.metric for score in next(iter(per_exit.values()))]
-    cost = {
-        layer: mean_flops(config, encoded.lengths, [layer] * len(encoded), length_config=lengths, head=encoded.head)
-        for layer in per_exit
-    }
+    flops = exit_flops(config, encoded.lengths, lengths, encoded.head, _tensor(kept)).double().mean(1).tolist()
+    cost = dict(zip(config.exit_layers or (), flops, strict=True))
     rows = [[layer, f"{cost[layer] / 1e6:.4g}", *scored] for layer, scored in per_exit.items()]
     return table(["exit layer", "MFLOPs a row", *(f"{name} (95 % interval)" for name in metrics)], rows)
 
@@ -250,13 +253,27 @@ def milliseconds(
 
 
 def costs_of(
-    one: Outcome, options: EvaluateOptions, config: ElasticBertConfig, encoded: Encoded, lengths: list[float] | None
+    one: Outcome,
+    options: EvaluateOptions,
+    config: ElasticBertConfig,
+    encoded: Encoded,
+    lengths: list[float] | None,
+    kept: np.ndarray | None,
 ) -> dict[str, float]:
-    """FLOPs of a row on average, on its real tokens and if all rows were padded to the maximum length."""
+    """FLOPs of a row on average, on its real tokens and, unless rows choose what is kept, if all were padded to the
+    maximum length."""
+    tokens = {"flops": encoded.lengths}
+    if kept is None:
+        tokens["padded_flops"] = [options.max_length] * len(encoded)
+    places, rows = np.searchsorted(config.exit_layers or (), one.left_at), np.arange(len(encoded))
     return {
-        name: mean_flops(config, tokens, one.left_at.tolist(), length_config=lengths, head=encoded.head)
-        for name, tokens in (("flops", encoded.lengths), ("padded_flops", [options.max_length] * len(encoded.lengths)))
+        name: exit_flops(config, counts, lengths, encoded.head, _tensor(kept)).double()[places, rows].mean().item()
+        for name, counts in tokens.items()
     }
+
+
+def _tensor(kept: np.ndarray | None) -> torch.Tensor | None:
+    return None if kept is None else torch.from_numpy(kept)
 
 
 def _write_predictions(file: Path, encoded: Encoded, own: Outcome, labels: Labels) -> None:
@@ -320,7 +337,9 @@ def evaluate(options: EvaluateOptions) -> None:
     encoded = encode_split(examples, options.split, task, labels, tokenizer, options.max_length)
     lengths = lengths_of(options, model.config)
     logits = exit_logits(model, encoded, tokenizer, options.eval_batch_size, accelerator, lengths)
-    layers, saved = list(model.config.exit_layers), model.config.exit_policy
+    layers, saved, kept = list(model.config.exit_layers), model.config.exit_policy, None
+    if lengths is None and isinstance(model.config.length_config, dict):
+        _, kept = explore_by_row(model, encoded, tokenizer, options.eval_batch_size, model.config.length_config)
     exits = {layer: scores(one, encoded, labels, options.seed) for layer, one in zip(layers, logits, strict=True)}
     doubts = exit_uncertainty(model, encoded, tokenizer, options.eval_batch_size, accelerator)
     policies = _policies(options, logits, labels, saved)
@@ -331,13 +350,13 @@ def evaluate(options: EvaluateOptions) -> None:
     own = outcome(saved, logits, layers, encoded, labels, doubts)
     outcomes = {policy_text(one.policy): one for one in (swept if options.thresholds else spread(swept, LINES))}
     outcomes |= {"full depth": outcome(None, logits, layers, encoded, labels), "the checkpoint's own": own}
-    costs = {name: costs_of(one, options, model.config, encoded, lengths) for name, one in outcomes.items()}
+    costs = {name: costs_of(one, options, model.config, encoded, lengths, kept) for name, one in outcomes.items()}
     for name in [*list(outcomes)[: TIMED if options.thresholds else 0], "full depth", "the checkpoint's own"]:
         if options.timed_rows and accelerator.is_main_process:
             how = (options, outcomes[name].policy, lengths)
             costs[name]["ms"] = milliseconds(model, encoded, tokenizer, *how)
     accelerator.print(f"{task.name}, {options.split}: {encoded.size(options.max_length)}")
-    shown = exit_table(exits, model.config, encoded, lengths), outcome_table(outcomes, _cells(costs))
+    shown = exit_table(exits, model.config, encoded, lengths, kept), outcome_table(outcomes, _cells(costs))
     accelerator.print(*shown, sep="\n\n")
     if options.output and accelerator.is_main_process:
         with new_folder(Path(options.output)) as folder:

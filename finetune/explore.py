@@ -1,16 +1,18 @@
 """The exits' logits under many length configurations at once: what configurations share is computed once.
 
 Configurations that agree up to a layer have the same states up to there, and the attention of the layer after it:
-tokens are dropped behind the attention. So the configurations are walked as a tree, a branch per share and layer.
+tokens are dropped behind the attention. So the configurations are walked as a tree, a branch per share and layer. Of
+the last layer a head that pools reads [CLS] alone, which no share drops: there is one branch, and one query.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedTokenizerBase
 
 from elastic_model.encoder import Exit, Flow
@@ -18,6 +20,8 @@ from elastic_model.length_drop import most_significant, restore, take_tokens, to
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from finetune.candidates import STEPS, Lengths
 from finetune.data import Encoded, collate, inputs_of, sorted_batches
+
+Said = tuple[torch.Tensor, torch.Tensor | None]  # logits (exits, rows, ...), uncertainties (exits, rows)
 
 
 @dataclass
@@ -27,6 +31,22 @@ class Observed:
 
     logits: np.ndarray
     uncertainty: np.ndarray | None
+
+    @classmethod
+    def blank(cls, said: Said, rows: int, tokens: int) -> "Observed":
+        """Zeros for that many rows, of at most that many tokens, in the shape of what was said of some of them."""
+        logits, doubt = said
+        padded = [tokens] if logits.ndim == 4 else []  # logits per token
+        shape = (len(logits), rows, *padded, logits.shape[-1])
+        return cls(np.zeros(shape, np.float32), None if doubt is None else np.zeros(shape[:2], np.float32))
+
+    def put(self, rows: list[int], said: Said) -> None:
+        """Fill in what was said of those rows."""
+        logits, doubt = said
+        place: tuple = (slice(None), rows, *map(slice, logits.shape[2:-1]))
+        self.logits[place] = logits.float().cpu().numpy()
+        if self.uncertainty is not None and doubt is not None:
+            self.uncertainty[:, rows] = doubt.float().cpu().numpy()
 
     def followed_by(self, more: "Observed") -> "Observed":
         """With the rows of `more` behind its own."""
@@ -40,12 +60,16 @@ class Tree:
     """A walk of one batch: `found`: what each configuration gave, (exits, rows, ...), and its uncertainties."""
 
     model: ElasticBertExitModel
-    found: dict[Lengths, tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
+    found: dict[Lengths, Said] = field(default_factory=dict)
 
     def walk(self, flow: Flow, layer: int, lengths: list[Lengths], exits: list[tuple]) -> None:
         """Pass `layer` (from 1) and all above with the sorted configurations that share the flow below it."""
         config = self.model.config
         module: Any = self.model.elasticbert.encoder.layer[layer - 1]
+        if layer == config.num_hidden_layers and self.first_alone:
+            (one,) = lengths  # `_alike`: the last share tells no two apart
+            self.found[one] = self.said([*exits, self.head(layer, replace(flow, hidden=_first_above(flow, module)))])
+            return
         before = lengths[0][layer - 2] if layer > 1 else STEPS
         attended: tuple[torch.Tensor, torch.Tensor] | None = None
         for steps, group in groupby(lengths, key=lambda one: one[layer - 1]):
@@ -58,14 +82,27 @@ class Tree:
                 self._drop(branch, module, attended, steps / STEPS)
             here = list(exits)
             if layer in self.model.exit_layers:
-                place = self.model.exit_layers.index(layer)
-                here.append(self.model.head(Exit(layer, place, layer == self.model.exit_layers[-1], branch, branch)))
+                here.append(self.head(layer, branch))
             if layer < config.num_hidden_layers:
                 self.walk(branch, layer + 1, same, here)
             else:
-                doubts = [doubt for _, doubt in here if doubt is not None]
-                every = torch.stack([logits for logits, _ in here])
-                self.found[same[0]] = (every, torch.stack(doubts) if doubts else None)
+                self.found[same[0]] = self.said(here)
+
+    @property
+    def first_alone(self) -> bool:
+        """Whether the exits read [CLS] alone, and it is never dropped."""
+        return self.model.pools and self.model.config.keep_cls
+
+    def head(self, layer: int, flow: Flow) -> tuple:
+        """What the exit behind a layer says: logits and, where there is a learned exit head, its uncertainty."""
+        exits = self.model.exit_layers
+        return self.model.head(Exit(layer, exits.index(layer), layer == exits[-1], flow, flow))
+
+    @staticmethod
+    def said(exits: list[tuple]) -> Said:
+        """What the exits said, stacked."""
+        doubts = [doubt for _, doubt in exits if doubt is not None]
+        return torch.stack([logits for logits, _ in exits]), torch.stack(doubts) if doubts else None
 
     def _drop(self, flow: Flow, module: Any, attended: tuple[torch.Tensor, torch.Tensor], share: float) -> None:
         """The layer behind its attention, as `Flow.through` has it; last states are kept where a head reads them."""
@@ -76,7 +113,7 @@ class Tree:
         counts = tokens_to_keep(share, flow.real_tokens).minimum(real.sum(1))
         kept, mask = most_significant(scores, real, counts, self.model.config.keep_cls)
         hidden = take_tokens(hidden, kept)
-        if not self.model.pools or not self.model.config.keep_cls:
+        if not self.first_alone:
             memory = before if flow.memory is None or positions is None else flow.memory
             flow.memory = before if positions is None else restore(memory, before, positions, real)
             flow.positions = kept if positions is None else positions.gather(1, kept)
@@ -87,15 +124,33 @@ class Tree:
 @torch.inference_mode()
 def explore_batch(
     model: ElasticBertExitModel, batch: Mapping[str, torch.Tensor], lengths: list[Lengths]
-) -> dict[Lengths, tuple[torch.Tensor, torch.Tensor | None]]:
+) -> dict[Lengths, Said]:
     """What every exit says of a batch under each of the configurations: logits (exits, rows, ...), uncertainties."""
     inputs = {name: tensor for name, tensor in batch.items() if name in ("input_ids", "token_type_ids")}
     hidden, mask = model.elasticbert.embeddings(**inputs), batch["attention_mask"].bool()
-    alike = _alike(mask.sum(1))
+    tree, alike = Tree(model), _alike(mask.sum(1))
     walked = {one: tuple(alike[steps] for steps in one) for one in lengths}
-    tree = Tree(model)
+    if tree.first_alone:
+        walked = {one: (*steps[:-1], 1) for one, steps in walked.items()}
     tree.walk(Flow(hidden, mask), 1, sorted(set(walked.values())), [])
     return {one: tree.found[walked[one]] for one in lengths}
+
+
+def _first_above(flow: Flow, layer: Any) -> torch.Tensor:
+    """The first token behind a layer, (rows, 1, width): keys and values of all tokens, one query."""
+    attention, first = layer.attention.self, flow.hidden[:, :1]
+    query, key, value = (
+        project(states).unflatten(-1, (-1, attention.attention_head_size)).transpose(1, 2)
+        for project, states in (
+            (attention.query, first),
+            (attention.key, flow.hidden),
+            (attention.value, flow.hidden),
+        )
+    )
+    mask = flow.real_mask()[:, None, None]
+    context = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=attention.scaling)
+    hidden = layer.attention.output(context.transpose(1, 2).flatten(2), first)
+    return layer.output(layer.intermediate(hidden), hidden)
 
 
 def _alike(real_tokens: torch.Tensor) -> dict[int, int]:
@@ -120,19 +175,19 @@ def explore(
     """What every exit says of all rows, or of `some`, under each of the configurations; batches are of rows of like
     length."""
     found: dict[Lengths, Observed] = {}
-    device, tokens = next(model.parameters()).device, encoded.lengths
     some = range(len(encoded)) if some is None else some
-    for rows in sorted_batches([tokens[row] for row in some], batch_size) if lengths else ():
-        batch = inputs_of(collate(encoded, [some[row] for row in rows], tokenizer, device))
-        for one, (logits, doubt) in explore_batch(model, batch, lengths).items():
-            part = logits.float().cpu().numpy()
+    for rows, batch in batches_of(model, encoded, tokenizer, batch_size, some) if lengths else ():
+        for one, said in explore_batch(model, batch, lengths).items():
             if one not in found:
-                padded = [max(tokens)] if part.ndim == 4 else []  # logits per token
-                shape = (len(part), len(some), *padded, part.shape[-1])
-                doubts = None if doubt is None else np.zeros(shape[:2], np.float32)
-                found[one] = Observed(np.zeros(shape, np.float32), doubts)
-            place: tuple = (slice(None), rows, *map(slice, part.shape[2:-1]))
-            found[one].logits[place] = part
-            if doubt is not None:
-                found[one].uncertainty[:, rows] = doubt.float().cpu().numpy()  # type: ignore[index]
+                found[one] = Observed.blank(said, len(some), max(encoded.lengths))
+            found[one].put(rows, said)
     return found
+
+
+def batches_of(
+    model: ElasticBertExitModel, encoded: Encoded, tokenizer: PreTrainedTokenizerBase, batch_size: int, some: range
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    """Batches of rows of like length: their places in `some`, and what the model takes."""
+    device, tokens = next(model.parameters()).device, encoded.lengths
+    for rows in sorted_batches([tokens[row] for row in some], batch_size):
+        yield rows, inputs_of(collate(encoded, [some[row] for row in rows], tokenizer, device))

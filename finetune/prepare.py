@@ -160,6 +160,11 @@ def load_for_training(options: TrainOptions, labels: Labels) -> ElasticBertExitM
     folder = Path(options.model)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     check_length(config, options.max_length)
+    if isinstance(getattr(config, "length_config", None), dict):
+        raise ValueError(
+            f"{folder}: rows choose their own lengths ({config.length_config}), which is for checkpoints that are "
+            "finished; set length_config to null in its config.json to train on"
+        )
     exit_weights(options.exit_loss, [1])
     settings: dict[str, Any] = {"exit_loss": options.exit_loss, "gradient_equilibrium": options.gradient_equilibrium}
     settings |= {"exit_groups": options.exit_groups, "exit_policy": None, **find_recipe(options.recipe).config}

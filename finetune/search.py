@@ -12,7 +12,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from elastic_model.front import area_under_front, pareto_front
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from elastic_model.operating_points import FILE, OperatingPoint, OperatingPoints, checkpoint_hash
 from elastic_model.session import ElasticSession
+from finetune.by_row import FIT_ROWS, by_row, explore_by_row, fit_share
 from finetune.candidates import STEPS, Lengths, initial, offspring, shares
 from finetune.config import SearchOptions
 from finetune.data import Encoded
@@ -193,9 +194,11 @@ def evaluate(search: Search, generation: list[Lengths], accelerator: Accelerator
     start, stop = (len(new) * (accelerator.process_index + one) // count for one in (0, 1))
     how = (search.model, search.encoded, search.tokenizer, search.options.eval_batch_size)
     observed: dict[Lengths, Observed] = {}
+    device = accelerator.device.type
     going, done = new[start:stop], 0
     for rung, encoded in enumerate(search.rungs):
-        more = explore(*how, going, range(done, len(encoded)))
+        with torch.autocast(device, torch.bfloat16, enabled=search.options.precision == "bf16"):
+            more = explore(*how, going, range(done, len(encoded)))
         observed = {one: observed[one].followed_by(more[one]) if rung else more[one] for one in going}
         for one, found in gather_object([(one, measure(search, one, observed[one], encoded)) for one in going]):
             search.found.setdefault(one, []).append(found)
@@ -324,31 +327,62 @@ def operating_points(search: Search, encoded: Encoded, weights: str) -> Operatin
     named, config, options = chosen(search), search.model.config, search.options
     how = (search.model, encoded, search.tokenizer, options.eval_batch_size)
     observed = explore(*how, sorted({one.lengths for one in named.values()}))
-    exits, problem_type = search.model.exit_layers, search.labels.problem_type
     points = []
     for name, one in named.items():
-        seen, policy = observed[one.lengths], search.policies[one.setting]
-        (left,) = sweep([policy], seen.logits, exits, problem_type, encoded.mask, seen.uncertainty).numpy()
-        rows = np.arange(len(left))
-        flops = exit_flops(config, encoded.lengths, shares(one.lengths), encoded.head).double().numpy()
-        padded = exit_flops(config, [options.max_length], shares(one.lengths), encoded.head).double().numpy()[:, 0]
-        answers = answers_of(seen.logits[left, rows], encoded, search.labels)
-        limits, served = thresholds(policy["name"], policy, len(exits), problem_type), search.served
-        points.append(
-            OperatingPoint(
-                name,
-                limits,
-                float(np.array(exits)[left].mean()),
-                shares(one.lengths),
-                flops=float(flops[left, rows].mean()),
-                quality={**asdict(score_of(answers, encoded, search.labels, options.seed)), "split": options.split},
-                latency_ms=None if served is None else served.time(limits, shares(one.lengths)),
-                padded_flops=float(padded[left].mean()),
-            )
-        )
+        seen, lengths, served = observed[one.lengths], shares(one.lengths), search.served
+        flops = exit_flops(config, encoded.lengths, lengths, encoded.head)
+        point, left = measured_point(search, encoded, name, one.setting, seen, flops)
+        padded = exit_flops(config, [options.max_length], lengths, encoded.head).double().numpy()[:, 0]
+        latency = None if served is None else served.time(point.thresholds, lengths)
+        padded_flops = float(padded[left].mean())
+        points.append(replace(point, length_config=lengths, latency_ms=latency, padded_flops=padded_flops))
+    if options.by_row:
+        points += points_by_row(search, encoded, named)
     lossless = named.get("lossless", named["full"])
     policy = search.policies[lossless.setting]
     return OperatingPoints(weights, policy, points + guaranteed(Path(options.model), policy["name"]))
+
+
+def measured_point(
+    search: Search, encoded: Encoded, name: str, setting: int, seen: Observed, flops: torch.Tensor
+) -> tuple[OperatingPoint, np.ndarray]:
+    """What a setting of the exit policy gives on rows whose exits have been seen, without its lengths; and the places
+    among the exits that rows leave at. flops (exits, rows): of leaving there."""
+    exits, labels, options = search.model.exit_layers, search.labels, search.options
+    policy = search.policies[setting]
+    (left,) = sweep([policy], seen.logits, exits, labels.problem_type, encoded.mask, seen.uncertainty).numpy()
+    rows = np.arange(len(left))
+    answers = answers_of(seen.logits[left, rows], encoded, labels)
+    point = OperatingPoint(
+        name,
+        thresholds(policy["name"], policy, len(exits), labels.problem_type),
+        float(np.array(exits)[left].mean()),
+        flops=float(flops.double().numpy()[left, rows].mean()),
+        quality={**asdict(score_of(answers, encoded, labels, options.seed)), "split": options.split},
+    )
+    return point, left
+
+
+def points_by_row(search: Search, encoded: Encoded, named: dict[str, Found]) -> list[OperatingPoint]:
+    """Beside each candidate that drops tokens, what rows give that choose their own lengths, at the cost of its."""
+    how = (search.model, search.encoded, search.tokenizer, search.options.eval_batch_size)
+    known: dict[float, float] = {}
+    seen: dict[Lengths, tuple[dict[str, list[float]], Observed, torch.Tensor]] = {}
+    points = []
+    for name, one in named.items():
+        if one.lengths == search.whole:
+            continue
+        if one.lengths not in seen:
+            tokens = search.encoded.lengths[:FIT_ROWS]
+            cost = exit_flops(search.model.config, tokens, shares(one.lengths), encoded.head)[-1].double().mean()
+            lengths = by_row(search.model, fit_share(*how, cost.item(), known))
+            observed, kept = explore_by_row(search.model, encoded, search.tokenizer, how[-1], lengths)
+            seen[one.lengths] = lengths, observed, torch.from_numpy(kept)
+        lengths, observed, counts = seen[one.lengths]
+        flops = exit_flops(search.model.config, encoded.lengths, head=encoded.head, kept=counts)
+        point, _ = measured_point(search, encoded, f"{name}-by-row", one.setting, observed, flops)
+        points.append(replace(point, length_config=lengths))
+    return points
 
 
 def guaranteed(folder: Path, policy: str) -> list[OperatingPoint]:
@@ -398,6 +432,8 @@ def prepare(options: SearchOptions) -> tuple[Search, Encoded]:
         )
     folder = Path(options.model)
     model, tokenizer, task = load_classifier(folder, options.max_length), load_tokenizer(folder), chosen_task(options)
+    if options.by_row and options.axes == "exits":
+        raise ValueError("by_row sets lengths that rows choose against searched ones: leave it away with --axes exits")
     labels, examples = labels_of_model(options, task, model.config), read_examples(task, options.split)
     every = encode_split(examples, options.split, task, labels, tokenizer, options.max_length)
     some = some_rows(examples, options.rows, options.seed)
@@ -412,7 +448,7 @@ def prepare(options: SearchOptions) -> tuple[Search, Encoded]:
             model, encoded, tokenizer, options.eval_batch_size, [(STEPS,) * model.config.num_hidden_layers]
         )
         policies += candidates(name, next(iter(first.values())).logits, labels.problem_type)
-    free = ("output", "resume", "model", "points", "iterations", "eval_batch_size")
+    free = ("output", "resume", "model", "points", "by_row", "iterations", "eval_batch_size")
     settings = {name: value for name, value in vars(options).items() if name not in free}
     settings |= {"checkpoint": checkpoint_hash(folder), "rows_hash": rows_hash(encoded)}
     return Search(options, model, tokenizer, some, rungs, labels, policies, settings), every
@@ -471,9 +507,9 @@ def write(search: Search, folder: Path, history: list[dict[str, Any]], points: O
     plot_areas(folder / "area.png", [one["area"] for one in history])
     lines = {name: [(one["cost"], one["quality"]) for one in result[name]] for name in ("constant_ratio", "front")}
     plot_front(folder / "front.png", lines, result["full"]["cost"], result["metric"])
-    for place in (search.options.model, search.options.latency):
-        if place is not None:
-            points.save(Path(place))
+    points.save(Path(search.options.model))
+    if search.options.latency is not None:
+        points.in_a_graph().save(Path(search.options.latency))
 
 
 def show_two_points(search: Search) -> str:
@@ -492,6 +528,13 @@ def show_two_points(search: Search) -> str:
     return table(["of the front", "quality", "fewer FLOPs", "padded to the maximum", "mean exit layer"], rows)
 
 
+def lengths_text(lengths: list[float] | dict[str, list[float]] | None) -> str:
+    """Shares in a line; of rows that choose themselves, the mass that each layer covers."""
+    if isinstance(lengths, dict):
+        return "mass " + lengths_text(lengths["mass"])
+    return " ".join(f"{share:.4g}" for share in lengths or [])
+
+
 def show(points: OperatingPoints) -> str:
     """The operating points as a table."""
     full = points.at("full").flops or 1.0
@@ -502,7 +545,7 @@ def show(points: OperatingPoints) -> str:
             f"{(one.flops or 0) / 1e6:.4g}",
             f"{one.mean_exit_layer:.2f}",
             f"{(one.quality or {})['value']:.4f} ({(one.quality or {})['low']:.4f}-{(one.quality or {})['high']:.4f})",
-            " ".join(f"{share:g}" for share in one.length_config or []),
+            lengths_text(one.length_config),
         ]
         for one in points.points
     ]

@@ -8,10 +8,13 @@ from hypothesis import strategies as st
 
 import elastic_model
 from elastic_model import ElasticBertConfig
-from elastic_model.length_drop import most_significant, restore, tokens_to_keep
+from elastic_model.checks import check_length_config
+from elastic_model.cost import exit_flops
+from elastic_model.length_drop import most_significant, restore, tokens_to_cover, tokens_to_keep
 
 SHARES = [0.9, 0.6, 0.6, 0.3]
 COUNTS = [9, 7, 4, 4]
+MASS = {"mass": [0.9, 0.8, 0.8, 0.7]}
 HEADS = [
     "ElasticBertModel",
     "ElasticBertForSequenceClassification",
@@ -45,7 +48,7 @@ def first_output(output):
     return output[0] if "start_logits" not in output else torch.stack([output.start_logits, output.end_logits], dim=-1)
 
 
-@pytest.mark.parametrize("lengths", [SHARES, COUNTS], ids=["shares", "counts"])
+@pytest.mark.parametrize("lengths", [SHARES, COUNTS, MASS], ids=["shares", "counts", "mass"])
 @pytest.mark.parametrize("head", HEADS)
 @torch.no_grad()
 def test_padding_and_batch_mates_do_not_change_a_row(head, lengths):
@@ -59,7 +62,7 @@ def test_padding_and_batch_mates_do_not_change_a_row(head, lengths):
         torch.testing.assert_close(batched, alone, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("ones", [[1.0] * 4, 1.0, None, [40] * 4], ids=str)
+@pytest.mark.parametrize("ones", [[1.0] * 4, 1.0, None, [40] * 4, {"mass": [1.0] * 4}], ids=str)
 @torch.no_grad()
 def test_keeping_everything_is_the_identity(ones):
     model = model_of("ElasticBertModel")
@@ -167,3 +170,60 @@ def test_a_length_configuration_survives_saving(tmp_path):
     model_of("ElasticBertModel", length_config=tuple(SHARES)).save_pretrained(tmp_path)
     again = elastic_model.ElasticBertModel.from_pretrained(tmp_path)
     assert again.config.length_config == SHARES
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=5),
+    mass=st.floats(0.01, 1.0),
+    keep_cls=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_rows_keep_the_fewest_tokens_that_cover_the_mass(sizes, mass, keep_cls, seed):
+    scores = torch.rand(len(sizes), max(sizes) + 3, generator=torch.Generator().manual_seed(seed)) ** 4
+    real = torch.arange(scores.shape[1]) < torch.tensor(sizes)[:, None]
+    counts = tokens_to_cover(mass, scores, real, keep_cls)
+    kept, filled = most_significant(scores, real, counts, keep_cls)
+    for row, size in enumerate(sizes):
+        own, chosen = scores[row, :size], kept[row][filled[row]]
+        assert len(chosen) == counts[row] <= size and (len(chosen) >= 2 or size == 1) and chosen.max() < size
+        assert own[chosen].sum() >= mass * own.sum() - 1e-5 and (0 in chosen or not keep_cls)
+        if len(chosen) > 2:  # without the least of them that may fall, less than the mass is covered
+            least = own[chosen[1:] if keep_cls else chosen].min()
+            assert own[chosen].sum() - least < mass * own.sum() + 1e-5
+        alone = tokens_to_cover(mass, own[None], real[row : row + 1, :size], keep_cls)
+        assert alone == counts[row]  # whatever the padding and the batch
+        assert tokens_to_cover(min(1.0, mass + 0.1), own[None], real[row : row + 1, :size], keep_cls) >= alone
+
+
+@torch.no_grad()
+def test_rows_that_choose_themselves_keep_different_shares_and_never_more_than_before(tmp_path):
+    model = model_of("ElasticBertForSequenceClassification", exit_policy=None)
+    input_ids, mask = rows_of([20] * 6)
+    flow, kept = None, []
+    for exit in model.walk((input_ids, mask, None, None, None, MASS, None), None, {}):
+        flow = exit.flow
+        kept.append(flow.real_mask().sum(1))
+        assert (flow.positions[:, 0] == 0).all() if flow.positions is not None else True
+    kept = torch.stack(kept)
+    assert (kept.diff(dim=0) <= 0).all() and len(set(kept[0].tolist())) > 1
+    costs = exit_flops(model.config, mask.sum(1), kept=kept)
+    assert (costs[-1] < exit_flops(model.config, mask.sum(1))[-1]).all()
+    with pytest.raises(ValueError, match="depends on each row's scores"):
+        exit_flops(model.config, mask.sum(1), MASS)
+    expected = model(input_ids, mask, length_config=MASS).logits
+    model.config.length_config = MASS
+    model.save_pretrained(tmp_path)
+    saved = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(saved(input_ids, mask).logits, expected)
+    assert ElasticBertConfig.from_pretrained(tmp_path, num_hidden_layers=2).length_config == {"mass": [0.9, 0.8]}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"mass": 0.5}, {"mass": [0.5] * 3}, {"mass": [0.5, 0.5, 0.5, 0.0]}, {"mass": "0.50"}, {"share": [0.5] * 4}],
+    ids=str,
+)
+def test_a_mass_that_cannot_be_is_named(given):
+    with pytest.raises(ValueError, match="4 shares in \\(0, 1\\]"):
+        check_length_config(given, 4)

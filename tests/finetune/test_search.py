@@ -22,8 +22,10 @@ from elastic_model.arguments import run
 from elastic_model.checks import check_length_config
 from elastic_model.operating_points import OperatingPoints
 from export.__main__ import export
+from finetune.by_row import by_row, explore_batch_by_row, explore_by_row, fit_share, mean_cost
 from finetune.candidates import STEPS, constant_ratio, crossover, initial, mutate, offspring, shares
-from finetune.config import SearchOptions
+from finetune.config import EvaluateOptions, SearchOptions
+from finetune.evaluate import evaluate
 from finetune.explore import explore, explore_batch
 from finetune.search import JOURNAL, RESULT, prepare, read_journal, search
 
@@ -104,6 +106,26 @@ def test_sharing_changes_no_answer(kind):
             torch.testing.assert_close(doubt, output.exit_uncertainty, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_rows_that_choose_their_lengths_answer_as_in_the_model(kind):
+    torch.manual_seed(0)
+    model_class, overrides = MODELS[kind]
+    sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = ElasticBertConfig(**sizes, intermediate_size=48, num_labels=3, initializer_range=0.3, **overrides)
+    model, lengths = model_class(config).eval(), {"mass": [0.9, 1.0, 0.8, 0.7]}
+    mask = torch.arange(17)[None] < torch.tensor([17, 9, 12, 3, 1])[:, None]
+    batch = {"input_ids": torch.randint(1, 60, (5, 17)) * mask, "attention_mask": mask.long()}
+    (logits, _), kept = explore_batch_by_row(model, batch, lengths)
+    assert kept.shape == (4, 5) and (kept[0] == kept[1]).all() and (kept.diff(dim=0) <= 0).all()
+    with torch.no_grad():
+        output = model(**batch, length_config=lengths, exit_policy={"name": "never"})
+    plain = output.get("exit_logits")
+    if plain is None:
+        pairs = zip(output.exit_start_logits, output.exit_end_logits, strict=True)
+        plain = tuple(torch.stack(pair, -1) for pair in pairs)
+    torch.testing.assert_close(logits, torch.stack(plain), atol=1e-5, rtol=0, equal_nan=True)
+
+
 @pytest.fixture
 def checkpoint(tiny_config, tiny_tokenizer, tmp_path):
     """A classifier of random weights, large ones: it answers otherwise at every exit and length."""
@@ -158,12 +180,41 @@ def test_a_search_from_end_to_end(checkpoint, small_task, tmp_path, capsys):
 
 def test_rows_seen_in_parts_answer_as_seen_at_once(checkpoint, small_task, tmp_path):
     work, every = prepare(options_of(checkpoint, small_task, tmp_path / "out", rows=64))
-    few, _ = work.rungs
-    assert (len(few), len(work.encoded), len(every)) == (32, 64, 240) and few.rows == work.encoded.rows[:32]
+    assert [len(rung) for rung in work.rungs] == [16, 32, 64] and len(every) == 240
+    assert all(rung.rows == work.encoded.rows[: len(rung)] for rung in work.rungs)
     lengths, how = (20, 12, 9, 9), (work.model, work.encoded, work.tokenizer, 8)
     (whole,), first, rest = (explore(*how, [lengths], some).values() for some in (None, range(20), range(20, 64)))
     parts = next(iter(first)).followed_by(*rest)
     np.testing.assert_allclose(parts.logits, whole.logits, atol=1e-5)
+
+
+def test_rows_choose_their_lengths_at_the_cost_of_searched_ones(checkpoint, small_task, tmp_path, capsys):
+    options = options_of(checkpoint, small_task, tmp_path / "out", by_row=True, iterations=1)
+    search(options)
+    points = OperatingPoints.load(checkpoint)
+    own = {one.name: one for one in points.points if isinstance(one.length_config, dict)}
+    dropping = {one.name for one in points.points if one.name not in own and one.length_config[-1] < 1}
+    assert own and set(own) == {f"{name}-by-row" for name in dropping} and "mass" in capsys.readouterr().out
+    work, _ = prepare(options)
+    how = (work.model, work.encoded, work.tokenizer, 8)
+    _, kept = explore_by_row(*how, by_row(work.model, 0.8))
+    cost = mean_cost(work.model, work.encoded, range(40), kept)
+    assert 0.8 - 1 / 256 <= fit_share(*how, cost, {}) <= 0.8 + 1 / 256
+    with pytest.raises(ValueError, match="rows that choose their own lengths cost at least"):
+        fit_share(*how, 1.0, {})
+
+    policy, lengths = points.at(next(iter(own)))
+    model = ElasticBertForSequenceClassification.from_pretrained(checkpoint, length_config=lengths)
+    model.save_pretrained(checkpoint)
+    data = {"dev": options.dev, "text": "text", "label": "label", "split": "dev", "max_length": 32}
+    evaluate(EvaluateOptions(model=str(checkpoint), **data))
+    assert "MFLOPs a row" in capsys.readouterr().out
+    assert run(lambda: export([str(checkpoint), str(tmp_path / "exported")]))
+    assert "by mass cannot be exported" in capsys.readouterr().err
+    type(model).from_pretrained(checkpoint, length_config=None).save_pretrained(checkpoint)
+    assert not run(lambda: export([str(checkpoint), str(tmp_path / "exported")]))
+    kept = OperatingPoints.load(tmp_path / "exported").points
+    assert {one.name for one in kept} == {one.name for one in points.points} - set(own)
 
 
 def test_no_subset_has_one_class_only(checkpoint, tmp_path):
