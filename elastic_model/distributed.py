@@ -63,13 +63,9 @@ class Options(Protocol):
     def tracker(self) -> str | None:
         """The name of a tracker that accelerate knows."""
 
-    @property
-    def output(self) -> Path | str:
-        """Where the job writes."""
 
-
-def start_accelerator(options: Options) -> Accelerator:
-    """The accelerator, on the CPU where there is nothing faster.
+def start_accelerator(options: Options, logs: Path) -> Accelerator:
+    """The accelerator, on the CPU where there is nothing faster; `logs`: the folder for what a tracker writes.
 
     ValueError where the launcher asked for more processes than train together, or the tracker is not installed.
     """
@@ -84,7 +80,7 @@ def start_accelerator(options: Options) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if no_device and deepspeed else None,
         mixed_precision=options.precision,
         log_with=options.tracker,
-        project_dir=options.output,
+        project_dir=logs,
         step_scheduler_with_optimizer=False,
     )
     _check_processes(accelerator)

@@ -31,7 +31,7 @@ from finetune.figures import confusion, plot_confusion, plot_exits
 from finetune.kinds import kind_of
 from finetune.policies import candidates, choose, never, thresholds
 from finetune.prepare import rows_hash
-from finetune.run import METRICS, Run, TaskRun
+from finetune.run import Run, TaskRun
 from finetune.state import Progress
 
 SETTINGS = "finetune.json"  # what makes two runs the same
@@ -183,7 +183,7 @@ def write_checkpoint(run: TaskRun, progress: Progress) -> None:
         (folder / "finetune.yaml").write_text(to_yaml(run.options))
         (folder / REPORT).write_text(text + "\n")
         (folder / EVALUATION).write_text(json.dumps(_evaluation(full, chosen, scored), indent=1))
-        shutil.copy(run.folder / METRICS, folder)
+        run.copy_logs(folder)
         _draw(run, folder, scored, full)
         _record(run, folder, scored)
     shutil.rmtree(run.folder)

@@ -27,7 +27,7 @@ from finetune.figures import plot_exits
 from finetune.kinds import KINDS, problem_type_of
 from finetune.prepare import check_length, rows_hash, weight_files
 from finetune.recipe import INNER_EXITS, SANDWICH, Phase
-from finetune.run import METRICS, Run, check_numbers, start_accelerator
+from finetune.run import Run, check_numbers, start_accelerator
 from finetune.state import Progress
 from finetune.tasks import ProblemType
 from finetune.teacher import ask, check_name, final_logits, load_stock
@@ -287,7 +287,7 @@ def _write(run: ElastifyRun, progress: Progress) -> None:
         (folder / REPORT).write_text(text + "\n")
         (folder / RESULT).write_text(json.dumps(result, indent=1))
         plot_exits(folder / "exits.png", {"held out": exits}, run.metric)
-        shutil.copy(run.folder / METRICS, folder)
+        run.copy_logs(folder)
         _record(run, folder, exits)
     shutil.rmtree(run.folder)
     print(text, f"checkpoint of update {progress.best_update}: {options.output}", sep="\n\n")

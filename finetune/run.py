@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -37,11 +38,17 @@ from finetune.tasks import Task
 from finetune.teacher import ask, check_tokenizer, final_logits, label_order, load_stock
 
 METRICS = "metrics.jsonl"
+TRACKED = "finetune"  # the project's name to a tracker, and the folder of one that writes files
+
+
+def run_folder(output: str) -> Path:
+    """Where a run keeps its log and state: beside the output, which appears whole at the end."""
+    return Path(output).with_name(f"{Path(output).name}.run")
 
 
 def start_accelerator(options: LoopOptions) -> Accelerator:
     """The accelerator of a run; ValueError where processes would hold parts of the model, which could not evaluate."""
-    accelerator = distributed.start_accelerator(options)
+    accelerator = distributed.start_accelerator(options, run_folder(options.output))
     if distributed.holds_parts(accelerator):
         raise ValueError(
             "fine-tuning runs under DDP, DeepSpeed ZeRO-1 and ZeRO-2, not under ZeRO-3 or FSDP: every process "
@@ -108,8 +115,8 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Beside the output, which appears whole at the end."""
-        return Path(self.options.output).with_name(f"{Path(self.options.output).name}.run")
+        """Of this run's output."""
+        return run_folder(self.options.output)
 
     @property
     def exit_layers(self) -> list[int]:
@@ -128,6 +135,12 @@ class Run:
                 lines.write(json.dumps(record) + "\n")
         if self.options.tracker:
             self.accelerator.log(_flat(record), step=record["update"])
+
+    def copy_logs(self, folder: Path) -> None:
+        """The metrics, and the files of a tracker that has finished, into the folder of a checkpoint."""
+        shutil.copy(self.folder / METRICS, folder)
+        if (self.folder / TRACKED).is_dir():
+            shutil.copytree(self.folder / TRACKED, folder / TRACKED)
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

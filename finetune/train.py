@@ -26,7 +26,7 @@ from finetune.checkpoint import REPORT, is_finished, write_checkpoint
 from finetune.config import LoopOptions, TrainOptions
 from finetune.data import collate
 from finetune.recipe import Phase, Update
-from finetune.run import METRICS, Plan, Run, prepare, start_accelerator
+from finetune.run import METRICS, TRACKED, Plan, Run, prepare, start_accelerator
 from finetune.state import Progress, copy_weights, load_optimizer_tensors, load_progress, load_weights, save_state
 from finetune.teacher import stacked
 
@@ -227,7 +227,8 @@ def start(run: Run) -> Progress:
         kept = [line for line in lines if json.loads(line)["update"] <= progress.update]
         log.write_text("".join(line + "\n" for line in kept))
         if not progress.update:
-            shutil.rmtree(run.state, ignore_errors=True)
+            for folder in (run.state, run.folder / TRACKED):
+                shutil.rmtree(folder, ignore_errors=True)
     run.accelerator.wait_for_everyone()
     return progress
 
@@ -235,11 +236,13 @@ def start(run: Run) -> Progress:
 def run_to_the_end(run: AnyRun, write: Callable[[AnyRun, Progress], None]) -> int:
     """Train, from the saved state with --resume, then `write` the checkpoint; exit code 0, or 143 after SIGTERM."""
     run.model.to(run.accelerator.device)
+    progress = start(run)
     if run.options.tracker:
         settings = {name: str(value) for name, value in vars(run.options).items()}
-        run.accelerator.init_trackers("finetune", config=settings)
-    progress = start(run)
+        run.accelerator.init_trackers(TRACKED, config=settings)
     finished = fit(run, progress)
+    while run.accelerator.trackers:  # their files are whole before they are copied
+        run.accelerator.trackers.pop().finish()
     if finished:
         write(run, progress)
     else:

@@ -364,7 +364,7 @@ def train(config: PretrainConfig) -> int:
     """Pre-train as `config` says, into `config.output`; -> 0, or 143 where SIGTERM stopped and saved it."""
     _check_run_folder(config)
     disable_progress_bar()  # transformers' bars for saving one file would tear ours
-    accelerator = start_accelerator(config)
+    accelerator = start_accelerator(config, config.output)
     with accelerator.local_main_process_first():
         corpus = prepare(config, quiet=not accelerator.is_local_main_process)
     run = Run(config, accelerator, corpus, checkpoint_to_resume(config.output, config.resume_previous))

@@ -304,6 +304,23 @@ def test_what_a_run_leaves_to_look_at(trained):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_tracker_writes_into_the_checkpoint_also_after_a_resume(options, monkeypatch):
+    settings = {"tracker": "tensorboard", "epochs": 1, "save_steps": 2}
+
+    def crash(run, phase, model, number):
+        if number == 4:
+            raise Crash
+        return backward(run, phase, model, number)
+
+    monkeypatch.setattr(finetune.train, "backward", crash)
+    with pytest.raises(Crash):
+        train(options(**settings))
+    monkeypatch.undo()
+    assert train(options(**settings, resume=True)) == 0
+    written = list((Path(options().output) / "finetune").glob("events.out.tfevents.*"))
+    assert len(written) == 2 and any(b"dev/4/accuracy" in file.read_bytes() for file in written)
+
+
 def test_a_teacher_with_another_tokenizer_teaches(options, tiny_tokenizer, tmp_path, capsys):
     """A stock model of other sizes, labels in another order and a vocabulary of its own."""
     from transformers import BertConfig, BertForSequenceClassification
