@@ -1,8 +1,8 @@
 """What the experiments on real data share: how much of a task they read, and jobs that are kept as soon as they exist.
 
 A job is a command of the project and what it leaves. Chains of jobs run side by side, a thread each; a job whose
-outputs are there is not run again, so an experiment that was cut off goes on where it was. Folders are named after
-the settings: two experiments that need the same checkpoint share it.
+outputs are there is not run again, so an experiment that was cut off, or given so many `--minutes`, goes on where it
+was. Folders are named after the settings: two experiments that need the same checkpoint share it.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import logging
 
 from benchmarks.checkpoints import ROOT, minilm
 from benchmarks.demo import commit, machine, only_one
@@ -121,14 +122,14 @@ def checkpoint(job: Job) -> Path:
 
 
 def _thread_speed() -> float:
-    """FLOPs a second of one thread, now: a matrix product of MiniLM's size, the fastest of some."""
+    """FLOPs a second of one thread, of its own time: a matrix product of MiniLM's size, the fastest of some."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     left, right, spent = torch.randn(512, 384), torch.randn(384, 1536), []
     for _ in range(30):
-        began = time.perf_counter()
+        began = time.thread_time()
         left @ right
-        spent.append(time.perf_counter() - began)
+        spent.append(time.thread_time() - began)
     torch.set_num_threads(before)
     return 2 * 512 * 384 * 1536 / min(spent)
 
@@ -165,6 +166,8 @@ class _Jobs:
                 command, cwd=ROOT, env=environment, stdout=file, stderr=file, close_fds=False
             )  # fmt: skip
         self.running.add(process)
+        if self.stopped.is_set():  # it was begun in the same moment
+            process.terminate()
         code = process.wait()
         self.running.discard(process)
         if self.stopped.is_set():
@@ -181,9 +184,13 @@ class _Jobs:
             process.terminate()
 
 
-def run_chains(chains: Sequence[Chain], folder: Path, workers: int) -> None:
-    """Run the chains side by side, each in its order; the first failure ends all."""
+def run_chains(chains: Sequence[Chain], folder: Path, workers: int, minutes: float | None = None) -> bool:
+    """Run the chains side by side, each in its order; the first failure ends all. False where the time was over before
+    all was done."""
     jobs = _Jobs(folder / "logs")
+    clock = threading.Timer(60 * (minutes or 0), jobs.stop)
+    if minutes is not None:
+        clock.start()
 
     def follow(chain: Chain) -> None:
         for job in chain:
@@ -198,6 +205,12 @@ def run_chains(chains: Sequence[Chain], folder: Path, workers: int) -> None:
             jobs.stop()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+        finally:
+            clock.cancel()
+    done = all(job.done for chain in chains for job in chain)
+    if not done:
+        print(f"{minutes:g} minutes are over; the same command goes on", flush=True)
+    return done
 
 
 def parse(doc: str | None, name: str, tasks: Sequence[str], add: Callable[[Any], None] | None = None) -> Any:
@@ -210,6 +223,7 @@ def parse(doc: str | None, name: str, tasks: Sequence[str], add: Callable[[Any],
     parser.add_argument("--epochs", type=int, help="passes over them, in each phase (default: the task's)")
     parser.add_argument("--test-rows", type=int, help="rows of test that are answered (default: all, of IMDb 1,000)")
     parser.add_argument("--folder", type=Path, default=ROOT / "checkpoints" / "experiments", help="checkpoints, logs")
+    parser.add_argument("--minutes", type=float, help="stop after so many; the next run goes on (default: to the end)")
     parser.add_argument("--workers", type=int, default=2, help="jobs side by side, a thread each")
     parser.add_argument("--output", type=Path, default=RESULTS / f"{name}.json", help="results; the plot lies beside")
     parser.add_argument("--plan", action="store_true", help="print what would run and how long, and end")
@@ -220,6 +234,7 @@ def parse(doc: str | None, name: str, tasks: Sequence[str], add: Callable[[Any],
         if (value := getattr(arguments, option)) is not None and value < 1:
             raise ValueError(f"--{option.replace('_', '-')} must be at least 1, got {value}")
     data_folder()
+    logging.set_verbosity_error()
     arguments.folder = arguments.folder.resolve()
     return arguments
 
@@ -239,12 +254,10 @@ def working(arguments: argparse.Namespace) -> Iterator[Path]:
 
 
 def make(title: str, size: Size, chains: Sequence[Chain], arguments: argparse.Namespace) -> bool:
-    """Print the plan and carry it out; false where the plan was all that was asked for."""
+    """Print the plan and carry it out; false where the plan was all that was asked for, or time was over."""
     print(f"{title}: {size.words}")
     print_plan(chains, arguments.workers)
-    if not arguments.plan:
-        run_chains(chains, arguments.folder, arguments.workers)
-    return not arguments.plan
+    return not arguments.plan and run_chains(chains, arguments.folder, arguments.workers, arguments.minutes)
 
 
 def provenance(size: Size) -> dict[str, Any]:

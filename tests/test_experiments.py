@@ -56,3 +56,9 @@ def test_a_job_that_is_done_is_kept_and_one_that_fails_ends_the_run_with_its_log
     with pytest.raises(ValueError, match="failing ended with exit code"):
         run_chains([[failing, after]], tmp_path, workers=1)
     assert not (tmp_path / "after").exists()
+
+
+def test_jobs_are_ended_when_the_time_is_over(tmp_path, capfd):
+    endless = Job("endless", ("http.server", "0", "--bind", "127.0.0.1"), (tmp_path / "never",), 0.0)
+    assert not run_chains([[endless]], tmp_path, workers=1, minutes=0.02)
+    assert "0.02 minutes are over; the same command goes on" in capfd.readouterr().out

@@ -32,6 +32,7 @@ class OperatorOptions(TaskOptions):
         0.01, help="E and S: share of the quality that their operating point may lose, both together"
     )
     timed_rows: int = option(40, help="rows that times are measured on, batch 1, one thread")
+    again: bool = option(False, help="measure all times anew, as where other work ran beside")
 
 
 @dataclass(kw_only=True)

@@ -64,7 +64,7 @@ def known_measurements(file: Path, work: Work) -> Known:
     content = read_measured(file)
     if content["dev"] != work.data["dev"]:
         raise ValueError(f"{file} was measured on other data; choose another --output, or remove the file")
-    if content["settings"] != _measuring(work) or content["machine"] != MACHINE:
+    if work.options.again or content["settings"] != _measuring(work) or content["machine"] != MACHINE:
         return {}
     return {(one.pipeline, one.seed): one for one in content["measurements"]}
 

@@ -157,15 +157,18 @@ def distances(measured: Measured) -> dict[str, dict[str, Any]]:
     return found
 
 
+def interval(differences: Sequence[float]) -> dict[str, float]:
+    """The mean of differences, one a seed, and from two seeds on its 95 % interval (Student)."""
+    count, mean = len(differences), float(np.mean(differences))
+    if count < 2:
+        return {"mean": mean, "seeds": count}
+    half = float(student_t.ppf(0.975, count - 1) * np.std(differences, ddof=1) / count**0.5)
+    return {"mean": mean, "seeds": count, "low": mean - half, "high": mean + half}
+
+
 def paired(first: Mapping[int, Measurement], second: Mapping[int, Measurement]) -> dict[str, float]:
-    """Mean difference of quality, second - first, over the seeds of both; its 95 % interval (Student) from two on."""
-    seeds = sorted(set(first) & set(second))
-    differences = np.array([second[seed].quality - first[seed].quality for seed in seeds])
-    found = {"mean": float(differences.mean()), "seeds": len(seeds)}
-    if len(seeds) > 1:
-        half = float(student_t.ppf(0.975, len(seeds) - 1) * differences.std(ddof=1) / len(seeds) ** 0.5)
-        found |= {"low": found["mean"] - half, "high": found["mean"] + half}
-    return found
+    """Of quality, second - first, over the seeds of both."""
+    return interval([second[seed].quality - first[seed].quality for seed in sorted(set(first) & set(second))])
 
 
 def _mean(measured: Measured, name: str, field: str) -> float:

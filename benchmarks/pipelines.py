@@ -1,0 +1,245 @@
+"""Efficiency pipelines on real data: do operators commute, do their savings multiply, what do L and Q leave of time?
+
+The experiment of Xin et al. (2022) from all-MiniLM-L6-v2: every order of D (6 to 3 layers), P (12 to 8 heads, 1536 to
+768 FFN neurons) and E over several seeds, then L, Q and S on top, as `python -m finetune study` carries it out, seeds
+side by side. Pruning in eight rounds is compared with pruning at once, right after it and after training. Times are
+measured last, when nothing else of this runs: minutes, to be repeated with `--again` where the machine was not idle.
+
+    ELASTIC_MODEL_DATA=... python -m benchmarks.pipelines [--tasks sst2] [--minutes 55] [--plan]
+
+writes `benchmarks/results/pipelines.json` and, a task, two plots beside it.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.checkpoints import ROOT, minilm
+from benchmarks.experiment import (
+    LEARNING_RATE,
+    Chain,
+    Job,
+    Size,
+    flags,
+    parse,
+    print_plan,
+    provenance,
+    record,
+    row_flops,
+    run_chains,
+    working,
+)
+from elastic_model.arguments import run
+from elastic_model.provenance import read_provenance
+from finetune.evaluate import table
+from finetune.pipelines.letters import name_of
+from finetune.pipelines.stages import RECORD
+from finetune.pipelines.study import (
+    REPORT,
+    RESULT,
+    SMALLER,
+    all_orders,
+    expected_seconds,
+    interval,
+    stages_of,
+)
+
+SIZES = {"sst2": Size(5_000, 128, 2, tokens=13), "mrpc": Size(3_668, 128, 2, tokens=53)}
+SEEDS = (0, 1, 2)
+WIDTHS = {"heads": 8, "intermediate": 768, "multiple_of": 8}
+ROUNDS = 8
+IMPORTANCE_ROWS = 2000  # of train, in each round
+# Xin et al. (2022), tables 1 and 2: RoBERTa-base, distances in points, shares of time in %
+PUBLISHED: dict[str, dict[str, dict[str, tuple]]] = {
+    "mrpc": {
+        "table_1": {
+            "D+E": ("1.57±0.69", "1.74±0.40"),
+            "P+E": ("2.31±0.85", "4.12±1.10"),
+            "D+P+E": ("1.53±0.62", "2.59±0.97"),
+        },
+        "table_2": {
+            "O": (-0.2, 50, 83, 94),
+            "D": (-0.4, 49, 82, 94),
+            "P": (-2.2, 64, 86, 94),
+            "DP": (-1.1, 62, 84, 94),
+        },
+    },
+    "sst2": {
+        "table_1": {
+            "D+E": ("1.30±0.39", "1.48±0.46"),
+            "P+E": ("1.64±0.46", "1.84±0.62"),
+            "D+P+E": ("1.49±0.53", "1.98±0.82"),
+        },
+        "table_2": {
+            "O": (-0.2, 50, 86, 97),
+            "D": (0.0, 49, 86, 97),
+            "P": (-0.8, 66, 89, 97),
+            "DP": (-1.2, 65, 88, 97),
+        },
+    },
+}
+SAVED = {"sst2": {"LQ": 0.94, "ESLQ": 0.965}, "mrpc": {"LQ": 0.89, "ESLQ": 0.93}}  # of O's time, to be reached
+TIME_ERROR, QUALITY_ERROR = 0.1, 0.01  # of estimates, medians, at most
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One task: where its stages lie and the options of its study."""
+
+    task: str
+    size: Size
+    seeds: tuple[int, ...]
+    folder: Path
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a training job of it is given."""
+        own = {"task": self.task, "train_rows": self.size.rows, "max_length": self.size.max_length}
+        return {**own, "epochs": self.size.epochs, "learning_rate": LEARNING_RATE}
+
+    @property
+    def output(self) -> Path:
+        """The folder of its study."""
+        return self.folder / f"pipelines-{self.task}-{self.size.rows}x{self.size.epochs}"
+
+    def study(self, seeds: Sequence[int], **more: Any) -> list[str]:
+        """`python -m` these words: the study of some seeds."""
+        own = {"model": minilm(self.folder), "rounds": ROUNDS, **WIDTHS, "seeds": list(seeds), "output": self.output}
+        return ["finetune", "study", *flags({**self.options, **own, **more})]
+
+    def stage(self, seed: int, name: str) -> Path:
+        """The folder of a stage."""
+        return self.output / f"seed-{seed}" / name
+
+    def cut(self, seed: int, rounds: int, distill: bool) -> Path:
+        """The folder of a pruned O."""
+        if distill and rounds == ROUNDS:
+            return self.stage(seed, "P")
+        return self.stage(seed, f"pruned-{rounds}{'' if distill else '-not-trained'}")
+
+    def chain(self, seed: int) -> Chain:
+        """Every stage of a seed; then its O pruned at once, and both ways without training."""
+        stages = stages_of(all_orders())
+        whole = 3 * self.size.rows * self.size.epochs * row_flops(self.size)  # a backward pass is two forward ones
+        total = sum(expected_seconds(stage, whole) for stage in stages if "Q" not in stage)
+        outputs = tuple(self.stage(seed, name_of(stage)) / RECORD for stage in stages)
+        jobs = [Job(f"{self.output.name}-{seed}", tuple(self.study([seed], measure="false")), outputs, total)]
+        for rounds, distill in ((1, True), (1, False), (ROUNDS, False)):
+            output = self.cut(seed, rounds, distill)
+            own = {"model": self.stage(seed, "O"), "rounds": rounds, "distill": str(distill).lower(), **WIDTHS}
+            own |= {"seed": seed, "gradient_equilibrium": "false", "exit_policy": "confidence", "output": output}
+            words = ("finetune", "prune", *flags({**self.options, **own}), "--resume")
+            measuring = rounds * 3 * min(IMPORTANCE_ROWS, self.size.rows) * row_flops(self.size)
+            cost = measuring + (whole * (SMALLER["P"] + 0.35) if distill else 0)
+            jobs.append(Job(f"{self.output.name}-{seed}-{output.name}", words, (output,), cost))
+        return jobs
+
+
+def quality_of(folder: Path, metric: str) -> float:
+    """A pruned model's quality on dev at full depth."""
+    last = read_provenance(folder)[-1]
+    found = [one for one in last.metrics if one.name == metric and one.split == "dev"]
+    return max(found, key=lambda one: one.exit_layer or 0).value
+
+
+def pruning(one: Experiment, metric: str) -> dict[str, Any]:
+    """Points that pruning in rounds is ahead of pruning at once, paired over seeds, by what follows."""
+    found = {}
+    for name, distill in (("not trained", False), ("trained", True)):
+        pairs = [
+            [100 * quality_of(one.cut(seed, rounds, distill), metric) for rounds in (1, ROUNDS)] for seed in one.seeds
+        ]
+        found[name] = {
+            "at_once": [pair[0] for pair in pairs],
+            "in_rounds": [pair[1] for pair in pairs],
+            "difference": interval([in_rounds - at_once for at_once, in_rounds in pairs]),
+        }
+    return found
+
+
+def bars(task: str, result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was to be reached, what was found, and whether it is enough."""
+    found = {
+        f"{name} saves of O's time": (result["against_O"][name]["saved"], bar) for name, bar in SAVED[task].items()
+    }
+    drop, published = result["table_2"]["O"]["relative_change_with_Q"], PUBLISHED[task]["table_2"]["O"][0] / 100
+    found["relative change of quality by Q"] = (drop, published)
+    found["pruning in rounds, points ahead of at once"] = (result["pruning"]["trained"]["difference"]["mean"], 0.0)
+    least = {name: {"found": value, "at_least": bar, "met": value >= bar} for name, (value, bar) in found.items()}
+    most = {
+        f"error of estimates, {key}": {"found": result["cumulative"][key], "at_most": bar,
+                                       "met": result["cumulative"][key] <= bar}
+        for key, bar in (("time", TIME_ERROR), ("quality", QUALITY_ERROR))
+    }  # fmt: skip
+    return least | most
+
+
+def measure(one: Experiment, again: bool) -> dict[str, Any]:
+    """The study's tables, all its stages being there; one thread, nothing beside it."""
+    load = os.getloadavg()[0]
+    command = [sys.executable, "-m", *one.study(one.seeds, again=str(again).lower())]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    result: dict[str, Any] = json.loads((one.output / RESULT).read_text())
+    result |= {"load_before": load, "pruning": pruning(one, result["metric"])}
+    return {**result, "published": PUBLISHED[one.task], "bars": bars(one.task, result)}
+
+
+def show(one: Experiment, result: dict[str, Any]) -> None:
+    """The study's own report, the paper's figures, pruning, the bars."""
+    published, metric = result["published"], result["metric"]
+    print(f"\n{one.task}, {one.size.words}, seeds {', '.join(map(str, one.seeds))}\n")
+    print((one.output / REPORT).read_text())
+    print("Xin et al. (2022), RoBERTa-base: distance of curves")
+    print(
+        table(
+            ["operators", "same order", "different order"],
+            [[name, *two] for name, two in published["table_1"].items()],
+        )
+    )
+    print("\nXin et al. (2022): % of accuracy with Q, % of time saved")
+    print(
+        table(["pipeline", "with Q", "Q", "L", "QL"], [[name, *four] for name, four in published["table_2"].items()])
+    )
+    for name, pruned in result["pruning"].items():
+        ahead = pruned["difference"]
+        ends = f" ({ahead['low']:+.2f} to {ahead['high']:+.2f})" if "low" in ahead else ""
+        print(f"\npruned in {ROUNDS} rounds against at once, {name}: {ahead['mean']:+.2f} points of {metric}{ends}")
+    rows = []
+    for name, bar in result["bars"].items():
+        limit = f"at least {bar['at_least']:g}" if "at_least" in bar else f"at most {bar['at_most']:g}"
+        rows.append([name, f"{bar['found']:.4f}", limit, "met" if bar["met"] else "missed"])
+    print(f"\n{table(['', 'found', 'bar', ''], rows)}")
+
+
+def experiment() -> None:
+    """The stages of all tasks, then the measurements of each."""
+    arguments = parse(
+        __doc__, "pipelines", list(SIZES),
+        lambda parser: parser.add_argument("--again", action="store_true", help="measure all times anew"),
+    )  # fmt: skip
+    given = {"rows": arguments.train_rows, "epochs": arguments.epochs}
+    changed = {name: value for name, value in given.items() if value is not None}
+    seeds = tuple(arguments.seeds or SEEDS)
+    with working(arguments) as folder:
+        tasks = [Experiment(task, replace(SIZES[task], **changed), seeds, folder) for task in arguments.tasks]
+        chains = [one.chain(seed) for one in tasks for seed in seeds]
+        print_plan(chains, arguments.workers)
+        if arguments.plan or not run_chains(chains, folder, arguments.workers, arguments.minutes):
+            return
+        for one in tasks:
+            result = measure(one, arguments.again)
+            record(arguments.output, __doc__, {one.task: {**provenance(one.size), **result}})
+            for plot in ("curves", "estimates"):
+                name = f"{arguments.output.stem}-{one.task}-{plot}.png"
+                shutil.copyfile(one.output / f"{plot}.png", arguments.output.with_name(name))
+            show(one, result)
+
+
+if __name__ == "__main__":
+    sys.exit(run(experiment))
