@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs, broadcast_object_list
 from torch import nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, each of the parameter's shape; beside them the number of steps
 Tensors = dict[str, torch.Tensor]
+Result = TypeVar("Result")
 
 
 class Engine(Protocol):
@@ -375,12 +376,14 @@ class Partitioned:
         setter(parameter, padded[rank * size : (rank + 1) * size], *key)
 
 
-def on_main_process(accelerator: Accelerator, work: Callable[[], None]) -> None:
-    """`work()` in the main process while the others wait; an error there ends all of them, none waits for ever."""
+def on_main_process(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """`work()` in the main process while the others wait, and what it gives in all of them; an error there ends all of
+    them, none waits for ever."""
     error: Exception | None = None
+    results: list[Any] = [None]
     if accelerator.is_main_process:
         try:
-            work()
+            results = [work()]
         except Exception as caught:
             error = caught
     failures = accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device), "sum")
@@ -388,3 +391,4 @@ def on_main_process(accelerator: Accelerator, work: Callable[[], None]) -> None:
         raise error
     if failures:
         raise ValueError("the main process failed, its error says why")
+    return broadcast_object_list(results)[0]

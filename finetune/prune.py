@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 from transformers import logging
 
 from elastic_model import ElasticBertConfig
+from elastic_model.distributed import on_main_process
 from elastic_model.folders import new_file
 from elastic_model.losses import weighted_loss
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
@@ -259,10 +261,11 @@ def remove(run: TaskRun, model: ElasticBertExitModel, to: Widths) -> tuple[Elast
     ):
         batches = (collate(encoded, one, run.tokenizer, model.device) for one in rows)
         heads, neurons = importance(model, batches, loss)
-        left = (
+        own = (
             best(heads, step.heads, options.uneven),
             best(neurons, step.neurons, options.uneven, options.multiple_of),
         )
+        left = broadcast_object_list([own])[0]  # importances may round differently in other processes
         model, kept = narrowed(model, *left), kept.of(*left)
         history.append({"heads": [len(one) for one in left[0]], "intermediate": [len(one) for one in left[1]]})
     return model, kept, history
@@ -280,7 +283,7 @@ def prepare_pruning(options: PruneOptions, accelerator: Accelerator) -> tuple[Ta
 
     run = prepare(options, accelerator, copy)
     run.model.to(accelerator.device)
-    return run, unpruned, target(options, unpruned)
+    return run, unpruned, on_main_process(accelerator, lambda: target(options, unpruned))  # latencies are measured
 
 
 def prune(options: PruneOptions) -> int:
