@@ -1,15 +1,21 @@
 """What a search finds and what it costs: `python -m benchmarks.search CHECKPOINT --task sst2 --output FILE.json`.
 
 Joint against lengths alone, exits alone and the constant-ratio curve, by area under the front on dev and, for the
-points chosen there, on test; CPU time of a configuration against evaluating it naively; with --exported, latency
-against FLOPs. What is begun continues: the journals lie beside the output.
+points chosen there, on test; lengths that rows choose themselves against searched ones at the same cost; CPU time of a
+configuration against evaluating it naively; how often a calibrated threshold breaks its promise; with --exported,
+latency against FLOPs. The searches run side by side, a thread each. What is begun continues: the journals lie beside
+the output.
 """
 
 import argparse
+import itertools
 import json
+import math
+import multiprocessing
 import random
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,23 +25,27 @@ import torch
 from accelerate import Accelerator
 
 from elastic_model.arguments import run
+from elastic_model.calibration import fixed_sequence, rows_needed
 from elastic_model.cost import exit_flops
+from elastic_model.exit_policies import sweep
 from elastic_model.folders import claim_folder, new_file
 from elastic_model.front import area_under_front
 from elastic_model.operating_points import OperatingPoints, checkpoint_hash
 from elastic_model.session import ElasticSession
-from finetune.candidates import STEPS, initial, shares
+from finetune.candidates import STEPS, shares
 from finetune.config import SearchOptions
-from finetune.data import collate, inputs_of
+from finetune.data import Encoded, collate, inputs_of
 from finetune.examples import read_examples
 from finetune.explore import explore
+from finetune.kinds import answers_of
 from finetune.latency import time_batches
 from finetune.prepare import chosen_task, encode_split, some_rows
-from finetune.search import Search, evolve, measure, operating_points, prepare
+from finetune.search import LIKE_FULL, Found, Search, chosen, evolve, measure, operating_points, prepare
 
 NAIVE_BATCH = 32  # rows, in the order of the file, padded to the longest
 SAMPLED = 6  # configurations that are evaluated naively
-CURVE = 60  # constant-ratio configurations
+CURVE = 3  # one in so many constant-ratio configurations is measured on test
+SETS, EPSILONS, CONFIDENCE = 200, (0.01, 0.05, 0.1), 0.95  # calibration sets, disagreements bounded, how surely
 BATCHES = (1, 4, 16, 64)  # figure 3 of Kim and Cho (2021)
 
 
@@ -47,6 +57,13 @@ def searched(options: SearchOptions) -> tuple[Search, list[dict[str, Any]]]:
         history.append(one)
         print(f"{options.axes}: {one}", flush=True)
     return work, history
+
+
+def timed(options: SearchOptions) -> tuple[float, float]:
+    """CPU seconds of a search, and of one candidate of it evaluated naively, in one process."""
+    torch.set_num_threads(1)
+    work, history = searched(options)
+    return sum(one["seconds"] for one in history), naive_seconds(work, options)
 
 
 @torch.inference_mode()
@@ -64,18 +81,13 @@ def naive_seconds(work: Search, options: SearchOptions) -> float:
     return float(np.mean(spent))
 
 
-def curve(work: Search) -> float:
-    """The area under the constant-ratio curve."""
-    config, head, tokens = work.model.config, work.encoded.head, work.encoded.lengths
-
-    def cost(lengths: tuple[int, ...]) -> float:
-        return exit_flops(config, tokens, shares(lengths), head)[-1].double().mean().item()
-
-    lengths = initial(work.layers, CURVE, work.options.smallest_ratio, cost)
-    seen = explore(work.model, work.encoded, work.tokenizer, work.options.eval_batch_size, lengths)
+def curve(work: Search, rows: Encoded, every: int) -> float:
+    """The area under the constant-ratio curve of the first generation at full depth, one in `every` of it."""
+    lengths = sorted({*work.generations[0][::every], work.whole})
+    seen = explore(work.model, rows, work.tokenizer, work.options.eval_batch_size, lengths)
     alone = replace(work, policies=work.policies[:1])
-    points = [measure(alone, one, observed, work.encoded)[0] for one, observed in seen.items()]
-    return area_under_front([one.cost for one in points], [one.quality for one in points], work.full().cost)
+    points = [measure(alone, one, observed, rows)[0] for one, observed in seen.items()]
+    return Found.area(points, max(one.cost for one in points))
 
 
 def area_of(points: OperatingPoints) -> float:
@@ -86,7 +98,40 @@ def area_of(points: OperatingPoints) -> float:
     )
 
 
-def padded_share(work: Search, lengths: list[float] | None) -> float:
+def kept_order(work: Search, points: OperatingPoints) -> float | None:
+    """Of the pairs of chosen points that differ on the rows searched, the share that does not turn round."""
+    searched = chosen(work)
+    tested = {one.name: (one.quality or {})["value"] for one in points.points}
+    pairs = [
+        (searched[first].quality - searched[second].quality) * (tested[first] - tested[second])
+        for first, second in itertools.combinations(searched, 2)
+        if abs(searched[first].quality - searched[second].quality) > LIKE_FULL
+    ]
+    return float(np.mean([product >= 0 for product in pairs])) if pairs else None
+
+
+def rows_against_search(points: OperatingPoints) -> dict[str, Any]:
+    """Lengths that rows choose themselves against searched ones, fitted to the same mean cost, at full depth."""
+    known = {one.name: one for one in points.points}
+    pairs, differences = [], []
+    for own in points.points:
+        if isinstance(own.length_config, dict):
+            searched = known[own.name.removesuffix("-by-row")]
+            quality = [(one.quality or {})["value"] for one in (searched, own)]
+            mflops = [(one.flops or 0) / 1e6 for one in (searched, own)]
+            mass = own.length_config["mass"][0]
+            pairs.append({"lengths": searched.length_config, "mass": mass, "mflops": mflops, "quality": quality})
+            differences.append(quality[1] - quality[0])
+    rows = [one for one in points.points if one.name == "full" or isinstance(one.length_config, dict)]
+    fronts = {"searched": points.in_a_graph(), "by row": replace(points, points=rows)}
+    return {
+        "searched_and_by_row": pairs,
+        "mean_difference": float(np.mean(differences)) if pairs else None,
+        "area": {name: area_of(found) for name, found in fronts.items()},
+    }
+
+
+def padded_share(work: Search, lengths: Any) -> float:
     """FLOPs at full depth as a share of full length, all rows padded to the maximum: as the paper counts."""
     tokens, head = [work.options.max_length], work.encoded.head
     parts = [exit_flops(work.model.config, tokens, one, head)[-1].item() for one in (lengths, 1.0)]
@@ -115,16 +160,42 @@ def latency_against_flops(work: Search, folder: Path) -> dict[str, Any]:
     return found
 
 
-def on_test(arguments: argparse.Namespace, fronts: dict[str, Search]) -> dict[str, Any]:
+def held_out(arguments: argparse.Namespace, work: Search) -> Encoded:
+    """The rows of test; where a task has none with labels, those of dev."""
+    task = chosen_task(work.options)
+    split = "test" if "test" in task.splits else "dev"
+    examples = some_rows(read_examples(task, split), arguments.test_rows, 0)
+    return encode_split(examples, split, task, work.labels, work.tokenizer, arguments.max_length)
+
+
+def broken_promises(work: Search, pool: Encoded) -> dict[str, dict[str, Any]]:
+    """By permitted disagreement: of the calibration sets drawn with replacement from a pool, the share whose certified
+    threshold disagrees with full depth on more of the pool; and how many that may be."""
+    seen = explore(work.model, pool, work.tokenizer, work.options.eval_batch_size, [work.whole])[work.whole]
+    labels, rows = work.labels, np.arange(len(pool))
+    places = sweep(work.policies, seen.logits, work.model.exit_layers, labels.problem_type).numpy()
+    full = answers_of(seen.logits[-1], pool, labels)
+    failing = np.stack([answers_of(seen.logits[one, rows], pool, labels) != full for one in places])
+    drawn = np.random.default_rng(work.options.seed).integers(0, len(rows), (SETS, len(rows)))
+    delta, found = 1 - CONFIDENCE, {}
+    for epsilon in EPSILONS:
+        if len(rows) < rows_needed(epsilon, CONFIDENCE):
+            continue  # what `calibrate` refuses
+        settings = [fixed_sequence(failing[:, one].sum(1), len(rows), epsilon, CONFIDENCE) for one in drawn]
+        broken = [setting is not None and failing[setting].mean() > epsilon for setting in settings]
+        most = delta + 2 * math.sqrt(delta * CONFIDENCE / SETS)
+        found[str(epsilon)] = {"rows": len(rows), "broken": float(np.mean(broken)), "at_most": most}
+    return found
+
+
+def on_test(fronts: dict[str, Search], rows: Encoded) -> dict[str, Any]:
     """What the points chosen on dev give on test: the areas, and the joint search's points one by one."""
-    joint = fronts["joint"]
-    task = chosen_task(joint.options)
-    examples = some_rows(read_examples(task, "test"), arguments.test_rows, 0)
-    rows = encode_split(examples, "test", task, joint.labels, joint.tokenizer, arguments.max_length)
-    tested = {
-        axes: operating_points(replace(work, options=replace(work.options, split="test")), rows, "")
-        for axes, work in fronts.items()
-    }
+    joint, tested = fronts["joint"], {}
+    for axes, work in fronts.items():
+        options = replace(work.options, split="test", by_row=axes == "lengths")
+        tested[axes] = operating_points(replace(work, options=options), rows, "")
+    choosing = rows_against_search(tested["lengths"])
+    tested["lengths"] = tested["lengths"].in_a_graph()
     full = tested["joint"].at("full").flops or 0.0
     points = [
         {
@@ -138,7 +209,14 @@ def on_test(arguments: argparse.Namespace, fronts: dict[str, Search]) -> dict[st
         for one in tested["joint"].points
     ]
     areas = {axes: area_of(found) for axes, found in tested.items()}
-    return {"test_rows": len(rows), "area_test": areas, "points": points}
+    areas["constant ratio"] = curve(joint, rows, CURVE)
+    return {
+        "test_rows": len(rows),
+        "area_test": areas,
+        "points": points,
+        "pairs_in_the_order_of_dev": kept_order(joint, tested["joint"]),
+        "rows_choose_their_lengths": choosing,
+    }
 
 
 def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -146,20 +224,25 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
     output, fronts, areas = Path(arguments.output), {}, {}
     common = {"model": arguments.checkpoint, "task": arguments.task, "max_length": arguments.max_length}
     common |= {"rows": arguments.rows, "iterations": arguments.iterations, "resume": True}
-    for axes in ("joint", "lengths", "exits"):
-        options = SearchOptions(**common, axes=axes, output=str(output.with_suffix(f".{axes}")))
-        fronts[axes], history = searched(options)
+    runs = {
+        axes: SearchOptions(**common, axes=axes, output=str(output.with_suffix(f".{axes}")))
+        for axes in ("joint", "lengths", "exits")
+    }
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.workers, spawn) as pool:
+        times = dict(zip(runs, pool.map(timed, runs.values()), strict=True))
+    for axes, options in runs.items():
+        fronts[axes], _ = searched(options)  # from its journal
         areas[axes] = fronts[axes].area()
-        if axes == "joint":
-            joint, seconds = fronts[axes], sum(one["seconds"] for one in history)
-    configurations, naive = len(joint.found), naive_seconds(joint, joint.options)
-    areas["constant ratio"] = curve(joint)
+    joint, (seconds, naive) = fronts["joint"], times["joint"]
+    configurations = len(joint.found)
+    areas["constant ratio"] = curve(joint, joint.encoded, 1)
     result: dict[str, Any] = {
         "checkpoint": checkpoint_hash(arguments.checkpoint),
         "task": arguments.task,
         "rows": len(joint.encoded),
         "iterations": arguments.iterations,
-        "threads": torch.get_num_threads(),
+        "halving": joint.options.halving,
         "area_dev": areas,
         "cpu_seconds": seconds,
         "configurations_on_all_rows": sum(bool(joint.measured(one)) for one in joint.found),
@@ -168,12 +251,31 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
         "naive_cpu_seconds_a_candidate": naive,
         "share_of_naive_per_configuration": seconds / (naive * configurations),
         "share_of_naive_per_candidate": seconds / (naive * configurations * len(joint.policies)),
+        "cpu_seconds_of_the_searches": {axes: spent for axes, (spent, _) in times.items()},
     }
+    rows = held_out(arguments, joint)
     if "test" in chosen_task(joint.options).splits:
-        result |= on_test(arguments, fronts)
+        result |= on_test(fronts, rows)
+    if joint.labels.problem_type == "single_label_classification":
+        result["calibration"] = broken_promises(joint, rows)
     if arguments.exported:
         result["latency_against_flops"] = latency_against_flops(fronts["lengths"], Path(arguments.exported))
+    result["bars"] = bars(result)
     return result
+
+
+def bars(result: dict[str, Any]) -> dict[str, bool]:
+    """What is asked of a search, and whether it is so here."""
+    areas = [result[name] for name in ("area_dev", "area_test") if name in result]
+    return {
+        "lengths above the constant ratio": all(one["lengths"] > one["constant ratio"] for one in areas),
+        "joint above lengths and exits": all(one["joint"] > max(one["lengths"], one["exits"]) for one in areas),
+        "at most a tenth of naive, per configuration": result["share_of_naive_per_configuration"] <= 0.1,
+        "at most a tenth of naive, per candidate": result["share_of_naive_per_candidate"] <= 0.1,
+        "calibration keeps its promise": all(
+            one["broken"] <= one["at_most"] for one in result.get("calibration", {}).values()
+        ),
+    }
 
 
 def main() -> None:
@@ -185,6 +287,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=500)
     parser.add_argument("--test-rows", type=int, default=None)
     parser.add_argument("--iterations", type=int, default=30)
+    parser.add_argument("--workers", type=int, default=2, help="searches side by side, a thread each")
     parser.add_argument("--exported", help="an export of the checkpoint, for latency against FLOPs")
     parser.add_argument("--output", required=True, help="JSON file; the searches' folders lie beside it")
     arguments = parser.parse_args()

@@ -22,6 +22,7 @@ from finetune.config import CalibrateOptions
 from finetune.data import Encoded, rows_of
 from finetune.evaluate import check_learned, exit_logits, exit_uncertainty, score_of, table
 from finetune.examples import read_examples
+from finetune.figures import plot_points
 from finetune.kinds import answers_of, problem_type_of
 from finetune.labels import Labels
 from finetune.policies import Policy, candidates, never, policy_name, thresholds
@@ -279,19 +280,21 @@ def points_of(folder: Path) -> OperatingPoints:
     return OperatingPoints(checkpoint_hash(folder), {})
 
 
-def save(folder: Path, points: OperatingPoints, point: OperatingPoint, policy: Policy) -> None:
-    """Put the calibrated point among the others; a checkpoint takes its policy as its own default.
+def save(folder: Path, points: OperatingPoints, point: OperatingPoint, policy: Policy) -> OperatingPoints:
+    """Put the calibrated point among the others, which are returned; a checkpoint takes its policy as its default.
 
     A table has one policy: points of another are left out.
     """
     same = points.policy.get("name") in (None, policy["name"])
     others = [one for one in points.points if one.name != NAME] if same else []
-    OperatingPoints(points.checkpoint, policy, [*others, point]).save(folder)
+    saved = OperatingPoints(points.checkpoint, policy, [*others, point])
+    saved.save(folder)
     if not is_artefact(folder):
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         content |= {"exit_policy": policy, "length_config": point.length_config}
         with new_file(folder / "config.json") as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return saved
 
 
 def calibrate(options: CalibrateOptions) -> None:
@@ -319,10 +322,11 @@ def calibrate(options: CalibrateOptions) -> None:
     point = point_of(options, rows, served.logits, found, config, session.file.stem if session else "pytorch")
     whole = exit_flops(config, rows.encoded.lengths, 1.0, rows.encoded.head)[-1].double().mean().item()
     result = report(point, whole, per_class(rows, reference, found, options.confidence), found.policy)
-    save(folder, points, point, found.policy)
+    saved = save(folder, points, point, found.policy)
     if options.output:
         with new_file(Path(options.output)) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        plot_points(Path(options.output).with_suffix(".png"), saved)
     show(result, folder)
 
 

@@ -244,7 +244,7 @@ class CalibrateOptions(TaskOptions):
     drift: str | None = option(
         None, help="compare instead: answers in service, a .tsv with a column exit_layer (`python -m export predict`)"
     )
-    output: str | None = option(None, help="JSON file for the report")
+    output: str | None = option(None, help="JSON file for the report; beside it a figure of the operating points")
 
 
 @dataclass(kw_only=True)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from elastic_model.operating_points import OperatingPoint, OperatingPoints
+
 
 def plot_exits(image: Path, splits: Mapping[str, Mapping[int, Mapping[str, float]]], metric: str) -> None:
     """One metric against the exit layer, a line a split; {split: {exit layer: {metric, low, high}}} with intervals."""
@@ -61,6 +63,31 @@ def plot_areas(image: Path, areas: Sequence[float]) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 4))
     axes.plot(areas, "o-", markersize=3)
     axes.set(xlabel="iteration", ylabel="area under the front")
+    axes.grid(alpha=0.3)
+    figure.savefig(image, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def plot_points(image: Path, points: OperatingPoints) -> None:
+    """Quality, with its interval, of operating points against their share of the FLOPs of the full one; those whose
+    quality and cost are known."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    kinds: dict[str, list[OperatingPoint]] = {"searched": [], "lengths by row": [], "calibrated": []}
+    for one in points.points:
+        if one.quality is not None and one.flops is not None:
+            own = "lengths by row" if isinstance(one.length_config, dict) else "searched"
+            kinds["calibrated" if one.calibration else own].append(one)
+    full = max((one.flops or 0.0 for group in kinds.values() for one in group), default=1.0)
+    for kind, group in kinds.items():
+        if group:
+            quality = np.array([[(one.quality or {})[name] for name in ("value", "low", "high")] for one in group])
+            errors = np.abs(quality[:, 1:] - quality[:, :1]).T
+            costs = [(one.flops or 0.0) / full for one in group]
+            axes.errorbar(costs, quality[:, 0], errors, fmt="o", markersize=4, capsize=2, alpha=0.7, label=kind)
+    axes.set(xlabel="FLOPs, as a share of the full point", ylabel="quality, 95 % intervals")
+    axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(image, dpi=120, bbox_inches="tight")
     pyplot.close(figure)

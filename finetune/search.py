@@ -37,7 +37,7 @@ from finetune.data import Encoded
 from finetune.evaluate import check_learned, score_of, table
 from finetune.examples import Examples, read_examples
 from finetune.explore import Observed, explore
-from finetune.figures import plot_areas, plot_front
+from finetune.figures import plot_areas, plot_front, plot_points
 from finetune.kinds import answers_of
 from finetune.labels import Labels
 from finetune.latency import Latency, latency_of_point, measure_latency
@@ -507,6 +507,7 @@ def write(search: Search, folder: Path, history: list[dict[str, Any]], points: O
     plot_areas(folder / "area.png", [one["area"] for one in history])
     lines = {name: [(one["cost"], one["quality"]) for one in result[name]] for name in ("constant_ratio", "front")}
     plot_front(folder / "front.png", lines, result["full"]["cost"], result["metric"])
+    plot_points(folder / "points.png", points)
     points.save(Path(search.options.model))
     if search.options.latency is not None:
         points.in_a_graph().save(Path(search.options.latency))

@@ -63,6 +63,7 @@ def test_the_checkpoint_answers_as_was_promised(checkpoint, small_task, texts, t
     assert (early != full).sum() == report["failures"] <= report["upper_bound"] * 240 < 0.2 * 240
     assert Counter(map(str, left.tolist())) == report["exit_counts"] == point.calibration["exit_counts"]
     assert point.mean_exit_layer < 4 and report["speedup"] > 1 and "exchangeable" in capsys.readouterr().out
+    assert (tmp_path / "report.png").stat().st_size
     assert sum(one["rows"] for one in report["classes"]) == 240
     assert sum(one["failures"] for one in report["classes"]) == report["failures"]
 

@@ -153,7 +153,7 @@ def test_a_search_from_end_to_end(checkpoint, small_task, tmp_path, capsys):
     result, points = result_of(tmp_path / "whole"), OperatingPoints.load(checkpoint)
     areas = [one["area"] for one in result["iterations"]]
     assert areas == sorted(areas) and areas[0] < areas[-1] <= 1 and len(areas) == 3
-    assert (tmp_path / "whole/front.png").stat().st_size and (tmp_path / "whole/area.png").stat().st_size
+    assert all((tmp_path / "whole" / f"{name}.png").stat().st_size for name in ("front", "area", "points"))
     lines = (tmp_path / "whole" / JOURNAL).read_text().splitlines()
     tried = [tuple(json.loads(line)["lengths"]) for line in lines[1:]]
     assert len(set(tried)) == len(tried) == result["iterations"][-1]["configurations"] >= 15
