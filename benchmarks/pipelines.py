@@ -41,6 +41,7 @@ from finetune.evaluate import table
 from finetune.pipelines.letters import name_of
 from finetune.pipelines.stages import RECORD
 from finetune.pipelines.study import (
+    RELATIVE,
     REPORT,
     RESULT,
     SMALLER,
@@ -52,9 +53,9 @@ from finetune.pipelines.study import (
 
 SIZES = {"sst2": Size(5_000, 128, 2, tokens=13), "mrpc": Size(3_668, 128, 2, tokens=53)}
 SEEDS = (0, 1, 2)
-WIDTHS = {"heads": 8, "intermediate": 768, "multiple_of": 8}
 ROUNDS = 8
-IMPORTANCE_ROWS = 2000  # of train, in each round
+IMPORTANCE_ROWS = 500  # of train, in each round
+PRUNED = {"heads": 8, "intermediate": 768, "multiple_of": 8, "importance_rows": IMPORTANCE_ROWS}
 # Xin et al. (2022), tables 1 and 2: RoBERTa-base, distances in points, shares of time in %
 PUBLISHED: dict[str, dict[str, dict[str, tuple]]] = {
     "mrpc": {
@@ -110,7 +111,7 @@ class Experiment:
 
     def study(self, seeds: Sequence[int], **more: Any) -> list[str]:
         """`python -m` these words: the study of some seeds."""
-        own = {"model": minilm(self.folder), "rounds": ROUNDS, **WIDTHS, "seeds": list(seeds), "output": self.output}
+        own = {"model": minilm(self.folder), "rounds": ROUNDS, **PRUNED, "seeds": list(seeds), "output": self.output}
         return ["finetune", "study", *flags({**self.options, **own, **more})]
 
     def stage(self, seed: int, name: str) -> Path:
@@ -126,17 +127,17 @@ class Experiment:
     def chain(self, seed: int) -> Chain:
         """Every stage of a seed; then its O pruned at once, and both ways without training."""
         stages = stages_of(all_orders())
-        whole = 3 * self.size.rows * self.size.epochs * row_flops(self.size)  # a backward pass is two forward ones
-        total = sum(expected_seconds(stage, whole) for stage in stages if "Q" not in stage)
+        row = 3 * row_flops(self.size)  # a backward pass is two forward ones
+        whole, measuring = row * self.size.rows * self.size.epochs, row * min(IMPORTANCE_ROWS, self.size.rows)
+        total = sum(expected_seconds(stage, whole, ROUNDS * measuring) for stage in stages if "Q" not in stage)
         outputs = tuple(self.stage(seed, name_of(stage)) / RECORD for stage in stages)
         jobs = [Job(f"{self.output.name}-{seed}", tuple(self.study([seed], measure="false")), outputs, total)]
         for rounds, distill in ((1, True), (1, False), (ROUNDS, False)):
             output = self.cut(seed, rounds, distill)
-            own = {"model": self.stage(seed, "O"), "rounds": rounds, "distill": str(distill).lower(), **WIDTHS}
+            own = {"model": self.stage(seed, "O"), "rounds": rounds, "distill": str(distill).lower(), **PRUNED}
             own |= {"seed": seed, "gradient_equilibrium": "false", "exit_policy": "confidence", "output": output}
             words = ("finetune", "prune", *flags({**self.options, **own}), "--resume")
-            measuring = rounds * 3 * min(IMPORTANCE_ROWS, self.size.rows) * row_flops(self.size)
-            cost = measuring + (whole * (SMALLER["P"] + 0.35) if distill else 0)
+            cost = rounds * measuring * SMALLER["P"] + (whole * RELATIVE["P"] if distill else 0)
             jobs.append(Job(f"{self.output.name}-{seed}-{output.name}", words, (output,), cost))
         return jobs
 

@@ -24,6 +24,7 @@ class OperatorOptions(TaskOptions):
     heads: int | None = option(None, help="P: heads kept in a layer (default: two thirds)")
     intermediate: int | None = option(None, help="P: FFN neurons kept in a layer (default: half)")
     rounds: int = option(8, help="P: rounds of removal")
+    importance_rows: int = option(2000, help="P: rows of train that importance is measured on, in each round")
     multiple_of: int = option(8, help="P: FFN neurons of each layer are a multiple of this")
     uneven: bool = option(False, help="P: layers keep different numbers")
     label_free: bool = option(False, help="P: importance for the model's own predictions, without labels")

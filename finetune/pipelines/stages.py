@@ -26,10 +26,11 @@ from finetune.prepare import load_tokenizer
 
 RECORD = "stage.json"
 SHARED = ("epochs", "batch_size", "learning_rate", "train_rows", "max_length", "seed")
+PRUNING = ("rounds", "importance_rows", "uneven", "label_free")  # options of `prune` that P hands on as they are
 OF_OPERATOR: dict[str, tuple[str, ...]] = {  # the options that a stage depends on, beside its parent
     "": SHARED,
     "D": (*SHARED, "layers", "student", "temperature"),
-    "P": (*SHARED, "heads", "intermediate", "rounds", "multiple_of", "uneven", "label_free", "temperature"),
+    "P": (*SHARED, "heads", "intermediate", "temperature", "multiple_of", *PRUNING),
     "E": SHARED,
     "S": (*SHARED, "search_iterations", "permitted_loss"),
     "Q": ("max_length",),
@@ -73,7 +74,7 @@ def _distilled(work: Work, stage: str, parent: Path, folder: Path) -> int:
 
 def _pruned(work: Work, stage: str, parent: Path, folder: Path) -> int:
     options = work.options
-    more = {name: getattr(options, name) for name in ("rounds", "uneven", "label_free", "temperature")}
+    more = {name: getattr(options, name) for name in (*PRUNING, "temperature")}
     more |= {"exit_policy": work.policy, **pruned_widths(options, *narrowest(_config(parent)))}
     return _run("prune", training_options(PruneOptions, options, parent, folder, **more))
 

@@ -103,12 +103,12 @@ def seconds_of_update(work: Work) -> float:
     return min(spent)
 
 
-def expected_seconds(stage: str, whole: float) -> float:
-    """Of one stage, where training the whole model takes `whole`."""
+def expected_seconds(stage: str, whole: float, measuring: float) -> float:
+    """Of one stage, where training the whole model takes `whole`, and measuring what matters in it `measuring`."""
     if stage.endswith("Q"):
         return SECONDS_OF_EXPORT
     before = np.prod([SMALLER[letter] for letter in stage[:-1]])
-    return float(whole * before * RELATIVE[stage[-1:]])
+    return float(before * (whole * RELATIVE[stage[-1:]] + (measuring * SMALLER["P"] if stage.endswith("P") else 0)))
 
 
 def plan(works: list[Work], stages: list[str]) -> str:
@@ -119,12 +119,13 @@ def plan(works: list[Work], stages: list[str]) -> str:
         if record is not None:
             known.setdefault(stage, []).append(record["seconds"])
     options, rows = works[0].options, works[0].train_rows
-    whole = 0.0
+    whole = measuring = 0.0
     if any(stage not in known for stage in stages):
-        whole = seconds_of_update(works[0]) * -(-rows // options.batch_size) * options.epochs
+        row = seconds_of_update(works[0]) / options.batch_size
+        whole, measuring = row * rows * options.epochs, row * min(rows, options.importance_rows) * options.rounds
     lines, left = [], 0.0
     for stage in stages:
-        seconds = float(np.mean(known[stage])) if stage in known else expected_seconds(stage, whole)
+        seconds = float(np.mean(known[stage])) if stage in known else expected_seconds(stage, whole, measuring)
         missing = sum(done[work.options.seed, stage] is None for work in works)
         left += missing * seconds
         how = "as measured" if stage in known else "expected"

@@ -29,7 +29,7 @@ from finetune.recipe import find_recipe
 from finetune.run import check_numbers
 
 OF_TRAINING = ("epochs", "batch_size", "learning_rate", "train_rows")
-NUMBERS = ("rounds", "multiple_of", "timed_rows", "search_iterations")
+NUMBERS = ("rounds", "importance_rows", "multiple_of", "timed_rows", "search_iterations")
 
 
 @dataclass(frozen=True)
