@@ -19,7 +19,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from elastic_model.arguments import to_yaml
+from finetune.config import PruneOptions
 from finetune.data import collate
+from finetune.prune import prune
 from finetune.recipe import Update
 from finetune.run import prepare
 from finetune.train import train
@@ -45,11 +47,11 @@ def launch(mode, folder, *argv):
         return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=log, stderr=log)
 
 
-def train_in(mode, folder, run):
-    """`python -m finetune train` in two processes, to its end; -> what was printed."""
+def train_in(mode, folder, run, command="train"):
+    """`python -m finetune train`, or another command, in two processes, to its end; -> what was printed."""
     file = folder / "run.yaml"
     file.write_text(to_yaml(run))
-    launch(mode, folder, "-m", "finetune", "train", "--config", file).wait(timeout=300)
+    launch(mode, folder, "-m", "finetune", command, "--config", file).wait(timeout=300)
     return (folder / "log").read_text()
 
 
@@ -130,6 +132,26 @@ def test_a_stopped_run_goes_on_in_its_mode_and_in_one_process(options, tmp_path,
     assert_close(weights_of(again.output), weights_of(whole.output), atol=0, rtol=0)
     assert train(alone) == 0
     assert_close(weights_of(alone.output), weights_of(whole.output), atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_model_is_pruned_and_distilled_in_two_processes_as_in_one(options, tiny_checkpoint, tmp_path):
+    """The same parts are removed; losses are near, since means over tokens are taken in each micro-batch."""
+    run = options(epochs=1, learning_rate=1e-3)
+    names = ("train", "dev", "text", "label", "max_length", "batch_size", "epochs", "learning_rate")
+    own = {name: getattr(run, name) for name in names} | {"share": 0.5, "rounds": 2, "micro_batch_size": 3}
+    two, one = (
+        PruneOptions(model=str(tiny_checkpoint), output=str(tmp_path / name), **own) for name in ("two", "one")
+    )
+    printed = train_in("ddp", tmp_path, two, command="prune")
+    assert Path(two.output).exists(), printed[-3000:]
+    assert prune(one) == 0
+    kept = [json.loads((Path(each.output) / "pruning.json").read_text())["kept"] for each in (two, one)]
+    assert kept[0] == kept[1] and [len(layer) for layer in kept[0]["heads"]] == [2] * 4
+    logs = [(Path(each.output) / "metrics.jsonl").read_text().splitlines() for each in (two, one)]
+    losses = [[line["loss"] for line in map(json.loads, log) if "loss" in line] for log in logs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert weights_of(two.output).keys() == weights_of(one.output).keys()
 
 
 @pytest.mark.slow
