@@ -69,7 +69,8 @@ def timed(options: SearchOptions) -> tuple[float, float]:
 @torch.inference_mode()
 def naive_seconds(work: Search, options: SearchOptions) -> float:
     """CPU seconds of one candidate where each is a full forward pass of its own, float32, rows in their order."""
-    drawn = random.Random(options.seed).sample([one for group in work.generations for one in group], SAMPLED)
+    tried = [one for group in work.generations for one in group]
+    drawn = random.Random(options.seed).sample(tried, min(SAMPLED, len(tried)))
     rows = range(len(work.encoded))
     spent = []
     for lengths in drawn:
@@ -228,9 +229,12 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
         axes: SearchOptions(**common, axes=axes, output=str(output.with_suffix(f".{axes}")))
         for axes in ("joint", "lengths", "exits")
     }
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.workers, spawn) as pool:
-        times = dict(zip(runs, pool.map(timed, runs.values()), strict=True))
+    if arguments.workers == 1:
+        spent = list(map(timed, runs.values()))
+    else:
+        with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn")) as pool:
+            spent = list(pool.map(timed, runs.values()))
+    times = dict(zip(runs, spent, strict=True))
     for axes, options in runs.items():
         fronts[axes], _ = searched(options)  # from its journal
         areas[axes] = fronts[axes].area()
@@ -249,9 +253,10 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
         "configurations": configurations,
         "candidates": configurations * len(joint.policies),
         "naive_cpu_seconds_a_candidate": naive,
+        "configurations_per_cpu_second": {"searched": configurations / seconds, "naive": 1 / naive},
         "share_of_naive_per_configuration": seconds / (naive * configurations),
         "share_of_naive_per_candidate": seconds / (naive * configurations * len(joint.policies)),
-        "cpu_seconds_of_the_searches": {axes: spent for axes, (spent, _) in times.items()},
+        "cpu_seconds_of_the_searches": {axes: searching for axes, (searching, _) in times.items()},
     }
     rows = held_out(arguments, joint)
     if "test" in chosen_task(joint.options).splits:

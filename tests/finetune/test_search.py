@@ -93,6 +93,9 @@ def test_sharing_changes_no_answer(kind):
     batch = {"input_ids": torch.randint(1, 60, (5, 17)) * mask, "attention_mask": mask.long()}
     found = explore_batch(model, batch, lengths)
     assert set(found) == set(lengths)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = explore_batch(model, batch, [(STEPS,) * 4, (20, 20, 9, 9)])
+    assert all(0 < (logits.float() - found[one][0]).abs().mean() < 0.1 for one, (logits, _) in rough.items())
     for one, (logits, doubt) in found.items():
         with torch.no_grad():
             output = model(**batch, length_config=shares(one), exit_policy={"name": "never"})
