@@ -51,8 +51,9 @@ def save_checkpoint(
         with new_folder(folder) as temporary:
             save_model(temporary, model, tokenizer, weights)
             save_file(optimizer, temporary / OPTIMIZER)
-            digests = {name: _digest(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
-            (temporary / STATE).write_text(json.dumps({"step": step, **state, "sha256": digests}, indent=2) + "\n")
+            content = json.loads(json.dumps({"step": step, **state}))
+            digests = {name: _digest(temporary / name) for name in (WEIGHTS, OPTIMIZER)} | {STATE: _of_state(content)}
+            (temporary / STATE).write_text(json.dumps({**content, "sha256": digests}, indent=2) + "\n")
     except Exception as error:  # the libraries that write here each have an error of their own for a full disk
         raise OSError(
             f"{folder} could not be written: {error}; earlier checkpoints are intact, --resume continues"
@@ -97,9 +98,13 @@ def load_optimizer_tensors(checkpoint: Checkpoint) -> Tensors:
 
 
 def find_checkpoints(output: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first."""
-    found = [path for path in output.glob("checkpoint-*") if NAME.fullmatch(path.name)]
-    return sorted((path for path in found if (path / STATE).is_file()), key=_step)
+    """The checkpoints of a run, oldest first, but for the rest of one whose removal was cut off.
+
+    A folder newer than all that have a state is no such rest, for it came whole into its place: it is damaged.
+    """
+    found = sorted((path for path in output.glob("checkpoint-*") if NAME.fullmatch(path.name)), key=_step)
+    last = max((number for number, path in enumerate(found) if (path / STATE).is_file()), default=-1)
+    return [path for number, path in enumerate(found) if number > last or (path / STATE).is_file()]
 
 
 def checkpoint_to_resume(output: Path, previous: bool) -> Checkpoint | None:
@@ -117,12 +122,19 @@ def checkpoint_to_resume(output: Path, previous: bool) -> Checkpoint | None:
 def _read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / STATE).read_text())
-        damaged = [name for name, digest in state["sha256"].items() if _digest(folder / name) != digest]
-    except (ValueError, KeyError, FileNotFoundError) as error:
+        digests = state.pop("sha256")
+        found = {name: _digest(folder / name) for name in (WEIGHTS, OPTIMIZER)} | {STATE: _of_state(state)}
+        damaged = [name for name, digest in found.items() if digests[name] != digest]
+    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
         raise ValueError(f"{folder} is damaged ({error}); {REMEDY}") from None
     if damaged:
         raise ValueError(f"{folder} is damaged ({', '.join(damaged)}: wrong sha256); {REMEDY}")
     return state
+
+
+def _of_state(content: dict[str, Any]) -> str:
+    """SHA-256 of what the state says, whatever its layout in the file."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def run_state(config: PretrainConfig, corpus: Corpus) -> dict[str, Any]:

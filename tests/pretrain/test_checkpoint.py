@@ -81,28 +81,36 @@ def test_the_newest_checkpoints_are_kept_in_the_order_of_their_steps(trained, tm
     assert checkpoint_to_resume(tmp_path, previous=True).state["step"] == 11
 
 
-def test_an_unfinished_checkpoint_is_not_one(trained, tmp_path):
-    (tmp_path / "checkpoint-9").mkdir()
-    assert checkpoint_to_resume(tmp_path, previous=False) is None
-    save(tmp_path, trained, 4)
-    assert find_checkpoints(tmp_path) == [tmp_path / "checkpoint-4"]
-
-
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "trainer_state.json"])
-@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used_on_request(trained, tmp_path, file, damage):
     for step in (4, 8):
         save(tmp_path, trained, step)
     path = tmp_path / "checkpoint-8" / file
-    content = bytearray(path.read_bytes())
-    if damage == "truncated":
-        del content[len(content) // 2 :]
+    if damage == "missing":
+        path.unlink()
     else:
-        content[0 if file.endswith("json") else -1] ^= 1
-    path.write_bytes(content)
+        content = path.read_bytes()
+        half = len(content) // 2
+        path.write_bytes(content[:half] if damage == "truncated" else content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(ValueError, match="checkpoint-8 is damaged .*--resume-previous"):
         checkpoint_to_resume(tmp_path, previous=False)
     assert checkpoint_to_resume(tmp_path, previous=True).folder.name == "checkpoint-4"
+
+
+def test_a_state_that_says_something_else_is_damage(trained, tmp_path):
+    save(tmp_path, trained, 4)
+    state = tmp_path / "checkpoint-4" / "trainer_state.json"
+    state.write_text(state.read_text().replace('"step": 4', '"step": 5'))
+    with pytest.raises(ValueError, match="checkpoint-4 is damaged .trainer_state.json: wrong sha256"):
+        checkpoint_to_resume(tmp_path, previous=False)
+
+
+def test_a_run_of_damaged_checkpoints_alone_does_not_begin_anew(trained, tmp_path):
+    save(tmp_path, trained, 4)
+    (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match="checkpoint-4 is damaged"):
+        checkpoint_to_resume(tmp_path, previous=False)
 
 
 def test_there_must_be_one_before(trained, tmp_path):
