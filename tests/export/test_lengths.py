@@ -195,5 +195,5 @@ def test_no_significance_is_computed_where_nothing_is_dropped(tmp_path):
 def test_lengths_in_tokens_are_refused():
     from export.task import task_of
 
-    with pytest.raises(ValueError, match="length_config in tokens cannot be exported"):
+    with pytest.raises(ValueError, match="length_config in tokens or by mass cannot be exported"):
         task_of(ElasticBertConfig(num_hidden_layers=2, length_config=[30, 20]))

@@ -11,7 +11,7 @@ from elastic_model.losses import inplace_distillation
 from finetune.data import collate, inputs_of
 from finetune.recipe import RECIPES, SANDWICH, Update, as_labels, find_recipe
 from finetune.run import prepare
-from finetune.train import backward
+from finetune.train import backward, engine_of
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,7 @@ def prepared(options, **changes):
 
     def gradient(phase, number):
         run.model.zero_grad()
-        backward(run, run.phases[phase], run.model, number)
+        backward(run, run.phases[phase], engine_of(run), number)
         return {name: one.grad.clone() for name, one in run.model.named_parameters() if one.grad is not None}
 
     return run, gradient

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from finetune.config import TrainOptions
 from finetune.data import collate
 from finetune.recipe import RECIPES, Update
 from finetune.run import prepare
-from finetune.train import INTERRUPTED, backward, learning_rate, train
+from finetune.train import INTERRUPTED, _save, backward, engine_of, learning_rate, train
 
 SHIPPED = sorted((Path(finetune.train.__file__).parent / "recipes").glob("*.yaml"))
 
@@ -130,19 +131,16 @@ def test_a_finished_run_ends_at_once(trained, monkeypatch, capsys):
 
 
 def test_a_state_of_other_settings_is_not_continued(options, monkeypatch):
-    monkeypatch.setattr(finetune.train, "fit", lambda run, progress: _save(run, progress))
+    monkeypatch.setattr(finetune.train, "fit", _stop_after_one)
     train(options())
     monkeypatch.undo()
     with pytest.raises(ValueError, match="holds a run with learning_rate = 0.003, not 0.1; resume it with its own"):
         train(options(learning_rate=0.1, resume=True))
 
 
-def _save(run, progress):
-    from finetune.state import save_state
-    from finetune.train import make_optimizer
-
+def _stop_after_one(run, progress):
     progress.update = 1
-    save_state(run.state, run.model, make_optimizer(run.model, run.options), progress, run.settings)
+    _save(run, progress, engine_of(run))
     return False
 
 
@@ -185,7 +183,7 @@ def test_micro_batches_sum_to_the_gradient_of_the_batch(options):
     for size in (None, 3):
         run = prepare(options(micro_batch_size=size), Accelerator())
         run.model.eval()  # no dropout
-        backward(run, run.phases[0], run.model, 0)
+        backward(run, run.phases[0], engine_of(run), 0)
         gradients[size] = {name: one.grad for name, one in run.model.named_parameters() if one.grad is not None}
     assert gradients[None].keys() == gradients[3].keys()
     for name, gradient in gradients[None].items():
@@ -215,7 +213,7 @@ def test_grouped_exits_take_turns(options):
     seen = []
     for update in (0, 1):
         run.model.zero_grad()
-        backward(run, run.phases[0], run.model, update)
+        backward(run, run.phases[0], engine_of(run), update)
         heads = {layer: run.model.get_parameter(f"classifiers.{layer - 1}.weight").grad for layer in run.exit_layers}
         seen.append([layer for layer, gradient in heads.items() if gradient is not None and gradient.abs().sum() > 0])
     assert seen == [[1, 3, 4], [2, 4]]
@@ -316,6 +314,7 @@ def test_a_tracker_writes_into_the_checkpoint_also_after_a_resume(options, monke
     with pytest.raises(Crash):
         train(options(**settings))
     monkeypatch.undo()
+    time.sleep(1.1)  # a tracker's files are named by the second
     assert train(options(**settings, resume=True)) == 0
     written = list((Path(options().output) / "finetune").glob("events.out.tfevents.*"))
     assert len(written) == 2 and any(b"dev/4/accuracy" in file.read_bytes() for file in written)
