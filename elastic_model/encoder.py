@@ -169,15 +169,15 @@ class ElasticBertLayer(GradientCheckpointingLayer):
 
 
 class ElasticBertPooler(nn.Module):
-    """Dense and activation over the first token; (rows, width)."""
+    """Dense and activation over a row's state, [CLS] or the mean of its tokens; (rows, width)."""
 
     def __init__(self, config):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.activation = ACT2FN[config.pooler_act]
 
-    def forward(self, first_token):
-        return self.activation(self.dense(first_token))
+    def forward(self, state):
+        return self.activation(self.dense(state))
 
 
 @dataclass
@@ -242,6 +242,11 @@ class Flow:
     def first_token(self, keep_cls: bool) -> torch.Tensor:
         """[CLS]; (rows, width). Where it may have been dropped, its last state."""
         return (self.hidden if keep_cls or self.memory is None else self.all_tokens())[:, 0]
+
+    def mean_token(self) -> torch.Tensor:
+        """The mean of the real tokens still kept; (rows, width)."""
+        real = self.real_mask()[..., None].to(self.hidden.dtype)
+        return (self.hidden * real).sum(1) / real.sum(1)
 
     def select_rows(self, stay: torch.Tensor) -> None:
         """Only the rows of `stay` (booleans) go on, cut to the longest of them."""

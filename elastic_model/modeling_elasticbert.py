@@ -159,9 +159,11 @@ class ElasticBertModel(ElasticBertPreTrainedModel):
         yield from self.encoder.exits(flow, lengths, layers, wanted, equilibrium, **kwargs)
 
     def pool(self, exit: Exit) -> torch.Tensor:
-        """An exit's pooled [CLS]; (rows, width)."""
+        """What an exit's pooler makes of [CLS] or of the tokens' mean, as `exit_pooling` says; (rows, width)."""
         assert self.encoder.pooler is not None
-        return self.encoder.pooler.at(exit.layer)(exit.flow.first_token(self.config.keep_cls))
+        means = self.config.exit_pooling[exit.layer - 1] == "mean"
+        state = exit.flow.mean_token() if means else exit.flow.first_token(self.config.keep_cls)
+        return self.encoder.pooler.at(exit.layer)(state)
 
     @capture_outputs
     def forward(

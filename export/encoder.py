@@ -77,13 +77,18 @@ def starts_of(graph: GraphBuilder, lengths: str) -> str:
     return graph.op("Sub", graph.op("CumSum", lengths, graph.constant(0, np.int64)), lengths)
 
 
-def layout_of(graph: GraphBuilder, lengths: str) -> Layout:
-    """The layout of rows with these lengths (at least one row)."""
+def slots_of(graph: GraphBuilder, lengths: str) -> tuple[str, str, str, str]:
+    """The first four of `Layout`, of rows with these lengths (at least one row)."""
     longest = graph.op("ReduceMax", lengths, keepdims=0)
     columns = graph.op("Range", graph.constant(0, np.int64), longest, graph.constant(1, np.int64))
     inside = graph.op("Less", columns, graph.op("Unsqueeze", lengths, graph.integers(1)))  # (rows, longest)
     places = graph.op("Add", columns, graph.op("Unsqueeze", starts_of(graph, lengths), graph.integers(1)))
-    slots = graph.op("Where", inside, places, graph.constant(0, np.int64))
+    return longest, columns, inside, graph.op("Where", inside, places, graph.constant(0, np.int64))
+
+
+def layout_of(graph: GraphBuilder, lengths: str) -> Layout:
+    """The layout of rows with these lengths (at least one row)."""
+    longest, columns, inside, slots = slots_of(graph, lengths)
     flat = graph.op("NonZero", graph.op("Reshape", inside, graph.integers(-1)))
     tokens = graph.op("Squeeze", flat, graph.integers(0))
     mask = graph.op("Where", inside, graph.constant(0, np.float32), graph.constant(-np.inf, np.float32))

@@ -16,7 +16,6 @@ from export.heads import (
     exit_answer,
     exit_uncertainty,
     filled,
-    first_token,
     linear,
     nothing,
     pooled_output,
@@ -79,7 +78,7 @@ def build_plain_graph(
     inside = replace(inside, place=batch.slots)
     with graph.scope(f"exit_{layer}"):
         if task.head.pools:  # every row is inside: nothing to scatter
-            pooled = pooled_output(graph, weights, layer, first_token(graph, weights, batch, inside))
+            pooled = pooled_output(graph, weights, layer, batch, inside)
             graph.op("Identity", linear(graph, weights, task, layer, pooled), output="logits")
         else:
             write_tokens(graph, weights, task, layer, batch, inside)
@@ -96,7 +95,7 @@ def write_tokens(graph: GraphBuilder, weights: Weights, task: Task, layer: int, 
     answer = graph.op("Reshape", answer, batch.shape(graph, task.labels))
     if embedding:
         graph.op("Identity", answer, output="last_hidden_state")
-        pooled = pooled_output(graph, weights, layer, first_token(graph, weights, batch, inside))
+        pooled = pooled_output(graph, weights, layer, batch, inside)
         graph.op("Identity", pooled, output="pooler_output")
     elif task.problem_type == TOKENS:
         graph.op("Identity", answer, output="logits")
@@ -211,8 +210,7 @@ def write_embeddings(graph: GraphBuilder, weights: Weights, batch: Batch, inside
         then = GraphBuilder(graph) if number else graph
         reached, _ = encode(then, weights, layers, inside, lengths)
         with then.scope(f"exit_{layer}"):
-            first = first_token(then, weights, batch, reached)
-            new_pooled = pooled_output(then, weights, layer, first)
+            new_pooled = pooled_output(then, weights, layer, batch, reached)
         if not number:
             inside, pooled = reached, new_pooled
             continue

@@ -9,7 +9,7 @@ import numpy as np
 from onnx import TensorProto, numpy_helper
 
 from export.builder import GraphBuilder
-from export.encoder import Weights, activate, norm_before, starts_of
+from export.encoder import Weights, activate, norm_before, slots_of, starts_of
 from export.lengths import Inside
 from export.task import Task
 
@@ -58,11 +58,24 @@ def first_token(graph: GraphBuilder, weights: Weights, batch: Batch, inside: Ins
     return graph.op("Gather", restored, graph.op("Gather", first, inside.row))
 
 
-def pooled_output(graph: GraphBuilder, weights: Weights, layer: int, first: str) -> str:
-    """The pooled [CLS] at the exit after layer `layer` (from 1): (rows, width)."""
+def mean_token(graph: GraphBuilder, inside: Inside) -> str:
+    """The mean of each row's tokens; (rows, width)."""
+    _, _, real, slots = slots_of(graph, inside.lengths)
+    count = graph.op("Unsqueeze", graph.op("Cast", inside.lengths, to=TensorProto.FLOAT), graph.integers(1))
+    shares = graph.op("Div", graph.op("Cast", real, to=TensorProto.FLOAT), count)  # (rows, longest)
+    padded = graph.op("Gather", inside.hidden, slots)  # (rows, longest, width)
+    mean = graph.op("MatMul", graph.op("Unsqueeze", shares, graph.integers(1)), padded)
+    return graph.op("Squeeze", mean, graph.integers(1))
+
+
+def pooled_output(graph: GraphBuilder, weights: Weights, layer: int, batch: Batch, inside: Inside) -> str:
+    """What the pooler of the exit after layer `layer` (from 1) makes of [CLS], or of the tokens' mean: (rows,
+    width)."""
+    means = weights.config.exit_pooling[layer - 1] == "mean"
+    state = mean_token(graph, inside) if means else first_token(graph, weights, batch, inside)
     pooler = f"elasticbert.encoder.pooler.{layer - 1}.dense"
     bias = weights.vector(graph, f"{pooler}.bias")
-    product = weights.product(graph, first, pooler, norm=norm_before(layer + 1))
+    product = weights.product(graph, state, pooler, norm=norm_before(layer + 1))
     return activate(graph, weights.config.pooler_act, product, bias)
 
 
@@ -81,7 +94,7 @@ def exit_answer(
     """The answers of the exit after layer `layer` (from 1) in the whole batch, shaped like `blank`; and what a learned
     exit head reads, (rows, width)."""
     if task.head.pools:
-        pooled = pooled_output(graph, weights, layer, first_token(graph, weights, batch, inside))
+        pooled = pooled_output(graph, weights, layer, batch, inside)
         logits = linear(graph, weights, task, layer, pooled)
         return graph.op("ScatterND", blank, graph.op("Unsqueeze", inside.row, graph.integers(1)), logits), pooled
     states, places = inside.everything(graph)

@@ -67,6 +67,11 @@ def stock_config(config: ElasticBertConfig, layer: int) -> BertConfig:
             f"--to bert: a stock BERT has the same heads and FFN width in every layer, here are {heads} heads of "
             f"{config.attention_head_size} and widths {inner}; write a plain ONNX file with --exit {layer} instead"
         )
+    if config.exit_pooling[layer - 1] != "cls":
+        raise ValueError(
+            f"--to bert: BERT's pooler reads [CLS], that of exit {layer} the mean of the tokens; write a plain ONNX "
+            f"file with --exit {layer} instead"
+        )
     if config.pooler_act != "tanh":
         raise ValueError(f"--to bert: BERT's pooler has a tanh, this model's has {config.pooler_act!r}")
     return BertConfig(

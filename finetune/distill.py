@@ -17,6 +17,7 @@ from torch.nn.functional import mse_loss
 from transformers import AutoConfig, logging, set_seed
 
 from elastic_model import ElasticBertConfig
+from elastic_model.configuration_elasticbert import pooling_with_new_exits
 from elastic_model.encoder import zero_for_others
 from elastic_model.losses import exit_group, inplace_distillation, weighted_loss
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
@@ -98,7 +99,7 @@ def shallower(teacher: ElasticBertExitModel, layers: int, settings: dict[str, An
     source = layer_map(layers, teacher.config.num_hidden_layers)
     per_layer = {
         name: [getattr(teacher.config, name)[layer - 1] for layer in source.values()]
-        for name in ("num_attention_heads_per_layer", "intermediate_size_per_layer")
+        for name in ("num_attention_heads_per_layer", "intermediate_size_per_layer", "exit_pooling")
     }
     depth = {"num_hidden_layers": layers, "max_output_layers": layers}
     config = ElasticBertConfig.from_dict({**teacher.config.to_dict(), **depth, **per_layer, **settings})
@@ -141,6 +142,7 @@ def make_student(options: DistillOptions, labels: Labels, teacher: ElasticBertEx
     if options.student is None:
         return shallower(teacher, layers, settings)
     check_tokenizer(options.student, load_tokenizer(Path(options.model)))
+    settings |= {"exit_pooling": pooling_with_new_exits(AutoConfig.from_pretrained(options.student))}
     names = dict(enumerate(labels.names))
     student: ElasticBertExitModel = kind_of(labels).model.from_pretrained(
         options.student,

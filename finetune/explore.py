@@ -90,8 +90,9 @@ class Tree:
 
     @property
     def first_alone(self) -> bool:
-        """Whether the exits read [CLS] alone, and it is never dropped."""
-        return self.model.pools and self.model.config.keep_cls
+        """Whether the last exit reads [CLS] alone, and it is never dropped."""
+        config = self.model.config
+        return self.model.pools and config.keep_cls and config.exit_pooling[-1] == "cls"
 
     def head(self, layer: int, flow: Flow) -> tuple:
         """What the exit behind a layer says: logits and, where there is a learned exit head, its uncertainty."""

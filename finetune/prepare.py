@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from elastic_model import ElasticBertConfig, ElasticBertForSequenceClassification
+from elastic_model.configuration_elasticbert import pooling_with_new_exits
 from elastic_model.losses import exit_weights
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from elastic_model.pretrained import elastic_config
@@ -168,6 +169,7 @@ def load_for_training(options: TrainOptions, labels: Labels) -> ElasticBertExitM
     exit_weights(options.exit_loss, [1])
     settings: dict[str, Any] = {"exit_loss": options.exit_loss, "gradient_equilibrium": options.gradient_equilibrium}
     settings |= {"exit_groups": options.exit_groups, "exit_policy": None, **find_recipe(options.recipe).config}
+    settings |= {"exit_pooling": pooling_with_new_exits(config)}
     if options.learned_exit_head:
         settings |= {"learned_exit_head": True}
     if options.exit_layers is not None:

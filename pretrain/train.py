@@ -19,11 +19,12 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from elastic_model import ElasticBertConfig, ElasticBertForPreTraining
 from elastic_model.arguments import to_yaml
+from elastic_model.configuration_elasticbert import pooling_with_new_exits
 from elastic_model.distributed import Tensors, on_main_process, start_accelerator, start_engine
 from elastic_model.folders import check_output, claim_folder, new_file, new_folder
 from elastic_model.losses import exit_group, trained_exits
@@ -81,6 +82,7 @@ def build_model(
         training["exit_layers"] = config.exit_layers
     torch.manual_seed(config.seed)
     if config.init_from:
+        training["exit_pooling"] = pooling_with_new_exits(AutoConfig.from_pretrained(config.init_from))
         model, loading = ElasticBertForPreTraining.from_pretrained(
             config.init_from, output_loading_info=True, **training
         )

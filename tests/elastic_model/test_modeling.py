@@ -63,6 +63,32 @@ def test_a_subset_of_exits_is_the_same_model_with_fewer_heads(tmp_path):
 
 
 @torch.no_grad()
+def test_an_exit_may_read_the_mean_of_the_tokens_still_kept(tmp_path):
+    """Padding and dropped tokens do not count; the choice is the layer's, also where the model is cut there."""
+    model = model_of(exit_pooling=["mean", "cls", "mean", "cls"])
+    input_ids, mask = torch.randint(1, 60, (2, 9)), torch.tensor([[1] * 9, [1] * 5 + [0] * 4])
+    states, encoder = [], model.elasticbert.encoder
+    for layer in encoder.layer:
+        layer.register_forward_hook(lambda module, inputs, output: states.append(output))
+    plain = model(input_ids, mask, exit_policy={"name": "never"}).exit_logits
+    for layer in (1, 2, 3, 4):
+        hidden = states[layer - 1][0]
+        state = hidden[:, 0] if layer in (2, 4) else torch.stack([hidden[0].mean(0), hidden[1, :5].mean(0)])
+        expected = model.classifiers.at(layer)(encoder.pooler.at(layer)(state))
+        torch.testing.assert_close(plain[layer - 1], expected, atol=1e-5, rtol=0)
+    states.clear()
+    short = model(input_ids, mask, length_config=[1.0, 1.0, 0.5, 0.5], exit_policy={"name": "never"}).exit_logits
+    hidden, _, kept = states[2]
+    assert kept.sum(1).tolist() == [5, 3]
+    expected = model.classifiers.at(3)(encoder.pooler.at(3)((hidden * kept[..., None]).sum(1) / kept.sum(1)[:, None]))
+    torch.testing.assert_close(short[2], expected, atol=1e-5, rtol=0)
+    model.save_pretrained(tmp_path)
+    cut = type(model).from_pretrained(tmp_path, num_hidden_layers=3).eval()
+    assert cut.config.exit_pooling == ["mean", "cls", "mean"]
+    torch.testing.assert_close(cut(input_ids, mask).logits, plain[2], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
 def test_skipped_layers_have_no_exit_but_the_last_answers():
     model, input_ids = model_of(), torch.randint(1, 60, (3, 9))
     output = model(input_ids, layer_config=[1, 3])
@@ -162,6 +188,8 @@ def test_bad_labels_of_other_tasks_get_a_clear_error():
         ({"hidden_size": 30}, "multiple of num_attention_heads"),
         ({"intermediate_size_per_layer": [8, 8]}, "one entry of at least 1 per layer"),
         ({"num_hidden_layers": "4"}, "num_hidden_layers"),
+        ({"exit_pooling": "max"}, "exit_pooling must be one of cls, mean, .* one entry per layer, 4, got max"),
+        ({"exit_pooling": ["mean", "cls"]}, "exit_pooling must be .* got .'mean', 'cls'"),
         ({"exit_policy": {"name": "haste"}}, "name is one of"),
     ],
 )

@@ -8,9 +8,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, DistilBertConfig, RobertaConfig
 
 import elastic_model
 from elastic_model import ElasticBertConfig
+from elastic_model.configuration_elasticbert import pooling_with_new_exits
 
 SIZES = {"vocab_size": 61, "max_position_embeddings": 40, "initializer_range": 0.3}
 BERT = {**SIZES, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
@@ -111,6 +113,17 @@ def test_every_exit_starts_from_the_pretrained_pooler(tmp_path):
         )
     poolers = elastic.elasticbert.encoder.pooler
     assert poolers.at(1).dense.weight.data_ptr() != poolers.at(2).dense.weight.data_ptr()
+
+
+def test_new_exits_read_the_mean_of_the_tokens():
+    """The last exit of a stock model is its own; what an elastic checkpoint has stays."""
+    sizes = {"num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+    distilbert = DistilBertConfig(n_layers=4, dim=32, n_heads=4, hidden_dim=48)
+    for stock in (BertConfig(**sizes), RobertaConfig(**sizes), distilbert):
+        assert pooling_with_new_exits(stock) == ["mean", "mean", "mean", "cls"]
+    assert pooling_with_new_exits(ElasticBertConfig(**sizes)) == ["cls"] * 4
+    some = ElasticBertConfig(**sizes, exit_layers=[2, 4], exit_pooling=["cls", "cls", "cls", "mean"])
+    assert pooling_with_new_exits(some) == ["mean", "cls", "mean", "mean"]
 
 
 def test_legacy_names_and_position_buffers_are_read_and_strangers_reported_by_name(tmp_path):

@@ -171,9 +171,19 @@ def test_a_stock_folder_is_bert(checkpoint_of, kind, auto):
 
 
 @SLOW
-def test_what_stock_bert_cannot_be_is_said(checkpoint_of):
-    _, checkpoint = checkpoint_of(num_attention_heads_per_layer=[4, 2, 4, 4], attention_head_size=8)
-    with pytest.raises(ValueError, match="the same heads and FFN width in every layer"):
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"num_attention_heads_per_layer": [4, 2, 4, 4], "attention_head_size": 8},
+            "the same heads and FFN width in every layer",
+        ),
+        ({"exit_pooling": "mean"}, "BERT's pooler reads .CLS., that of exit 3 the mean of the tokens"),
+    ],
+)
+def test_what_stock_bert_cannot_be_is_said(checkpoint_of, fields, message):
+    _, checkpoint = checkpoint_of(**fields)
+    with pytest.raises(ValueError, match=message):
         exported(checkpoint, to="bert", exit=3)
     assert not (checkpoint.parent / "out").exists()
 

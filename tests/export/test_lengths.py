@@ -22,7 +22,7 @@ CONFIGURATIONS = {
     "last": [1.0, 1.0, 1.0, 0.2],
     "two tokens": [0.01] * 4,
 }
-OTHERS = set(VARIANTS) - {"exit subset", "pruned", "static"}
+OTHERS = set(VARIANTS) - {"exit subset", "pruned", "mean tokens below", "static"}
 EXIT = {"name": "entropy", "threshold": 0.6}
 
 
@@ -60,7 +60,10 @@ def test_tokens_fall_away_as_in_pytorch(lengths, policy):
 
 @pytest.mark.parametrize(
     "variant",
-    ["exit subset", "pruned", *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name in OTHERS)],
+    [
+        *("exit subset", "pruned", "mean tokens below"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name in OTHERS),
+    ],
 )
 def test_every_kind_of_model_drops_alike(variant):
     check(lively(config_of(**VARIANTS[variant])), CONFIGURATIONS["falling"])

@@ -53,6 +53,12 @@ def test_a_shallower_student_starts_as_the_teachers_layers(tiny_model):
     assert student.config.id2label == tiny_model.config.id2label
 
 
+def test_a_shallower_student_pools_as_the_teachers_exits(tiny_config):
+    tiny_config.exit_pooling = ["mean", "mean", "mean", "cls"]
+    teacher = ElasticBertForSequenceClassification(tiny_config).eval()
+    assert shallower(teacher, 2, {"exit_layers": [1, 2]}).config.exit_pooling == ["mean", "cls"]
+
+
 def test_the_loss_is_soft_cross_entropy_and_squared_errors_of_real_tokens(tiny_model, batch, distilled):
     student = shallower(tiny_model, 2, {"exit_layers": [1, 2]})
     with torch.no_grad():

@@ -88,6 +88,7 @@ def test_the_last_exit_is_the_original_and_the_others_learn_from_it(
     assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config.get("exit_policy") is None  # thresholds are left to calibration
+    assert config["exit_pooling"] == ["mean", "mean", "cls"]
     assert read_provenance(tmp_path / "out")[-1].stage == "elastify"
 
 

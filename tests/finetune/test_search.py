@@ -73,6 +73,8 @@ MODELS = {
     "sequences": (ElasticBertForSequenceClassification, {}),
     "a learned head": (ElasticBertForSequenceClassification, {"learned_exit_head": True}),
     "[CLS] may be dropped": (ElasticBertForSequenceClassification, {"keep_cls": False}),
+    "mean tokens below": (ElasticBertForSequenceClassification, {"exit_pooling": ["mean"] * 3 + ["cls"]}),
+    "mean tokens": (ElasticBertForSequenceClassification, {"exit_pooling": "mean"}),
     "some exits": (ElasticBertForSequenceClassification, {"exit_layers": [2, 4]}),
     "one exit": (ElasticBertForSequenceClassification, {"num_output_layers": 1}),
     "tokens": (ElasticBertForTokenClassification, {}),
