@@ -4,10 +4,11 @@ Three bodies of all-MiniLM-L6-v2: as it is; pre-trained with the MLM+SOP loss of
 exit's loss alone. The two pre-trainings run side by side, one thread each, on the same text in the same order; their
 numbers of updates (`UPDATES`) are chosen so that both take the same time. Each body is then fine-tuned on SST-2 (5,000
 training sentences) and MRPC with all exits and the same settings (the learning rate was chosen on dev for the body as
-it is) over several seeds, and measured at every exit on the test split.
+it is) over several seeds, and measured at every exit on the test split; once with exits that read [CLS], as the
+paper's do and as they were pre-trained, and once with inner exits that read the mean of the tokens.
 
 Every stage is made by the project's own commands, is kept when it is done and continues where it was interrupted:
-`python -m benchmarks.multi_exit_pretraining` (about three hours on two cores) writes
+`python -m benchmarks.multi_exit_pretraining` (about four hours on two cores) writes
 `benchmarks/results/multi_exit_pretraining.json` and `.png`.
 """
 
@@ -51,6 +52,7 @@ LABELS = {
 }
 # updates of the same time on one core: an update with exits in two groups costs 1.25 of one with the last exit alone
 UPDATES = {EVERY_EXIT: 500, LAST_EXIT: 625}
+POOLINGS = {"cls": "exits read [CLS]", "mean": "inner exits read the mean of the tokens"}
 PRETRAIN = {
     "max_length": 128,
     "short_probability": 0.0,
@@ -71,8 +73,9 @@ SIZES = {"sst2": Size(5_000, 64, 2, tokens=13), "mrpc": Size(3_668, 128, 2, toke
 def pretraining(folder: Path) -> dict[str, Job]:
     """Both pre-trainings, from the same text in the same order."""
     texts = [str(data_folder() / text) for text in TEXTS]
-    last = ["--exit_layers", str(ElasticBertModel.config_class.from_pretrained(minilm(folder)).num_hidden_layers)]
-    common = ["--text", *texts, "--init_from", str(minilm(folder)), "--cache", str(folder / "cache"), *flags(PRETRAIN)]
+    start = body(minilm(folder), folder, START, "cls")
+    last = ["--exit_layers", str(ElasticBertModel.config_class.from_pretrained(start).num_hidden_layers)]
+    common = ["--text", *texts, "--init_from", str(start), "--cache", str(folder / "cache"), *flags(PRETRAIN)]
     jobs = {}
     for name, steps in UPDATES.items():
         words = ["pretrain", *common, "--steps", str(steps), *(last if name == LAST_EXIT else [])]
@@ -81,13 +84,19 @@ def pretraining(folder: Path) -> dict[str, Job]:
     return jobs
 
 
-def with_every_exit(source: Path, target: Path) -> Path:
-    """The body of a model of one exit, its pooler at every exit: what a stock checkpoint becomes when it is loaded."""
+def body(source: Path, folder: Path, name: str, pooling: str) -> Path:
+    """The body of a checkpoint with an exit at every layer; an exit that it lacks gets the pooler of its last one."""
+    target = folder / f"{name}-{pooling}"
     if not target.is_dir():
-        model = ElasticBertModel.from_pretrained(source, exit_layers=None, num_output_layers=None)
-        last = model.encoder.pooler.at(model.config.num_hidden_layers).state_dict()
+        model, loading = ElasticBertModel.from_pretrained(
+            source, exit_layers=None, num_output_layers=None, output_loading_info=True
+        )
+        layers = model.config.num_hidden_layers
+        last = model.encoder.pooler.at(layers).state_dict()
         for layer in model.config.exit_layers:
-            model.encoder.pooler.at(layer).load_state_dict(last)
+            if f"encoder.pooler.{layer - 1}.dense.weight" in loading["missing_keys"]:
+                model.encoder.pooler.at(layer).load_state_dict(last)
+        model.config.exit_pooling = [pooling] * (layers - 1) + ["cls"]
         with new_folder(target) as temporary:
             model.save_pretrained(temporary)
             for file in source.glob("token*.json"):
@@ -95,21 +104,30 @@ def with_every_exit(source: Path, target: Path) -> Path:
     return target
 
 
-def fine_tunings(folder: Path, bodies: dict[str, Path], seeds: Sequence[int]) -> dict[str, dict[str, list[Job]]]:
-    """task -> body -> a job a seed."""
-    return {
-        task: {
-            body: [
-                fine_tuning(folder, "finetune train", body, task, size, seed, recipe="joint", model=model)
+def fine_tunings(
+    folder: Path, sources: dict[str, Path], seeds: Sequence[int]
+) -> list[tuple[str, str, str, list[Job]]]:
+    """(pooling, task, body, a job a seed)"""
+    return [
+        (
+            pooling,
+            task,
+            name,
+            [
+                fine_tuning(
+                    folder, "finetune train", f"{name}-{pooling}", task, size, seed,
+                    recipe="joint", model=body(source, folder, name, pooling),
+                )
                 for seed in seeds
-            ]
-            for body, model in bodies.items()
-        }
+            ],
+        )
+        for pooling in POOLINGS
         for task, size in SIZES.items()
-    }
+        for name, source in sources.items()
+    ]  # fmt: skip
 
 
-def evaluations(folder: Path, bodies: dict[str, Path]) -> dict[str, dict[str, Job]]:
+def evaluations(folder: Path, sources: dict[str, Path]) -> dict[str, dict[str, Job]]:
     """MLM and SOP at every exit on held-out documents and WikiText-2, of the start (with new heads) and after."""
     held_out = ["--held_out", str(PRETRAIN["validation_fraction"]), "--examples", "512"]
     texts = {
@@ -117,12 +135,12 @@ def evaluations(folder: Path, bodies: dict[str, Path]) -> dict[str, dict[str, Jo
         "wikitext2": [str(data_folder() / "wikitext2" / "test.txt"), "--examples", "512"],
     }
     jobs: dict[str, dict[str, Job]] = {text: {} for text in texts}
-    for body, model in bodies.items():
+    for name, model in sources.items():
         for text, words in texts.items():
-            file = folder / f"{body}-{text}.json"
+            file = folder / f"{name}-{text}.json"
             options = ["--cache", str(folder / "cache"), "--output", str(file)]
             command = ("pretrain", "evaluate", "--model", str(model), "--text", *words, *options)
-            jobs[text][body] = Job(file.stem, command, (file,), 0.0)
+            jobs[text][name] = Job(file.stem, command, (file,), 0.0)
     return jobs
 
 
@@ -149,18 +167,23 @@ def report(results: dict[str, Any]) -> None:
         for body, one in by_body.items():
             cells = [f"{one['mlm_loss'][k]:.2f}/{100 * one['sop_accuracy'][k]:.0f} %" for k in one["mlm_loss"]]
             print(f"  {LABELS[body]:32} {'  '.join(cells)}")
-    tasks = results["test_accuracy"]
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 4), squeeze=False)
-    for axis, (task, by_body) in zip(axes[0], tasks.items(), strict=True):
-        print(f"\n{task}: test accuracy by exit, mean ± standard deviation of {len(results['seeds'])} seeds")
-        for body, by_seed in by_body.items():
-            by_layer = list(zip(*by_seed, strict=True))
-            print(f"  {LABELS[body]:32} {'  '.join(spread(values) for values in by_layer)}")
-            layers, means = range(1, len(by_layer) + 1), [mean(values) for values in by_layer]
-            errors = [stdev(values) if len(values) > 1 else 0.0 for values in by_layer]
-            axis.errorbar(layers, means, errors, marker="o", capsize=3, label=LABELS[body])
-        axis.set(title=task, xlabel="exit layer", ylabel="test accuracy, %")
-        axis.grid(alpha=0.3)
+    tested = results["test_accuracy"]
+    figure, axes = plt.subplots(
+        len(POOLINGS), len(SIZES), figsize=(5.5 * len(SIZES), 4 * len(POOLINGS)), squeeze=False
+    )
+    for row, (pooling, said) in zip(axes, POOLINGS.items(), strict=True):
+        for axis, task in zip(row, SIZES, strict=True):
+            print(
+                f"\n{task}, {said}: test accuracy by exit, mean ± standard deviation of {len(results['seeds'])} seeds"
+            )
+            for name, label in LABELS.items():
+                by_layer = list(zip(*tested[pooling][task][name], strict=True))
+                print(f"  {label:32} {'  '.join(spread(values) for values in by_layer)}")
+                layers, means = range(1, len(by_layer) + 1), [mean(values) for values in by_layer]
+                errors = [stdev(values) if len(values) > 1 else 0.0 for values in by_layer]
+                axis.errorbar(layers, means, errors, marker="o", capsize=3, label=label)
+            axis.set(title=f"{task}, {said}", xlabel="exit layer", ylabel="test accuracy, %")
+            axis.grid(alpha=0.3)
     axes[0][0].legend()
     figure.tight_layout()
     figure.savefig(RESULTS.with_suffix(".png"), dpi=120)
@@ -177,19 +200,14 @@ def experiment() -> None:
         carry_out = partial(run_chains, folder=folder, workers=2)
         pretrained = pretraining(folder)
         carry_out([[job] for job in pretrained.values()])
-        evaluated = {START: minilm(folder), **{body: folder / body for body in pretrained}}
-        bodies = {**evaluated, LAST_EXIT: with_every_exit(folder / LAST_EXIT, folder / "last_exit_body")}
-        measured = evaluations(folder, evaluated)
+        sources = {START: minilm(folder), **{name: folder / name for name in pretrained}}
+        measured = evaluations(folder, sources)
         carry_out([[job] for by_body in measured.values() for job in by_body.values()])
-        tuned = fine_tunings(folder, bodies, arguments.seeds)
-        carry_out(
-            [
-                [by_body[body][number], answers(by_body[body][number], task, "test", SIZES[task])]
-                for number in range(len(arguments.seeds))
-                for task, by_body in tuned.items()
-                for body in bodies
-            ]
-        )
+        tuned = fine_tunings(folder, sources, arguments.seeds)
+        carry_out([[job, answers(job, task, "test", SIZES[task])] for _, task, _, jobs in tuned for job in jobs])
+    tested: dict[str, Any] = {pooling: {task: {} for task in SIZES} for pooling in POOLINGS}
+    for pooling, task, name, jobs in tuned:
+        tested[pooling][task][name] = [accuracy_by_exit(job, task) for job in jobs]
     results = {
         "what": (__doc__ or "").split("\n\n")[1].replace("\n", " "),
         "updates": UPDATES,
@@ -201,10 +219,7 @@ def experiment() -> None:
             text: {body: json.loads(job.outputs[0].read_text()) for body, job in by_body.items()}
             for text, by_body in measured.items()
         },
-        "test_accuracy": {
-            task: {body: [accuracy_by_exit(job, task) for job in jobs] for body, jobs in by_body.items()}
-            for task, by_body in tuned.items()
-        },
+        "test_accuracy": tested,
     }
     with new_file(RESULTS) as temporary:
         temporary.write_text(json.dumps(results, indent=1) + "\n")
