@@ -24,7 +24,7 @@ def widths_of(scores: Gates, width: float) -> list[list[int]]:
 
 
 def _masks(scores: Gates, kept: list[list[int]]) -> Gates:
-    masks = [torch.zeros_like(score) for score in scores]
+    masks = [torch.zeros(len(score)) for score in scores]  # float32, whatever importance is summed in
     for mask, indices in zip(masks, kept, strict=True):
         mask[indices] = 1.0
     return masks
