@@ -20,7 +20,7 @@ NEAR = 1e-3  # of a threshold: rounding may decide there
 LARGEST_ERROR = 0.3  # of logits without rows to compare on: mean difference over root mean square
 SHAPES = ((1, 3), (1, 40), (5, 24), (16, 64))  # rows and the longest of them, cut to the model's longest input
 SIMILAR = 0.98  # cosine of two mean vectors that count as the same answer
-BATCH = 16
+BATCH, BATCH_TOKENS = 16, 2048
 
 
 @dataclass(frozen=True)
@@ -200,8 +200,7 @@ def answers_of(session: ElasticSession, rows: Sequence[Any]) -> Answers:
     order = sorted(range(len(rows)), key=lambda place: len(rows[place].ids))
     exits: list[np.ndarray] = [np.empty(0)] * len(rows)
     default, layers = list(exits), np.zeros(len(rows), int)
-    for start in range(0, len(order), BATCH):
-        places = order[start : start + BATCH]
+    for places in _batches(order, [len(row.ids) for row in rows]):
         batch = [rows[place] for place in places]
         outputs = session.run(batch)
         if "start_logits" in outputs:
@@ -211,9 +210,21 @@ def answers_of(session: ElasticSession, rows: Sequence[Any]) -> Answers:
         found = zip(places, all_exits(session, batch, None), said, outputs["exit_layer"], strict=True)
         for place, every, one, layer in found:
             tokens = len(rows[place].ids)
-            exits[place], layers[place] = every, layer
-            default[place] = (one[:tokens] if every.ndim > 2 else one)[None]
+            # copies: a view of an output keeps all the memory that its session ever took
+            exits[place], layers[place] = every.copy(), layer
+            default[place] = (one[:tokens] if every.ndim > 2 else one)[None].copy()
     return Answers(exits, default, layers)
+
+
+def _batches(order: list[int], lengths: list[int]) -> Iterator[list[int]]:
+    """Consecutive places of at most `BATCH` rows and `BATCH_TOKENS` padded tokens, or one row."""
+    batch: list[int] = []
+    for place in order:
+        if batch and (len(batch) == BATCH or (len(batch) + 1) * lengths[place] > BATCH_TOKENS):
+            yield batch
+            batch = []
+        batch.append(place)
+    yield batch
 
 
 def check_against_float32(

@@ -212,6 +212,7 @@ def check_files(
     float32: Answers | None = None
     for name in files:
         path = folder / "onnx" / f"{name}.onnx"
+        onnx.checker.check_model(path)  # first: it takes twice the file's size
         missing = ONNX_FILES[name] and not ONNX_FILES[name] & cpu_flags()
         if missing:
             checks[name] = {"unchecked": f"this CPU has none of {', '.join(sorted(ONNX_FILES[name]))}"}
@@ -230,7 +231,6 @@ def check_files(
                 checks[name]["quality"] = quality(session, answers, sample.labels)
             del session
         release_memory()
-        onnx.checker.check_model(path)
         checks[name] |= written.products[name] | {"bytes": path.stat().st_size}
         with path.open("rb") as content:
             checks[name]["sha256"] = hashlib.file_digest(content, "sha256").hexdigest()
