@@ -42,7 +42,7 @@ def _usage() -> str:
     return "\n".join(["usage: python -m finetune COMMAND [--config RECIPE.yaml] [--flag value ...]", "", *lines])
 
 
-def _command(argv: list[str]) -> int:
+def _command(argv: list[str]) -> int | None:
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0 if argv else 2
