@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from transformers import AutoConfig
 
 from elastic_model import ElasticBertConfig, ElasticBertModel
+from elastic_model.configuration_elasticbert import pooling_with_new_exits
 from elastic_model.folders import new_file, new_folder
 from finetune.config import TaskOptions, TrainOptions
 from finetune.data import Encoded
@@ -138,7 +139,9 @@ def _cut(options: SizeOptions, depth: int) -> str:
     folder = Path(options.output) / "starts" / f"layers-{depth}"
     if not folder.exists():
         with new_folder(folder) as new:
-            model = ElasticBertModel.from_pretrained(options.model, num_hidden_layers=depth, local_files_only=True)
+            whole = AutoConfig.from_pretrained(options.model, local_files_only=True)
+            cut = {"num_hidden_layers": depth, "exit_pooling": pooling_with_new_exits(whole)[:depth]}
+            model = ElasticBertModel.from_pretrained(options.model, local_files_only=True, **cut)
             model.save_pretrained(new)
             load_tokenizer(Path(options.model or "")).save_pretrained(new)
     return str(folder)
