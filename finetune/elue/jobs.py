@@ -136,14 +136,15 @@ def layers_of(folder: str) -> int:
 
 def _cut(options: SizeOptions, depth: int) -> str:
     """The starting checkpoint cut to its first layers."""
-    folder = Path(options.output) / "starts" / f"layers-{depth}"
+    whole, folder = Path(options.model or ""), Path(options.output) / "starts" / f"layers-{depth}"
     if not folder.exists():
         with new_folder(folder) as new:
-            whole = AutoConfig.from_pretrained(options.model, local_files_only=True)
-            cut = {"num_hidden_layers": depth, "exit_pooling": pooling_with_new_exits(whole)[:depth]}
-            model = ElasticBertModel.from_pretrained(options.model, local_files_only=True, **cut)
+            pooling = pooling_with_new_exits(AutoConfig.from_pretrained(whole, local_files_only=True))
+            model = ElasticBertModel.from_pretrained(
+                whole, num_hidden_layers=depth, exit_pooling=pooling[:depth], local_files_only=True
+            )
             model.save_pretrained(new)
-            load_tokenizer(Path(options.model or "")).save_pretrained(new)
+            load_tokenizer(whole).save_pretrained(new)
     return str(folder)
 
 
