@@ -1,7 +1,6 @@
 """What an interrupted run continues from: weights, optimizer, progress; tensors in safetensors, the rest in JSON."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from elastic_model.distributed import Tensors
 from elastic_model.folders import new_folder
+from elastic_model.sealed import read_sealed, write_sealed
+
+WEIGHTS, OPTIMIZER, BEST = (f"{name}.safetensors" for name in ("weights", "optimizer", "best"))
+PROGRESS = "progress.json"
 
 
 @dataclass
@@ -39,10 +42,10 @@ def save_state(
     """
     plain = {name: value for name, value in vars(progress).items() if name != "best_weights"}
     with new_folder(folder) as new:
-        save_file(weights, new / "weights.safetensors")
-        save_file(optimizer, new / "optimizer.safetensors")
-        save_file(progress.best_weights, new / "best.safetensors")
-        (new / "progress.json").write_text(json.dumps({"progress": plain, "settings": settings}, indent=1))
+        save_file(weights, new / WEIGHTS)
+        save_file(optimizer, new / OPTIMIZER)
+        save_file(progress.best_weights, new / BEST)
+        write_sealed(new / PROGRESS, {"progress": plain, "settings": dict(settings)}, (WEIGHTS, OPTIMIZER, BEST))
 
 
 def check_settings(folder: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -56,19 +59,22 @@ def check_settings(folder: Path, found: Mapping[str, Any], settings: Mapping[str
 
 
 def load_progress(folder: Path, settings: Mapping[str, Any]) -> Progress:
-    """How far the run saved in `folder` is; ValueError where it had other settings."""
-    saved = json.loads((folder / "progress.json").read_text())
+    """How far the run saved in `folder` is; ValueError where it is damaged or had other settings."""
+    try:
+        saved = read_sealed(folder / PROGRESS, (WEIGHTS, OPTIMIZER, BEST))
+    except ValueError as error:
+        raise ValueError(f"{error}; start anew without --resume") from None
     check_settings(folder, saved["settings"], settings)
     names = {one.name for one in dataclasses.fields(Progress)}
     plain = {name: value for name, value in saved["progress"].items() if name in names}
-    return Progress(**plain, best_weights=load_file(folder / "best.safetensors"))
+    return Progress(**plain, best_weights=load_file(folder / BEST))
 
 
 def load_weights(folder: Path, model: torch.nn.Module) -> None:
     """Put the saved weights into the model."""
-    model.load_state_dict(load_file(folder / "weights.safetensors"))
+    model.load_state_dict(load_file(folder / WEIGHTS))
 
 
 def load_optimizer_tensors(folder: Path) -> Tensors:
     """AdamW's state by the names of the parameters."""
-    return load_file(folder / "optimizer.safetensors")
+    return load_file(folder / OPTIMIZER)

@@ -1,7 +1,6 @@
 """Checkpoints of a run: a folder that `from_pretrained` reads, the optimizer's state, and the place in the data."""
 
 import dataclasses
-import hashlib
 import json
 import re
 import shutil
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elastic_model.distributed import Tensors
 from elastic_model.folders import new_folder
+from elastic_model.sealed import read_sealed, write_sealed
 from pretrain.config import FREE_ON_RESUME, PretrainConfig
 from pretrain.prepare import Corpus
 
@@ -51,9 +51,7 @@ def save_checkpoint(
         with new_folder(folder) as temporary:
             save_model(temporary, model, tokenizer, weights)
             save_file(optimizer, temporary / OPTIMIZER)
-            content = json.loads(json.dumps({"step": step, **state}))
-            digests = {name: _digest(temporary / name) for name in (WEIGHTS, OPTIMIZER)} | {STATE: _of_state(content)}
-            (temporary / STATE).write_text(json.dumps({**content, "sha256": digests}, indent=2) + "\n")
+            write_sealed(temporary / STATE, {"step": step, **state}, (WEIGHTS, OPTIMIZER))
     except Exception as error:  # the libraries that write here each have an error of their own for a full disk
         raise OSError(
             f"{folder} could not be written: {error}; earlier checkpoints are intact, --resume continues"
@@ -121,20 +119,9 @@ def checkpoint_to_resume(output: Path, previous: bool) -> Checkpoint | None:
 
 def _read_state(folder: Path) -> dict[str, Any]:
     try:
-        state = json.loads((folder / STATE).read_text())
-        digests = state.pop("sha256")
-        found = {name: _digest(folder / name) for name in (WEIGHTS, OPTIMIZER)} | {STATE: _of_state(state)}
-        damaged = [name for name, digest in found.items() if digests[name] != digest]
-    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
-        raise ValueError(f"{folder} is damaged ({error}); {REMEDY}") from None
-    if damaged:
-        raise ValueError(f"{folder} is damaged ({', '.join(damaged)}: wrong sha256); {REMEDY}")
-    return state
-
-
-def _of_state(content: dict[str, Any]) -> str:
-    """SHA-256 of what the state says, whatever its layout in the file."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return read_sealed(folder / STATE, (WEIGHTS, OPTIMIZER))
+    except ValueError as error:
+        raise ValueError(f"{error}; {REMEDY}") from None
 
 
 def run_state(config: PretrainConfig, corpus: Corpus) -> dict[str, Any]:
@@ -174,8 +161,3 @@ def _check_digest(what: str, folder: Path, saved: str, now: str) -> None:
             f"resume: the {what} is not the one {folder} was trained on (sha256 {saved[:12]}, now {now[:12]}); use "
             "the same, or another output"
         )
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

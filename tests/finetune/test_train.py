@@ -138,6 +138,17 @@ def test_a_state_of_other_settings_is_not_continued(options, monkeypatch):
         train(options(learning_rate=0.1, resume=True))
 
 
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "best.safetensors", "progress.json"])
+def test_a_damaged_state_is_named(options, monkeypatch, file):
+    monkeypatch.setattr(finetune.train, "fit", _stop_after_one)
+    train(options())
+    monkeypatch.undo()
+    state = Path(options().output + ".run") / "state" / file
+    state.write_bytes(state.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"state is damaged .*{file}.*; start anew without --resume"):
+        train(options(resume=True))
+
+
 def _stop_after_one(run, progress):
     progress.update = 1
     _save(run, progress, engine_of(run))
