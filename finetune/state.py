@@ -39,13 +39,17 @@ def save_state(
     """Write the state of a run that `settings` describe, in the place of the one before.
 
     optimizer: AdamW's state by the names of the parameters; empty where a phase is over, the next has its own.
+    OSError where it cannot be written, a full disk say: the state before is as it was.
     """
     plain = {name: value for name, value in vars(progress).items() if name != "best_weights"}
-    with new_folder(folder) as new:
-        save_file(weights, new / WEIGHTS)
-        save_file(optimizer, new / OPTIMIZER)
-        save_file(progress.best_weights, new / BEST)
-        write_sealed(new / PROGRESS, {"progress": plain, "settings": dict(settings)}, (WEIGHTS, OPTIMIZER, BEST))
+    try:
+        with new_folder(folder) as new:
+            save_file(weights, new / WEIGHTS)
+            save_file(optimizer, new / OPTIMIZER)
+            save_file(progress.best_weights, new / BEST)
+            write_sealed(new / PROGRESS, {"progress": plain, "settings": dict(settings)}, (WEIGHTS, OPTIMIZER, BEST))
+    except Exception as error:  # safetensors has an error of its own for a full disk
+        raise OSError(f"{folder} could not be written: {error}; the state before it is intact") from error
 
 
 def check_settings(folder: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+import finetune.state
 import finetune.train
 from elastic_model import ElasticBertForSequenceClassification
 from elastic_model.arguments import parse
@@ -147,6 +149,22 @@ def test_a_damaged_state_is_named(options, monkeypatch, file):
     state.write_bytes(state.read_bytes()[:-9])
     with pytest.raises(ValueError, match=f"state is damaged .*{file}.*; start anew without --resume"):
         train(options(resume=True))
+
+
+def test_a_full_disk_leaves_the_state_before(options, monkeypatch):
+    monkeypatch.setattr(finetune.train, "fit", _stop_after_one)
+    train(options())
+    monkeypatch.undo()
+
+    def full(tensors, file):
+        file.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(finetune.state, "save_file", full)
+    with pytest.raises(OSError, match="state could not be written: No space left on device; the state before it is"):
+        train(options(resume=True, save_steps=1))
+    monkeypatch.undo()
+    assert train(options(resume=True)) == 0
 
 
 def _stop_after_one(run, progress):
