@@ -245,8 +245,9 @@ class Flow:
 
     def mean_token(self) -> torch.Tensor:
         """The mean of the real tokens still kept; (rows, width)."""
-        real = self.real_mask()[..., None].to(self.hidden.dtype)
-        return (self.hidden * real).sum(1) / real.sum(1)
+        real = self.real_mask().to(self.hidden.dtype)
+        shares = real / real.sum(1, keepdim=True)  # first: a sum of 512 states can exceed float16
+        return (self.hidden * shares[..., None]).sum(1)
 
     def select_rows(self, stay: torch.Tensor) -> None:
         """Only the rows of `stay` (booleans) go on, cut to the longest of them."""
