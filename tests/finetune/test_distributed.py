@@ -19,12 +19,14 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from elastic_model.arguments import to_yaml
-from finetune.config import PruneOptions
+from finetune.config import ElastifyOptions, PruneOptions
 from finetune.data import collate
+from finetune.elastify import elastify
 from finetune.prune import prune
 from finetune.recipe import Update
 from finetune.run import prepare
 from finetune.train import train
+from tests.finetune.test_elastify import stock_model
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "pretrain" / "accelerate"
@@ -152,6 +154,44 @@ def test_a_model_is_pruned_and_distilled_in_two_processes_as_in_one(options, tin
     losses = [[line["loss"] for line in map(json.loads, log) if "loss" in line] for log in logs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
     assert weights_of(two.output).keys() == weights_of(one.output).keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "zero2"])
+def test_a_stock_model_gets_exits_in_two_processes_as_in_one(small_task, tiny_tokenizer, tmp_path, mode):
+    """Phases on a frozen backbone, then with lengths."""
+    original = stock_model(tmp_path / "stock", tiny_tokenizer, "bert", "single_label_classification")
+    lines = (small_task / "more.tsv").read_text().splitlines()[1:100]
+    (tmp_path / "texts.txt").write_text("".join(line.split("\t")[0] + "\n" for line in lines))
+    own = {
+        "model": str(original),
+        "texts": str(tmp_path / "texts.txt"),
+        "max_length": 32,
+        "batch_size": 24,
+        "epochs": 1,
+    }
+    own |= {"dropout": 0.0, "train_backbone": True, "backbone_learning_rate": 1e-4}
+    two, one = (ElastifyOptions(**own, output=str(tmp_path / name)) for name in ("two", "one"))
+    printed = train_in(mode, tmp_path, two, command="elastify")
+    assert Path(two.output).exists(), printed[-3000:]
+    assert elastify(one) == 0
+    assert_close(weights_of(two.output), weights_of(one.output), atol=2e-4, rtol=1e-3)
+    found = [json.loads((Path(each.output) / "elastify.json").read_text())["exits"] for each in (two, one)]
+    assert found[0].keys() == found[1].keys() == {"1", "2", "3"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "zero2"])
+def test_bf16_trains_nearly_as_float32(options, tmp_path, mode):
+    own = {"recipe": "sandwich", "dropout": 0.0, "epochs": 1, "log_steps": 1, "learning_rate": 1e-3}
+    rough, exact = (options(**own, output=str(tmp_path / name), precision=name) for name in ("bf16", "no"))
+    printed = train_in(mode, tmp_path, rough)
+    assert Path(rough.output).exists(), printed[-3000:]
+    assert train(exact) == 0
+    logs = [(Path(each.output) / "metrics.jsonl").read_text().splitlines() for each in (rough, exact)]
+    losses = [[line["loss"] for line in map(json.loads, log) if "loss" in line] for log in logs]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=3e-2)
+    assert {tensor.dtype for tensor in weights_of(rough.output).values()} == {torch.float32}
 
 
 @pytest.mark.slow
