@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from transformers import logging
 
 from elastic_model import ElasticBertConfig
 from elastic_model.distributed import on_main_process
-from elastic_model.folders import new_file
+from elastic_model.folders import claim_folder, is_ours, new_file
 from elastic_model.losses import weighted_loss
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from finetune.config import PruneOptions
@@ -283,7 +282,15 @@ def prepare_pruning(options: PruneOptions, accelerator: Accelerator) -> tuple[Ta
 
     run = prepare(options, accelerator, copy)
     run.model.to(accelerator.device)
-    return run, unpruned, on_main_process(accelerator, lambda: target(options, unpruned))  # latencies are measured
+    return run, unpruned, on_main_process(accelerator, lambda: _begun(run) or target(options, unpruned))
+
+
+def _begun(run: TaskRun) -> Widths | None:
+    """The widths that the run to be resumed prunes to: a latency would not be measured twice alike."""
+    file = run.folder / RESULT
+    if not (run.options.resume and is_ours(run.state) and file.is_file()):
+        return None
+    return Widths(**json.loads(file.read_text(encoding="utf-8"))["target"])
 
 
 def prune(options: PruneOptions) -> int:
@@ -300,14 +307,14 @@ def prune(options: PruneOptions) -> int:
         f"pruned in {len(history)} rounds to heads {history[-1]['heads']}, FFN {history[-1]['intermediate']}: "
         f"{counts['after'] / counts['before']:.0%} of the parameters"
     )
+    result = {"target": vars(to), "kept": vars(kept), "rounds": history, "parameters": counts}
+    result |= {"importance": "the model's own predictions" if options.label_free else "labels"}
+    if accelerator.is_main_process:
+        with new_file(claim_folder(run.folder) / RESULT) as file:
+            file.write_text(json.dumps(result) + "\n", encoding="utf-8")
     if options.distill:
         code = run_to_the_end(taught_by(run, model, unpruned), write_student)
     else:
         code, run = 0, replace(run, model=model)
         write_student(run, replace(start(run), best_weights=copy_weights(model)))
-    if code == 0 and accelerator.is_main_process:
-        result = {"kept": vars(kept), "rounds": history, "parameters": counts}
-        result |= {"importance": "the model's own predictions" if options.label_free else "labels"}
-        with new_file(Path(options.output) / RESULT) as file:
-            file.write_text(json.dumps(result) + "\n", encoding="utf-8")
     return code

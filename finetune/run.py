@@ -137,8 +137,10 @@ class Run:
             self.accelerator.log(_flat(record), step=record["update"])
 
     def copy_logs(self, folder: Path) -> None:
-        """The metrics, and the files of a tracker that has finished, into the folder of a checkpoint."""
-        shutil.copy(self.folder / METRICS, folder)
+        """The metrics, what else the run has noted, and the files of a tracker that has finished, into the folder of a
+        checkpoint."""
+        for file in self.folder.glob("*.json*"):
+            shutil.copy(file, folder)
         if (self.folder / TRACKED).is_dir():
             shutil.copytree(self.folder / TRACKED, folder / TRACKED)
 

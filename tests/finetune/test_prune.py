@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import finetune.train
 from elastic_model import ElasticBertForSequenceClassification
 from elastic_model.provenance import read_provenance
 from finetune.__main__ import _command
@@ -122,6 +123,28 @@ def test_without_distillation_the_weights_are_the_unpruned_ones(pruned, trained,
     expected = narrowed(original, kept["heads"], kept["neurons"]).state_dict()
     found = ElasticBertForSequenceClassification.from_pretrained(tmp_path / "pruned").state_dict()
     assert all(torch.equal(found[name], one) for name, one in expected.items())
+
+
+def test_a_resumed_run_keeps_the_widths_that_met_the_latency(pruned, monkeypatch, tmp_path):
+    """Measured anew, a latency would ask for others."""
+    monkeypatch.setattr("finetune.prune.milliseconds_at", lambda model, widths, tokens: widths.neurons / 10)
+    whole = finetune.train.backward
+
+    def stopped(run, phase, engine, number):
+        if number == 2:
+            raise KeyboardInterrupt
+        return whole(run, phase, engine, number)
+
+    monkeypatch.setattr(finetune.train, "backward", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        prune(pruned(latency_ms=5.0, rounds=1, save_steps=1))
+    monkeypatch.setattr(finetune.train, "backward", whole)
+    monkeypatch.setattr("finetune.prune.milliseconds_at", lambda model, widths, tokens: widths.neurons / 5)
+    assert prune(pruned(latency_ms=5.0, rounds=1, save_steps=1, resume=True)) == 0
+    result = json.loads((tmp_path / "pruned" / "pruning.json").read_text())
+    model = ElasticBertForSequenceClassification.from_pretrained(tmp_path / "pruned")
+    assert set(model.config.intermediate_size_per_layer) == {result["target"]["neurons"]}
+    assert 25 < result["target"]["neurons"] <= 50
 
 
 def test_a_latency_that_half_the_width_meets_is_met(pruned, monkeypatch, tmp_path):
