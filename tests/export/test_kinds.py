@@ -114,7 +114,8 @@ def test_vectors_are_means_of_the_last_states(checkpoint_of):
 
 
 @pytest.mark.parametrize(
-    "variant", ["pruned", *(pytest.param(one, marks=SLOW) for one in ("plain", "static", "roberta"))]
+    "variant",
+    ["pruned", "mean tokens below", *(pytest.param(one, marks=SLOW) for one in ("plain", "static", "roberta"))],
 )
 def test_a_plain_file_answers_as_its_exit(checkpoint_of, variant):
     fields = {"vocab_size": 200, **VARIANTS[variant]}
