@@ -6,7 +6,7 @@ with. As there, the checkpoint kept is the best on dev of those after each epoch
 
 import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +93,9 @@ def train(options: TrainOptions) -> None:
     }
 
     def measure(found: EvalPrediction) -> dict[str, float]:
-        answers = answers_of(np.asarray(found.predictions), splits["dev"], labels)
-        return {"quality": quality(answers, splits["dev"], labels)[labels.metrics[0]]}
+        shuffled = replace(splits["dev"], labels=np.asarray(found.label_ids))  # rows come grouped by length here too
+        answers = answers_of(np.asarray(found.predictions), shuffled, labels)
+        return {"quality": quality(answers, shuffled, labels)[labels.metrics[0]]}
 
     folder = Path(options.output).with_name(f"{Path(options.output).name}.trainer")
     updates = options.epochs * -(-len(splits["train"]) // options.batch_size)
