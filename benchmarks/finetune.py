@@ -22,10 +22,11 @@ from accelerate import Accelerator
 
 from benchmarks.checkpoints import ROOT, minilm
 from elastic_model.arguments import run
+from elastic_model.distributed import Engine
 from elastic_model.folders import new_file
 from finetune.config import TrainOptions
 from finetune.run import TaskRun, prepare
-from finetune.train import backward, make_optimizer
+from finetune.train import backward, engine_of
 
 RESULTS = Path(__file__).parent / "results" / "finetune.json"
 BAR = 3.4  # the sandwich rule's update / a joint one
@@ -50,13 +51,11 @@ def prepared(name: str, rows: int, batch_size: int, tokens: int) -> TaskRun:
     return made
 
 
-def seconds(made: TaskRun, name: str, number: int, optimizer: torch.optim.Optimizer) -> float:
+def seconds(made: TaskRun, name: str, number: int, engine: Engine) -> float:
     """One update: its passes, clipping, the optimizer's step."""
     start = time.perf_counter()
-    backward(made, made.phases[PHASES[name][1]], made.model, number)
-    torch.nn.utils.clip_grad_norm_(made.model.parameters(), made.options.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad()
+    backward(made, made.phases[PHASES[name][1]], engine, number)
+    engine.step(made.options.learning_rate)
     return time.perf_counter() - start
 
 
@@ -70,11 +69,11 @@ def benchmark() -> None:
     arguments = parser.parse_args()
     rows = (arguments.rounds + 2) * arguments.batch_size
     runs = {name: prepared(name, rows, arguments.batch_size, arguments.max_length) for name in PHASES}
-    optimizers = {name: make_optimizer(made.model, made.options) for name, made in runs.items()}
+    engines = {name: engine_of(made) for name, made in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in PHASES}
     for number in range(arguments.rounds + 2):
         for name, made in runs.items():
-            spent = seconds(made, name, number, optimizers[name])
+            spent = seconds(made, name, number, engines[name])
             if number >= 2:  # the first ones warm up
                 times[name].append(spent)
     ratios = {
