@@ -2,10 +2,12 @@
 
 python -m benchmarks.graph [--size tiny|small|base] [--threads N] [--output FILE]
 
-1. Full depth: our files against the plain graphs that torch.onnx.export and onnxruntime's quantize_dynamic (per
-   channel, reduced range, one scale per tensor) make of the same weights in BertForSequenceClassification.
+1. Full depth: our files (and int8 with one scale per tensor) against the plain graphs that torch.onnx.export and
+   onnxruntime's quantize_dynamic (per channel, reduced range, one scale per tensor) make of the same weights in
+   BertForSequenceClassification.
 2. Rows that leave evenly over the layers: time / full time over mean exit layer / layers; 1 is a cost in proportion.
 3. Ragged rows: time over that of as many tokens in rows of one length; 1 is padding that costs nothing.
+4. Half of the tokens dropped at a quarter of the depth: the share of the time saved over the share of the FLOPs.
 """
 
 import argparse
@@ -22,15 +24,17 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from transformers import BertConfig, BertForSequenceClassification
 
 from elastic_model import ElasticBertConfig, ElasticBertForSequenceClassification
+from elastic_model.cost import flops
 from elastic_model.folders import new_file
 from elastic_model.processor import cpu_flags, fitting_files
-from export.arithmetic import ARITHMETICS
+from export.arithmetic import ARITHMETICS, arithmetic_of
 from export.graph import build_graph
 from export.task import task_of
 
 SIZES = {"tiny": (4, 192, 4), "small": (6, 384, 12), "base": (12, 768, 12)}  # layers, width, heads
 VOCABULARY = 8000
-SHAPES = [(1, 32), (1, 128), (32, 32), (8, 128)]
+SHAPES = [(1, 32), (1, 128), (32, 32), (32, 128)]
+PER_TENSOR = "int8, a scale per tensor"
 SECONDS = 2.0
 
 
@@ -133,8 +137,22 @@ def proportionality(session: onnxruntime.InferenceSession, layers: int, tokens: 
     return {"batch 1": float(alone), "batch 32": float(times["leaving"] / times["full"] / (mean_layer / layers))}
 
 
+def saving_of_lengths(session: onnxruntime.InferenceSession, config: ElasticBertConfig) -> dict[str, float]:
+    """Time saved over FLOPs saved where half of 128 tokens fall at a quarter of the depth; 1 is all of it."""
+    layers = config.num_hidden_layers
+    shares = [1.0] * (layers // 4 - 1) + [0.5] * (layers - layers // 4 + 1)
+    saved = 1 - flops(config, 128, length_config=shares) / flops(config, 128)
+    found = {}
+    for rows in (1, 8):
+        batch = feed(5, [128] * rows)
+        short = {**batch, "length_config": np.array(shares, np.float32)}
+        times = milliseconds({"whole": (session, batch), "short": (session, short)})
+        found[f"batch {rows}"] = (1 - times["short"] / times["whole"]) / saved
+    return found
+
+
 def measure(size: str, threads: int) -> dict:
-    """All three questions for one size."""
+    """All four questions for one size."""
     elastic, stock = models(size)
     tensors, task = {name: tensor.numpy() for name, tensor in elastic.state_dict().items()}, task_of(elastic.config)
     files = ["model", *[name for name in fitting_files(cpu_flags()) if name != "model"][:1]]
@@ -143,6 +161,8 @@ def measure(size: str, threads: int) -> dict:
     for name in files:
         graph = build_graph(elastic.config, tensors, task, ARITHMETICS[name])
         sessions[name] = session_of(graph.to_bytes(), threads)
+    graph = build_graph(elastic.config, tensors, task, arithmetic_of(files[-1], "tensor"))
+    sessions[PER_TENSOR] = session_of(graph.to_bytes(), threads)
     result: dict = {"size": size, "threads": threads, "weights": "random", "full depth, ms": {}}
     for rows, tokens in SHAPES:
         inputs = feed(0, [tokens] * rows)
@@ -155,6 +175,13 @@ def measure(size: str, threads: int) -> dict:
     for name in files:
         times = milliseconds({"ragged": (sessions[name], feed(4, lengths)), "even": (sessions[name], feed(4, even))})
         result["ragged over even"][name] = times["ragged"] / times["even"]
+    config = elastic.config
+    result["time saved over FLOPs saved"] = {name: saving_of_lengths(sessions[name], config) for name in files}
+    by_shape = result["full depth, ms"].items()
+    result["per tensor over quantize_dynamic"] = {
+        shape: times[PER_TENSOR] / times["plain_int8"] for shape, times in by_shape
+    }
+    result["per token over per tensor"] = {shape: times[files[-1]] / times[PER_TENSOR] for shape, times in by_shape}
     return result
 
 
