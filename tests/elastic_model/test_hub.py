@@ -54,6 +54,7 @@ def reported(process):
     return json.loads(process.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_revisions_cache_and_offline_mode_without_the_package(hub, tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path / "first")
     old = hub.upload(NAME, tmp_path / "first")
@@ -85,6 +86,7 @@ def test_revisions_cache_and_offline_mode_without_the_package(hub, tiny_model, t
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_an_interrupted_download_never_passes_for_a_whole_one(hub, tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path / "model")
     hub.upload(NAME, tmp_path / "model")
