@@ -135,6 +135,12 @@ def evaluations(folder: Path, sources: dict[str, Path]) -> dict[str, dict[str, J
     return jobs
 
 
+def measured_of(job: Job) -> dict[str, Any]:
+    """What an evaluation found, but for the place of the model on this machine."""
+    found: dict[str, Any] = json.loads(job.outputs[0].read_text())
+    return {name: value for name, value in found.items() if name != "model"}
+
+
 def accuracy_by_exit(job: Job, task: str) -> list[float]:
     """Test accuracy in per cent at exits 1 .. n."""
     size = SIZES[task]
@@ -202,8 +208,7 @@ def experiment() -> None:
         "sizes": {task: provenance(size) for task, size in SIZES.items()},
         "seeds": arguments.seeds,
         "pretraining": {
-            text: {body: json.loads(job.outputs[0].read_text()) for body, job in by_body.items()}
-            for text, by_body in measured.items()
+            text: {name: measured_of(job) for name, job in by_body.items()} for text, by_body in measured.items()
         },
         "test_accuracy": tested,
     }
