@@ -65,8 +65,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     target = Path(os.path.abspath(path))
     check_output(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(target)
-    temporary = target.parent / f".{target.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.new"
+    temporary = _beside(target)
     temporary.mkdir()
     try:
         yield temporary
@@ -83,7 +82,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary file that becomes `path` when the block ends: fsynced, then renamed over what was there."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
+    temporary = _beside(path)
     try:
         yield temporary
         sync_path(temporary)
@@ -128,12 +127,17 @@ def _exchange(first: Path, second: Path) -> bool:
     return renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0
 
 
-def _remove_abandoned(target: Path) -> None:
-    """Remove what killed processes of this machine left beside `target`."""
+def _beside(target: Path) -> Path:
+    """A free name beside `target` to write under; what killed processes of this machine left there is removed."""
     for path in target.parent.glob(f".{glob.escape(target.name)}.{socket.gethostname()}.*.new"):
         process = path.name.split(".")[-3]
-        if process.isdigit() and not _alive(int(process)):
+        if not process.isdigit() or _alive(int(process)):
+            continue
+        if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.new")
 
 
 def _alive(process: int) -> bool:

@@ -101,6 +101,21 @@ def test_a_new_file_replaces_the_old_one_at_once(tmp_path):
     assert (tmp_path / "table").read_text() == "new" and contents(tmp_path) == {"table"}
 
 
+def test_a_killed_writer_leaves_the_old_file_and_its_rest_is_removed(tmp_path):
+    (tmp_path / "table").write_text("old")
+    code = (
+        "import os, signal, sys; from pathlib import Path; from elastic_model.folders import new_file\n"
+        "with new_file(Path(sys.argv[1])) as file:\n"
+        "    file.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "table")])
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "table").read_text() == "old" and len(contents(tmp_path)) == 2
+    with new_file(tmp_path / "table") as file:
+        file.write_text("new")
+    assert (tmp_path / "table").read_text() == "new" and contents(tmp_path) == {"table"}
+
+
 def test_shipped_names_mean_the_same_everywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert shipped(Path("elastic_model/folders.py")).samefile(folders.__file__)
