@@ -272,6 +272,9 @@ class SearchOptions(TaskOptions):
     )
     eval_batch_size: int = option(16, help="rows in one forward pass: few share most, of like length")
     precision: Literal["no", "bf16"] = option("no", help="bf16: passes in mixed precision, for machines fast at it")
+    graph: str | None = option(
+        None, help="an exported folder of the checkpoint: its answers (int8, as served) are searched, not PyTorch's"
+    )
     latency: str | None = option(
         None, help="an exported folder of the checkpoint: its latency on this machine is the cost, not FLOPs"
     )

@@ -8,6 +8,7 @@ the last layer a head that pools reads [CLS] alone, which no share drops: there 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from elastic_model.encoder import Exit, Flow
 from elastic_model.length_drop import most_significant, restore, take_tokens, tokens_to_keep
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
-from finetune.candidates import STEPS, Lengths
+from elastic_model.session import ElasticSession, exit_values
+from finetune.candidates import STEPS, Lengths, shares
 from finetune.data import Encoded, collate, inputs_of, sorted_batches
 
 Said = tuple[torch.Tensor, torch.Tensor | None]  # logits (exits, rows, ...), uncertainties (exits, rows)
@@ -179,6 +181,24 @@ def explore(
     some = range(len(encoded)) if some is None else some
     for rows, batch in batches_of(model, encoded, tokenizer, batch_size, some) if lengths else ():
         for one, said in explore_batch(model, batch, lengths).items():
+            if one not in found:
+                found[one] = Observed.blank(said, len(some), max(encoded.lengths))
+            found[one].put(rows, said)
+    return found
+
+
+def explore_graph(
+    session: ElasticSession, encoded: Encoded, batch_size: int, lengths: list[Lengths], some: range | None = None
+) -> dict[Lengths, Observed]:
+    """As `explore`, of an exported graph: what is served answers, a pass for each configuration."""
+    found: dict[Lengths, Observed] = {}
+    some = range(len(encoded)) if some is None else some
+    read = [encoded.rows[row] for row in some]
+    encodings = [SimpleNamespace(ids=row["input_ids"], type_ids=row.get("token_type_ids", 0)) for row in read]
+    for rows in sorted_batches([len(one.ids) for one in encodings], batch_size):
+        for one in lengths:
+            outputs = session.run([encodings[row] for row in rows], session.never, length_config=shares(one))
+            said = torch.from_numpy(exit_values(outputs)), None
             if one not in found:
                 found[one] = Observed.blank(said, len(some), max(encoded.lengths))
             found[one].put(rows, said)

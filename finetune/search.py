@@ -5,6 +5,7 @@ of quality against cost. A configuration is passed through the model once; from 
 of the exit policy is evaluated, so that a configuration brings as many candidates as there are settings.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -36,7 +37,7 @@ from finetune.config import SearchOptions
 from finetune.data import Encoded
 from finetune.evaluate import check_learned, score_of, table
 from finetune.examples import Examples, read_examples
-from finetune.explore import Observed, explore
+from finetune.explore import Observed, explore, explore_graph
 from finetune.figures import plot_areas, plot_front, plot_points
 from finetune.kinds import answers_of
 from finetune.labels import Labels
@@ -107,6 +108,7 @@ class Search:
     labels: Labels
     policies: list[Policy]
     settings: dict[str, Any]
+    graph: ElasticSession | None = None
     served: "Served | None" = None
     generations: list[list[Lengths]] = field(default_factory=list)
     found: dict[Lengths, list[list[Found]]] = field(default_factory=dict)
@@ -126,6 +128,13 @@ class Search:
     def whole(self) -> Lengths:
         """The configuration that keeps every token."""
         return (STEPS,) * self.layers
+
+    def explore(self, encoded: Encoded, lengths: list[Lengths], some: range | None = None) -> dict[Lengths, Observed]:
+        """What every exit says of rows under each of the configurations, of the graph where there is one."""
+        batch = self.options.eval_batch_size
+        if self.graph is not None:
+            return explore_graph(self.graph, encoded, batch, lengths, some)
+        return explore(self.model, encoded, self.tokenizer, batch, lengths, some)
 
     def candidates(self) -> list[Found]:
         """Every candidate measured on all rows, in the order it was."""
@@ -192,13 +201,12 @@ def evaluate(search: Search, generation: list[Lengths], accelerator: Accelerator
     began, count = time.process_time(), accelerator.num_processes
     new = sorted(one for one in generation if one not in search.found)
     start, stop = (len(new) * (accelerator.process_index + one) // count for one in (0, 1))
-    how = (search.model, search.encoded, search.tokenizer, search.options.eval_batch_size)
     observed: dict[Lengths, Observed] = {}
     device = accelerator.device.type
     going, done = new[start:stop], 0
     for rung, encoded in enumerate(search.rungs):
         with torch.autocast(device, torch.bfloat16, enabled=search.options.precision == "bf16"):
-            more = explore(*how, going, range(done, len(encoded)))
+            more = search.explore(search.encoded, going, range(done, len(encoded)))
         observed = {one: observed[one].followed_by(more[one]) if rung else more[one] for one in going}
         for one, found in gather_object([(one, measure(search, one, observed[one], encoded)) for one in going]):
             search.found.setdefault(one, []).append(found)
@@ -325,8 +333,7 @@ def chosen(search: Search) -> dict[str, Found]:
 def operating_points(search: Search, encoded: Encoded, weights: str) -> OperatingPoints:
     """The chosen candidates measured on all rows of the split."""
     named, config, options = chosen(search), search.model.config, search.options
-    how = (search.model, encoded, search.tokenizer, options.eval_batch_size)
-    observed = explore(*how, sorted({one.lengths for one in named.values()}))
+    observed = search.explore(encoded, sorted({one.lengths for one in named.values()}))
     points = []
     for name, one in named.items():
         seen, lengths, served = observed[one.lengths], shares(one.lengths), search.served
@@ -434,6 +441,8 @@ def prepare(options: SearchOptions) -> tuple[Search, Encoded]:
     model, tokenizer, task = load_classifier(folder, options.max_length), load_tokenizer(folder), chosen_task(options)
     if options.by_row and options.axes == "exits":
         raise ValueError("by_row sets lengths that rows choose against searched ones: leave it away with --axes exits")
+    if options.by_row and options.graph:
+        raise ValueError("rows choose their own lengths in PyTorch only: leave --by_row or --graph away")
     labels, examples = labels_of_model(options, task, model.config), read_examples(task, options.split)
     every = encode_split(examples, options.split, task, labels, tokenizer, options.max_length)
     some = some_rows(examples, options.rows, options.seed)
@@ -443,32 +452,41 @@ def prepare(options: SearchOptions) -> tuple[Search, Encoded]:
     name = policy_name(options.exit_policy or (model.config.exit_policy or {}).get("name"), labels.problem_type)
     policies = [never(name, len(model.exit_layers), labels.problem_type)]
     check_learned(policies[0], model.config)
-    if options.axes != "lengths" and len(model.exit_layers) > 1:
-        first = explore(
-            model, encoded, tokenizer, options.eval_batch_size, [(STEPS,) * model.config.num_hidden_layers]
-        )
-        policies += candidates(name, next(iter(first.values())).logits, labels.problem_type)
     free = ("output", "resume", "model", "points", "by_row", "iterations", "eval_batch_size")
     settings = {name: value for name, value in vars(options).items() if name not in free}
     settings |= {"checkpoint": checkpoint_hash(folder), "rows_hash": rows_hash(encoded)}
-    return Search(options, model, tokenizer, some, rungs, labels, policies, settings), every
+    work = Search(options, model, tokenizer, some, rungs, labels, policies, settings)
+    if options.graph is not None:
+        if name == "learned":
+            raise ValueError("an exported graph does not tell its learned head's uncertainty: leave --graph away")
+        work.graph = open_graph(Path(options.graph), work, None)
+        with work.graph.file.open("rb") as content:
+            settings["graph"] = hashlib.file_digest(content, "sha256").hexdigest()
+    if options.axes != "lengths" and len(model.exit_layers) > 1:
+        policies += candidates(name, work.explore(encoded, [work.whole])[work.whole].logits, labels.problem_type)
+    return work, every
 
 
-def load_served(options: SearchOptions, search: Search, folder: Path) -> Served:
-    """The exported graph, timed; or, of a search that is resumed, as it was timed when the search began.
-
-    ValueError where the folder is not an export of this checkpoint, or cannot do what the search needs.
-    """
-    exported = Path(str(options.latency))
-    session = ElasticSession.from_pretrained(exported, threads=options.latency_threads)
+def open_graph(exported: Path, search: Search, threads: int | None) -> ElasticSession:
+    """The session of an exported folder; ValueError where it is not an export of the checkpoint that is searched, or
+    cannot do what the search needs."""
+    session = ElasticSession.from_pretrained(exported, threads=threads)
     policy = search.policies[0]["name"]
     if checkpoint_hash(exported) != search.settings["checkpoint"]:
-        raise ValueError(f"{exported} is not an export of {options.model}: its weights are others; export it again")
+        raise ValueError(
+            f"{exported} is not an export of {search.options.model}: its weights are others; export it again"
+        )
     if "length_config" not in session.inputs or (session.policy or {}).get("name") != policy:
         raise ValueError(
             f"{session.file} must have length_config as an input and the exit policy {policy!r}, "
             f"it has {sorted(session.inputs)} and {session.policy}; export the checkpoint again"
         )
+    return session
+
+
+def load_served(options: SearchOptions, search: Search, folder: Path) -> Served:
+    """The exported graph, timed; or, of a search that is resumed, as it was timed when the search began."""
+    session = open_graph(Path(str(options.latency)), search, options.latency_threads)
     texts = search.examples.select(list(range(min(options.latency_rows, len(search.examples)))))
     rows = list(zip(texts.texts, texts.pairs, strict=True)) if texts.pairs else texts.texts
     encodings = session.tokenizer.encode_batch(rows)

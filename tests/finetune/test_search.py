@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,12 +22,13 @@ from elastic_model import (
 from elastic_model.arguments import run
 from elastic_model.checks import check_length_config
 from elastic_model.operating_points import OperatingPoints
+from elastic_model.session import ElasticSession
 from export.__main__ import export
 from finetune.by_row import by_row, explore_batch_by_row, explore_by_row, fit_share, mean_cost
 from finetune.candidates import STEPS, constant_ratio, crossover, initial, mutate, offspring, shares
 from finetune.config import EvaluateOptions, SearchOptions
 from finetune.evaluate import evaluate
-from finetune.explore import explore, explore_batch
+from finetune.explore import explore, explore_batch, explore_graph
 from finetune.search import JOURNAL, RESULT, prepare, read_journal, search
 
 
@@ -258,6 +260,25 @@ def test_latency_as_the_cost(checkpoint, small_task, tmp_path):
         (checkpoint / "operating_points.json").unlink()
         model.save_pretrained(checkpoint)
         search(options)
+
+
+def test_answers_of_the_exported_graph_can_be_searched(checkpoint, small_task, tmp_path):
+    exported = tmp_path / "exported"
+    assert not run(lambda: export([str(checkpoint), str(exported)]))
+    options = options_of(checkpoint, small_task, tmp_path / "out", graph=str(exported), iterations=1)
+    work, _ = prepare(options)
+    session, configurations = ElasticSession.from_pretrained(exported, "model"), [(20, 12, 9, 9), (20,) * 4]
+    ours = explore(work.model, work.encoded, work.tokenizer, 8, configurations, range(3, 30))
+    theirs = explore_graph(session, work.encoded, 8, configurations, range(3, 30))
+    for one in configurations:
+        np.testing.assert_allclose(theirs[one].logits, ours[one].logits, atol=1e-4)
+    search(options)
+    served = work.graph.exit_logits(work.examples.texts)[-1].argmax(1)  # of the int8 file
+    assert result_of(tmp_path / "out")["full"]["quality"] == (served == work.encoded.labels).mean()
+    with pytest.raises(ValueError, match="holds a search with graph = "):
+        search(replace(options, graph=None, resume=True))
+    with pytest.raises(ValueError, match="in PyTorch only: leave --by_row or --graph away"):
+        search(replace(options, by_row=True))
 
 
 @pytest.mark.parametrize(
