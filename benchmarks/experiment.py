@@ -33,8 +33,9 @@ from finetune.tasks import data_folder
 
 RESULTS = ROOT / "benchmarks" / "results"
 # chosen on SST-2's dev split with 5,000 sentences: exit 4 answers 81 % right after an epoch and full depth 83 %; at
-# 5e-5 exit 4 answers 60 % after two, at 5e-4 full depth 81 %
-LEARNING_RATE = 2e-4
+# 5e-5 exit 4 answers 60 % after two, at 5e-4 full depth 81 %. On few pairs of sentences one seed of three does not
+# train at it: MRPC's dev answers 62 % right; at half of it 83 %
+LEARNING_RATE, OF_PAIRS = 2e-4, 1e-4
 SANDWICH, FROZEN = 2.3, 0.5  # cost of an update beside a joint one (benchmarks.finetune); exits on a frozen backbone
 REACHED = 0.5  # share of the speed of one matrix product that a whole update reaches
 LOG_LINES = 5  # of a job that failed
@@ -61,9 +62,9 @@ class Size:
 
 SIZES = {
     "sst2": Size(10_000, 64, 2, tokens=13),
-    "mrpc": Size(3_668, 128, 3, tokens=53),
-    "stsb": Size(5_749, 128, 3, tokens=31),
-    "sick": Size(4_500, 64, 3, tokens=25),
+    "mrpc": Size(3_668, 128, 3, tokens=53, learning_rate=OF_PAIRS),
+    "stsb": Size(5_749, 128, 3, tokens=31, learning_rate=OF_PAIRS),
+    "sick": Size(4_500, 64, 3, tokens=25, learning_rate=OF_PAIRS),
     "imdb": Size(2_000, 256, 2, tokens=218, test_rows=1_000),
     "mlqa": Size(1_000, 256, 3, tokens=190),
     "wnut17": Size(3_394, 128, 3, tokens=25),
