@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format types hf-common test-oldest checkpoints release gpu-check data clean
+.PHONY: help install demo test test-slow lint format types hf-common test-oldest checkpoints release gpu-check arm64 data clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,10 @@ release: $(INSTALLED)  ## CHECKPOINT=folder as a complete, checked hub folder in
 
 gpu-check: $(INSTALLED)  ## what this machine's GPU does with pre-training, in ten minutes at most; goes on where it stopped
 	$(RUN) -m benchmarks.gpu_check
+
+arm64: $(INSTALLED)  ## (Debian 12, as root) an ARM64 Python with onnxruntime in .arm64, run by qemu-user: it checks ARM64 files
+	dpkg --add-architecture arm64 && apt-get -qq update && apt-get -qq install qemu-user
+	PYTHON=$(RUN) bash export/arm64.sh .arm64
 
 data: $(INSTALLED)  ## fetch the source of the embedded data with npm and make it again, the same text byte for byte
 	$(RUN) -m benchmarks.make_data

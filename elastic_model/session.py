@@ -243,8 +243,12 @@ class ElasticSession:
             feed["max_layer"] = np.array([self._checked_layer(max_layer)], np.int64)
         if length_config is not None:
             feed["length_config"] = self._checked_lengths(length_config)
-        outputs = self.session.run(self.outputs, {name: value for name, value in feed.items() if name in self.inputs})
+        outputs = self.infer({name: value for name, value in feed.items() if name in self.inputs})
         return self._completed(dict(zip(self.outputs, outputs, strict=True)), len(encodings))
+
+    def infer(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """The graph's outputs, in the order of `outputs`, for inputs by name."""
+        return self.session.run(self.outputs, feed)
 
     def _completed(self, outputs: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
         """What the plain file of one exit leaves out."""

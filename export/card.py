@@ -65,4 +65,7 @@ def summary(result: dict[str, Any]) -> str:
     full = [*result["agreement"].values()][-1]
     default = result["default_agreement"]
     int8 = f"int8 ({result['int8_share']:.0%} of products)" if result["int8_share"] else "16-bit weights"
-    return f"{size}, {int8}, answers {full:.1%} of {rows} like float32 at full depth, {default:.1%} at its default"
+    where = f", emulated {result['emulated']}" if "emulated" in result else ""
+    return (
+        f"{size}, {int8}{where}, answers {full:.1%} of {rows} like float32 at full depth, {default:.1%} at its default"
+    )

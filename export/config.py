@@ -34,6 +34,11 @@ class ExportOptions:
     label: str | None = option(None, help="column of --rows that holds the label: quality is measured too")
     max_rows: int = option(256, help="rows of --rows to compare on")
     min_agreement: float = option(0.95, help="share of --rows that int8 must answer like float32")
+    emulator: str | None = option(
+        None,
+        help="command that starts a Python of the other processor, with numpy and onnxruntime: files that this CPU "
+        "cannot run are checked with it (default: they are kept unchecked, and marked so)",
+    )
 
 
 @dataclass

@@ -36,6 +36,7 @@ from export.check import (
 )
 from export.checkpoint import Checkpoint, load_checkpoint
 from export.config import ExportOptions
+from export.emulated import EmulatedSession
 from export.graph import REQUIRES, build_graph, build_plain_graph
 from export.predict import read_budget
 from export.ranges import input_ranges
@@ -214,10 +215,10 @@ def check_files(
         path = folder / "onnx" / f"{name}.onnx"
         onnx.checker.check_model(path)  # first: it takes twice the file's size
         missing = ONNX_FILES[name] and not ONNX_FILES[name] & cpu_flags()
-        if missing:
+        if missing and options.emulator is None:
             checks[name] = {"unchecked": f"this CPU has none of {', '.join(sorted(ONNX_FILES[name]))}"}
         else:
-            session = ElasticSession(path, folder / "tokenizer.json", threads=1)
+            session = open_session(path, folder / "tokenizer.json", options.emulator if missing else None)
             if name == FLOAT32:
                 checks[name] = check_float32(session, written.task, written.expected)
             answers = answers_of(session, written.rows)
@@ -229,12 +230,22 @@ def check_files(
                 )
             if sample and sample.labels:
                 checks[name]["quality"] = quality(session, answers, sample.labels)
+            if isinstance(session, EmulatedSession):
+                checks[name]["emulated"] = session.machine
+                session.close()
             del session
         release_memory()
         checks[name] |= written.products[name] | {"bytes": path.stat().st_size}
         with path.open("rb") as content:
             checks[name]["sha256"] = hashlib.file_digest(content, "sha256").hexdigest()
     return checks
+
+
+def open_session(file: Path, tokenizer: Path, emulator: str | None) -> ElasticSession:
+    """A file's session, of one thread; under an emulator where one is given."""
+    return (
+        ElasticSession(file, tokenizer, threads=1) if emulator is None else EmulatedSession(emulator, file, tokenizer)
+    )
 
 
 def plain_layer(options: ExportOptions, config: ElasticBertConfig) -> int | None:

@@ -1,6 +1,7 @@
 """The command: what the folder holds, what its checks stop, what it says of bad input."""
 
 import json
+import platform
 import sys
 
 import numpy as np
@@ -13,6 +14,7 @@ from elastic_model.operating_points import OperatingPoint, OperatingPoints, chec
 from export import arithmetic, check, write
 from export.__main__ import main
 from export.config import ExportOptions
+from export.emulated import EmulatedSession
 from export.rows import read_texts
 from export.write import export_checkpoint
 
@@ -112,6 +114,44 @@ def test_a_file_for_another_cpu_is_marked_unchecked(lively_checkpoint, tmp_path,
     monkeypatch.setattr(write, "cpu_flags", lambda: {"avx2"})
     report = export_to(tmp_path / "out", lively_checkpoint, files=["model_qint8_avx512_vnni"])
     assert "avx512_vnni" in report["files"]["model_qint8_avx512_vnni"]["unchecked"]
+
+
+needs_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulator is this machine itself")
+
+
+@needs_x86
+def test_a_file_for_another_cpu_is_checked_by_an_emulator(lively_checkpoint, tmp_path, monkeypatch):
+    """The emulator is a Python of this processor: what is tested is all but the emulation."""
+    here = export_to(tmp_path / "here", lively_checkpoint)["files"][INT8]
+    monkeypatch.setattr(write, "cpu_flags", lambda: {"asimddp"})
+    there = export_to(tmp_path / "there", lively_checkpoint, files=[INT8], emulator=sys.executable)["files"][INT8]
+    assert there == {**here, "emulated": "x86_64"} and "agreement" in there
+
+
+@needs_x86
+@pytest.mark.parametrize(
+    ("emulator", "says"),
+    [
+        (sys.executable, "runs a x86_64; model_qint8_arm64.onnx is for aarch64 or arm64"),
+        ("false", "'false' ended with exit code 1: it said nothing"),
+        (f"{sys.executable} /nowhere.py", "ended with exit code 2: .*can't open file"),
+        ("no-such-emulator -L /", "'no-such-emulator -L /' cannot be started: .*No such file"),
+    ],
+)
+def test_an_emulator_that_cannot_check_is_named(lively_checkpoint, tmp_path, emulator, says):
+    with pytest.raises(ValueError, match=says):
+        export_to(tmp_path / "out", lively_checkpoint, files=["model_qint8_arm64"], emulator=emulator)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_emulator_that_ends_amid_a_batch_is_named(lively_checkpoint, tmp_path, monkeypatch):
+    export_to(tmp_path / "out", lively_checkpoint)
+    session = EmulatedSession(
+        sys.executable, tmp_path / "out" / "onnx" / "model.onnx", tmp_path / "out" / "tokenizer.json"
+    )
+    session.process.kill()
+    with pytest.raises(ValueError, match="ended with exit code -9"):
+        session.run([check.Encoding([2, 3], [0, 0])])
 
 
 @pytest.fixture
