@@ -46,18 +46,33 @@ def minilm(folder: Path) -> Path:
     return Path(found.origin).parent / "model"
 
 
-# task -> what makes the checkpoint that its fine-tuning starts from; the recipe is finetune/recipes/TASK.yaml
-STARTS: dict[str, Callable[[Path], Path]] = {"era": tiny, "sst2": minilm, "mrpc": minilm, "stsb": minilm}
+def goes_on_from(name: str) -> Callable[[Path], Path]:
+    """What makes another of the checkpoints where it is missing."""
+
+    def make_first(folder: Path) -> Path:
+        if not (folder / name).is_dir():
+            record(folder / "checkpoints.json", name, make(name, folder))
+        return folder / name
+
+    return make_first
+
+
+# name -> what makes the checkpoint that its fine-tuning starts from; the recipe is finetune/recipes/NAME.yaml
+STARTS: dict[str, Callable[[Path], Path]] = {
+    "era": tiny,
+    **dict.fromkeys(("sst2", "mrpc", "stsb", "imdb"), minilm),
+    **{f"{name}-lengths": goes_on_from(name) for name in ("sst2", "imdb")},
+}
 
 
 def make(task: str, folder: Path) -> dict[str, object]:
-    """Fine-tune one task; what is recorded of it."""
-    began, start, target = time.monotonic(), STARTS[task](folder), folder / task
+    """Fine-tune one checkpoint; what is recorded of it."""
+    start, began, target = STARTS[task](folder), time.monotonic(), folder / task
     recipe = f"finetune/recipes/{task}.yaml"
     python("finetune", "train", "--config", recipe, "--model", str(start), "--output", str(target), "--resume")
     return {
         "sha256": checkpoint_hash(target),
-        "start": {"name": start.name if STARTS[task] is tiny else MINILM, "sha256": checkpoint_hash(start)},
+        "start": {"name": MINILM if STARTS[task] is minilm else start.name, "sha256": checkpoint_hash(start)},
         "recipe": recipe,
         "evaluation": json.loads((target / "evaluation.json").read_text())["dev"],
         "minutes": round((time.monotonic() - began) / 60, 1),
@@ -82,7 +97,7 @@ def checkpoints() -> None:
     unknown = [task for task in arguments.tasks if task not in STARTS]
     if unknown:
         raise ValueError(f"no checkpoint is made for task {unknown[0]!r}; known: {', '.join(STARTS)}")
-    if any(STARTS[task] is minilm for task in arguments.tasks):
+    if any(STARTS[task] is not tiny for task in arguments.tasks):
         data_folder()
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
