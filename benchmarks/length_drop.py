@@ -136,10 +136,10 @@ def jobs_of(folder: Path, figure: Figure, size: Size, seed: int) -> dict[str, li
     return {model: [job, answers(job, task, "test", size, RATES)] for model, job in made.items()}
 
 
-def chains_of(jobs: Mapping[str, list[Job]]) -> list[Chain]:
-    """The standard model with the first that goes on from it; the others once it is there."""
-    first, *others = [chain for model, chain in jobs.items() if model != STANDARD]
-    return [[*jobs[STANDARD], *first], *others]
+def chains_of(jobs: Mapping[str, list[Job]]) -> tuple[Chain, list[Chain]]:
+    """The standard model's training, which comes first; then what goes on from it, and its own answers."""
+    training, *asking = jobs[STANDARD]
+    return [training], [*(chain for model, chain in jobs.items() if model != STANDARD), asking]
 
 
 def measure_rate(split: Split, logits: np.ndarray, rate: float, whole: Mapping[str, float]) -> dict[str, Any]:
@@ -231,9 +231,13 @@ def experiment() -> None:
             figure, seeds = FIGURES[name], arguments.seeds or [0]
             size = figure.size(arguments)
             jobs = {seed: jobs_of(folder, figure, size, seed) for seed in seeds}
-            standard = [chains_of(of_seed)[0] for of_seed in jobs.values()]
-            others = [chain for of_seed in jobs.values() for chain in chains_of(of_seed)[1:]]
-            if not all([make(name, size, chains, arguments) for chains in (standard, others) if chains]):
+            both = [chains_of(of_seed) for of_seed in jobs.values()]
+            phases = [standard for standard, _ in both], [chain for _, others in both for chain in others]
+            finished = True
+            for chains in phases:
+                if finished or arguments.plan:
+                    finished = make(name, size, chains, arguments)
+            if not finished:
                 continue
             found = {seed: measure(figure, size, of_seed) for seed, of_seed in jobs.items()}
             results = record(arguments.output, __doc__, {name: {**provenance(size), "seeds": found}})["tasks"]
