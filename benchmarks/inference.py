@@ -1,12 +1,13 @@
 """Serving side by side: the exported file at its operating points and what else one could run, on real test rows.
 
-    python -m benchmarks.inference RESULTS --checkpoint DIR --exported DIR --train F --test F --text C --label C
+    python -m benchmarks.inference RESULTS --task sst2 --checkpoint DIR --exported DIR [--systems ...]
 
 Each system has a process of its own; pieces of the test rows, in the order of the file or sorted by length, go to all
 systems in turn, so that the machine's noise is shared. Every piece is a file in RESULTS: a run that was cut off goes
-on where it stopped. Each of `--systems` is a name of SYSTEMS, `point:NAME` (a measured operating point), `onnx:FILE`
-(a file with BERT's inputs, as optimum-onnx exports it), `folder:DIR` (another export, a distilled student's say) or
-`openvino:FILE`. At the end: a table, `summary.json` and `summary.png`, quality against latency.
+on where it stopped. Each of `--systems` is a name of SYSTEMS, `point:BUDGET` (a measured operating point, by name or
+as max_drop=0.5), `onnx:FILE` (a file with BERT's inputs, as optimum-onnx exports it), `folder:DIR` (another export, a
+distilled student's say) or `openvino:FILE`; all with the labels of the checkpoint in its order. At the end: a table,
+`summary.json` and `summary.png`, quality against latency.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,68 @@ import numpy as np
 from benchmarks.systems import peak_mib
 from elastic_model.arguments import run
 from elastic_model.folders import new_file
-from export.rows import read_column, read_texts
+from export.predict import read_budget
 
-Answer = Callable[[list], list[str]]
+Answer = Callable[[list], np.ndarray]  # texts -> class numbers, or the numbers of a regression
 SURE = 0.9  # the probability at which the cascade's first stage answers
 PIECE = 320  # rows that a system answers before it is the next one's turn
-REPEATS = 1999  # of the bootstrap
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Texts or pairs of a split, what they should be answered, and the metric that decides."""
+
+    texts: list
+    truth: np.ndarray
+    metric: str
+
+
+def read_rows(options: argparse.Namespace, split: str, rows: int | None = None) -> Rows:
+    """A split of the task as the checkpoint's labels have it; rows: a random subset of that many."""
+    from transformers import AutoConfig
+
+    from finetune.examples import read_examples
+    from finetune.kinds import KINDS, problem_type_of
+    from finetune.labels import encode_labels
+    from finetune.prepare import some_rows
+    from finetune.tasks import find_task
+
+    task, config = find_task(options.task), AutoConfig.from_pretrained(options.checkpoint)
+    kind = problem_type_of(config)
+    if kind not in ("single_label_classification", "regression"):
+        raise ValueError(f"{options.checkpoint} is for {kind}; classes and numbers are served here")
+    examples = some_rows(read_examples(task, split), rows, 0)
+    names = [config.id2label[number] for number in range(config.num_labels)]
+    texts = list(zip(examples.texts, examples.pairs, strict=True)) if examples.pairs else examples.texts
+    return Rows(texts, encode_labels(task, examples, names, kind), (task.metrics or KINDS[kind].default)[0])
+
+
+def keep_rows(options: argparse.Namespace) -> None:
+    """The rows as JSON, so that no system's process loads what reads them: its memory is measured."""
+    counts = {"test": options.max_rows, "train": options.train_rows}
+    for split in ("test", "train") if {"tfidf", "cascade"} & set(options.systems) else ("test",):
+        rows = read_rows(options, split, counts[split])
+        content = json.dumps({"texts": rows.texts, "truth": rows.truth.tolist(), "metric": rows.metric})
+        kept = options.results / f"{split}.json"
+        if kept.exists() and kept.read_text() != content:
+            raise ValueError(f"{options.results} holds answers to other {split} rows; choose another folder")
+        with new_file(kept) as file:
+            file.write_text(content)
+
+
+def kept_rows(options: argparse.Namespace, split: str) -> Rows:
+    """The rows of `keep_rows`; those of test in the order of the file or by length."""
+    content = json.loads((options.results / f"{split}.json").read_text())
+    texts = [text if isinstance(text, str) else tuple(text) for text in content["texts"]]
+    places = list(range(len(texts)))
+    if split == "test" and options.order == "length":
+        places.sort(key=lambda place: len(joined(texts[place])))
+    return Rows([texts[place] for place in places], np.array(content["truth"])[places], content["metric"])
+
+
+def decided(logits: np.ndarray) -> np.ndarray:
+    """Class numbers of logits (rows, labels), the number itself where there is one."""
+    return logits[:, 0] if logits.shape[1] == 1 else logits.argmax(axis=1)
 
 
 def pytorch(options: argparse.Namespace, threads: int, padding: str) -> Answer:
@@ -44,10 +102,9 @@ def pytorch(options: argparse.Namespace, threads: int, padding: str) -> Answer:
     tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
 
     @torch.inference_mode()
-    def answer(texts: list) -> list[str]:
+    def answer(texts: list) -> np.ndarray:
         batch = tokenizer(texts, padding=padding, truncation=True, max_length=options.max_length, return_tensors="pt")
-        logits = model(**batch, exit_policy={"name": "never"}, length_config=1.0).logits
-        return [model.config.id2label[one] for one in logits.argmax(-1).tolist()]
+        return decided(model(**batch, exit_policy={"name": "never"}, length_config=1.0).logits.numpy())
 
     return answer
 
@@ -60,13 +117,12 @@ def ours(
 
     session = ElasticSession.from_pretrained(folder, file, threads)
     session.tokenizer.enable_truncation(options.max_length)
-    chosen = None if point is None else session.point(point)
+    chosen = None if point is None else session.point(read_budget(point) or point)
     thresholds = session.never if chosen is None else chosen.thresholds
-    lengths = [1.0] * session.layers if chosen is None else chosen.length_config or [1.0] * session.layers
+    lengths = [1.0] * session.layers if chosen is None else chosen.shares or [1.0] * session.layers
 
-    def answer(texts: list) -> list[str]:
-        logits = session.run(session.encode(texts), thresholds, session.exit_layers[-1], lengths)["logits"]
-        return [session.labels[one] for one in logits.argmax(-1)]
+    def answer(texts: list) -> np.ndarray:
+        return decided(session.run(session.encode(texts), thresholds, session.exit_layers[-1], lengths)["logits"])
 
     return answer
 
@@ -75,10 +131,6 @@ def stock_file(options: argparse.Namespace, threads: int, file: Path, openvino: 
     """A file with BERT's inputs, padded to the longest row of a batch, in onnxruntime or OpenVINO."""
     from tokenizers import Tokenizer
 
-    labels = {
-        int(key): name
-        for key, name in json.loads((options.checkpoint / "config.json").read_text())["id2label"].items()
-    }
     tokenizer = Tokenizer.from_file(str(options.checkpoint / "tokenizer.json"))
     tokenizer.enable_truncation(options.max_length)
     tokenizer.enable_padding()
@@ -97,30 +149,29 @@ def stock_file(options: argparse.Namespace, threads: int, file: Path, openvino: 
         names = {one.name for one in session.get_inputs()}
         infer = lambda feed: session.run(["logits"], feed)[0]  # noqa: E731
 
-    def answer(texts: list) -> list[str]:
+    def answer(texts: list) -> np.ndarray:
         rows = tokenizer.encode_batch(texts)
         feed = {
             "input_ids": np.array([row.ids for row in rows]),
             "attention_mask": np.array([row.attention_mask for row in rows]),
             "token_type_ids": np.array([row.type_ids for row in rows]),
         }
-        logits = infer({name: value for name, value in feed.items() if name in names})
-        return [labels[one] for one in logits.argmax(-1)]
+        return decided(infer({name: value for name, value in feed.items() if name in names}))
 
     return answer
 
 
 def bag_of_words(options: argparse.Namespace) -> Any:
-    """Logistic regression on TF-IDF of words and pairs of words, fitted on the training rows."""
+    """Logistic (of numbers: ridge) regression on TF-IDF of words and pairs of words, fitted on the training rows."""
     from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
+    from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.pipeline import make_pipeline
 
-    texts = [joined(text) for text in read_texts(options.train, options.text, options.pair)]
+    rows = kept_rows(options, "train")
     words = TfidfVectorizer(sublinear_tf=True, min_df=2, ngram_range=(1, 2))
-    return make_pipeline(words, LogisticRegression(C=10.0, max_iter=2000)).fit(
-        texts, read_column(options.train, options.label)
-    )
+    regression = np.issubdtype(rows.truth.dtype, np.floating)
+    model = Ridge() if regression else LogisticRegression(C=10.0, max_iter=2000)
+    return make_pipeline(words, model).fit([joined(text) for text in rows.texts], rows.truth)
 
 
 def joined(text: Any) -> str:
@@ -132,13 +183,13 @@ def cascade(options: argparse.Namespace, threads: int) -> Answer:
     """Bag of words where it is sure, the int8 file at full depth elsewhere."""
     first, second = bag_of_words(options), ours(options, threads, options.exported, None)
 
-    def answer(texts: list) -> list[str]:
+    def answer(texts: list) -> np.ndarray:
         shares = first.predict_proba([joined(text) for text in texts])
-        labels = [str(first.classes_[one]) for one in shares.argmax(axis=1)]
+        answers = first.classes_[shares.argmax(axis=1)]
         unsure = np.flatnonzero(shares.max(axis=1) < SURE)
-        for place, label in zip(unsure, second([texts[one] for one in unsure]) if len(unsure) else [], strict=True):
-            labels[place] = label
-        return labels
+        if len(unsure):
+            answers[unsure] = second([texts[one] for one in unsure])
+        return answers
 
     return answer
 
@@ -146,7 +197,7 @@ def cascade(options: argparse.Namespace, threads: int) -> Answer:
 def words_alone(options: argparse.Namespace, threads: int) -> Answer:
     """Bag of words for every row."""
     model = bag_of_words(options)
-    return lambda texts: [str(label) for label in model.predict([joined(text) for text in texts])]
+    return lambda texts: model.predict([joined(text) for text in texts])
 
 
 SYSTEMS: dict[str, Callable[[argparse.Namespace, int], Answer]] = {
@@ -170,41 +221,32 @@ def system(name: str, options: argparse.Namespace, threads: int) -> Answer:
         return ours(options, threads, Path(value), None)
     if kind in ("onnx", "openvino"):
         return stock_file(options, threads, Path(value), kind == "openvino")
-    known = [*SYSTEMS, "point:NAME", "folder:DIR", "onnx:FILE", "openvino:FILE"]
+    known = [*SYSTEMS, "point:BUDGET", "folder:DIR", "onnx:FILE", "openvino:FILE"]
     raise ValueError(f"--systems {name}: unknown; allowed: {', '.join(known)}")
 
 
 def serve(name: str, options: argparse.Namespace, threads: int) -> None:
     """Answer lines START STOP BATCH_SIZE until the input ends, each with a line of JSON."""
-    rows = ordered(options)[0]
+    rows = kept_rows(options, "test").texts
     answer = system(name, options, threads)
     answer(rows[:1])
     print("ready", flush=True)
     for line in sys.stdin:
         start, stop, size = map(int, line.split())
-        labels: list[str] = []
+        answers: list[float] = []
         spent: list[float] = []
         for place in range(start, stop, size):
             batch = rows[place : min(place + size, stop)]
             begin = time.perf_counter()
-            labels += answer(batch)
+            said = answer(batch)
             spent.append((time.perf_counter() - begin) * 1e3)
-        print(json.dumps({"labels": labels, "ms": spent, "peak_mib": peak_mib()}), flush=True)
-
-
-def ordered(options: argparse.Namespace) -> tuple[list, list[str]]:
-    """Test texts and labels, in the order of the file or by length."""
-    texts = read_texts(options.test, options.text, options.pair, options.max_rows)
-    labels = read_column(options.test, options.label, options.max_rows)
-    places = list(range(len(texts)))
-    if options.order == "length":
-        places.sort(key=lambda place: len(joined(texts[place])))
-    return [texts[place] for place in places], [labels[place] for place in places]
+            answers += said.tolist()
+        print(json.dumps({"answers": answers, "ms": spent, "peak_mib": peak_mib()}), flush=True)
 
 
 def measure(options: argparse.Namespace, threads: int, batch: int) -> None:
     """All systems on all pieces that are not there yet, one after another piece by piece."""
-    rows = len(ordered(options)[0])
+    rows = len(kept_rows(options, "test").texts)
     wanted = [
         (name, start, piece_file(options, name, threads, batch, start))
         for start in range(0, rows, PIECE)
@@ -253,20 +295,20 @@ def piece_file(options: argparse.Namespace, name: str, threads: int, batch: int,
 
 def summary(options: argparse.Namespace, threads: int, batch: int) -> list[dict[str, Any]]:
     """One entry per system: quality with its interval, latency per batch, rows per second, memory."""
-    truth = np.array(ordered(options)[1])
-    entries = []
+    from finetune.metrics import interval, metric
+
+    rows, entries = kept_rows(options, "test"), []
     for name in options.systems:
-        files = [piece_file(options, name, threads, batch, start) for start in range(0, len(truth), PIECE)]
+        files = [piece_file(options, name, threads, batch, start) for start in range(0, len(rows.texts), PIECE)]
         pieces = [json.loads(file.read_text()) for file in files]
-        right = np.concatenate([piece["labels"] for piece in pieces]) == truth
+        answers = np.concatenate([piece["answers"] for piece in pieces]).astype(rows.truth.dtype)
         spent = np.concatenate([piece["ms"] for piece in pieces])
-        draws = np.random.default_rng(0).integers(0, len(right), (REPEATS, len(right)))
-        low, high = np.percentile(right[draws].mean(axis=1), [2.5, 97.5])
+        low, high = interval(rows.metric, answers, rows.truth)
         p50, p95, p99 = np.percentile(spent, [50, 95, 99])
-        entry = {"system": name, "order": options.order, "threads": threads, "batch": batch}
-        entry |= {"accuracy": float(right.mean()), "low": float(low), "high": float(high)}
+        entry = {"system": name, "order": options.order, "threads": threads, "batch": batch, "rows": len(answers)}
+        entry |= {"metric": rows.metric, "quality": metric(rows.metric)(answers, rows.truth), "low": low, "high": high}
         entry |= {"p50_ms": float(p50), "p95_ms": float(p95), "p99_ms": float(p99)}
-        entry |= {"rows_per_second": 1e3 * len(right) / float(spent.sum())}
+        entry |= {"rows_per_second": 1e3 * len(answers) / float(spent.sum())}
         entries.append({**entry, "peak_mib": max(piece["peak_mib"] for piece in pieces)})
     return entries
 
@@ -283,10 +325,15 @@ def plot(entries: list[dict[str, Any]], file: Path) -> None:
     for axis, panel in zip(axes[0], panels, strict=True):
         for one in [one for one in entries if (one["threads"], one["batch"]) == panel]:
             milliseconds = 1e3 / one["rows_per_second"]
-            error = [[one["accuracy"] - one["low"]], [one["high"] - one["accuracy"]]]
-            axis.errorbar(milliseconds, one["accuracy"], yerr=error, fmt="o", capsize=2)
-            axis.annotate(one["system"], (milliseconds, one["accuracy"]), fontsize=7)
-        axis.set(xscale="log", xlabel="ms per row", ylabel="accuracy", title=f"{panel[0]} threads, batch {panel[1]}")
+            error = [[one["quality"] - one["low"]], [one["high"] - one["quality"]]]
+            axis.errorbar(milliseconds, one["quality"], yerr=error, fmt="o", capsize=2)
+            axis.annotate(one["system"], (milliseconds, one["quality"]), fontsize=7)
+        axis.set(
+            xscale="log",
+            xlabel="ms per row",
+            ylabel=entries[0]["metric"],
+            title=f"{panel[0]} threads, batch {panel[1]}",
+        )
     figure.tight_layout()
     figure.savefig(file, dpi=120)
 
@@ -295,13 +342,12 @@ def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="folder for the pieces, the summary and the plot")
-    for name in ("checkpoint", "exported", "train", "test"):
+    parser.add_argument("--task", required=True, help="of the table: its test rows are answered")
+    for name in ("checkpoint", "exported"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--text", default="text")
-    parser.add_argument("--pair")
-    parser.add_argument("--label", default="label")
     parser.add_argument("--max_length", type=int, default=128)
-    parser.add_argument("--max_rows", type=int)
+    parser.add_argument("--max_rows", type=int, help="test rows, a random subset (default: all)")
+    parser.add_argument("--train_rows", type=int, help="train rows that TF-IDF is fitted on (default: all)")
     parser.add_argument("--order", choices=("file", "length"), default="file")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 32])
@@ -317,6 +363,7 @@ def main() -> None:
         serve(options.serve[0], options, int(options.serve[1]))
         return
     options.results.mkdir(parents=True, exist_ok=True)
+    keep_rows(options)
     entries = []
     for threads in options.threads:
         for batch in options.batch_sizes:
@@ -327,8 +374,8 @@ def main() -> None:
     plot(entries, options.results / "summary.png")
     for one in entries:
         print(
-            f"{one['system']:24} {one['threads']} threads, batch {one['batch']:2}: {one['accuracy']:.1%} "
-            f"({one['low']:.1%}-{one['high']:.1%}), {one['p50_ms']:.2f}/{one['p95_ms']:.2f} ms, "
+            f"{one['system']:24} {one['threads']} threads, batch {one['batch']:2}: {one['quality']:.2%} "
+            f"({one['low']:.2%}-{one['high']:.2%}), {one['p50_ms']:.2f}/{one['p95_ms']:.2f} ms, "
             f"{one['rows_per_second']:.0f} rows/s, {one['peak_mib']:.0f} MiB"
         )
 
