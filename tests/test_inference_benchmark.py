@@ -40,3 +40,16 @@ def test_a_run_that_was_cut_off_goes_on(tiny_config, tiny_tokenizer, tmp_path):
     assert all(path.stat().st_mtime_ns == kept[path] for path in kept if path != gone)
     other = subprocess.run([*command, "--max_rows", "5"], capture_output=True, text=True, cwd=ROOT)
     assert other.returncode == 2 and "holds answers to other test rows" in other.stderr
+
+
+@pytest.mark.slow
+def test_answers_under_load_are_those_of_one_row(tiny_checkpoint, tmp_path):
+    export_checkpoint(ExportOptions(tiny_checkpoint, tmp_path / "exported"))
+    (tmp_path / "rows.txt").write_text("\n".join(era_rows("dev")[0][:70]) + "\n")
+    command = [sys.executable, "-m", "benchmarks.load", str(tmp_path / "exported"), "--input", tmp_path / "rows.txt"]
+    done = subprocess.run([*command, "--minutes", "0.05", "--output", tmp_path / "load.json"], cwd=ROOT)
+    assert done.returncode == 0
+    found = json.loads((tmp_path / "load.json").read_text())
+    assert found["threads"]["rows"] > 0 == found["threads"]["wrong"] and found["mixed_load"]["batches"] > 0
+    float32 = [one for name, one in found["batches"].items() if name.startswith("model,")]
+    assert [one["same_label_and_exit_layer"] for one in float32] == [1.0, 1.0]

@@ -1,0 +1,143 @@
+"""What one session answers under load, on real texts: the same whatever else is asked, in memory that does not grow.
+
+    python -m benchmarks.load EXPORTED --input rows.tsv.gz --text sentence [--rows 10000] [--minutes 1] [--output FILE]
+
+1. Mixed load: for `--minutes` batches of 1 to 64 rows of one sentence to as many as fit, in every order; resident
+   memory after each tenth of the time.
+2. Threads: 8 threads ask one session for `--minutes`, batches and depths at random; answers that are wrong.
+3. Batches: rows one by one against random batches of 1 to 64, float32 and int8, with all tokens and with fewer from
+   layer to layer: the share of rows with the same label and exit layer, and how far logits are apart.
+"""
+
+import argparse
+import json
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.systems import peak_mib
+from elastic_model import ElasticSession
+from elastic_model.arguments import run
+from elastic_model.folders import new_file
+from elastic_model.processor import ONNX_FILES
+from export.rows import read_texts
+
+LARGEST, THREADS, ASKED = 64, 8, 2000  # rows of a batch; threads at a time, and the texts that they ask of
+STEPS = 10  # times that memory is read
+
+
+def resident_mib() -> float:
+    """Memory that this process holds now."""
+    (line,) = [one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith("VmRSS")]
+    return int(line.split()[1]) / 1024
+
+
+def random_batches(rows: int, draw: random.Random) -> list[list[int]]:
+    """All rows in a random order, in batches of a random size."""
+    order, batches = draw.sample(range(rows), rows), []
+    while order:
+        size = draw.randint(1, LARGEST)
+        batches.append(order[:size])
+        order = order[size:]
+    return batches
+
+
+def batches_alike(session: ElasticSession, encodings: list[Any], lengths: list[float]) -> dict[str, float]:
+    """Rows one by one against the same rows in random batches, as the file runs by itself."""
+
+    def ask(batches: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        logits, layers = np.zeros((len(encodings), len(session.labels))), np.zeros(len(encodings), int)
+        for rows in batches:
+            outputs = session.run([encodings[row] for row in rows], length_config=lengths)
+            logits[rows], layers[rows] = outputs["logits"], outputs["exit_layer"]
+        return logits, layers
+
+    alone, where = ask([[row] for row in range(len(encodings))])
+    together, there = ask(random_batches(len(encodings), random.Random(0)))
+    same = (alone.argmax(1) == together.argmax(1)) & (where == there)
+    return {
+        "same_label_and_exit_layer": float(same.mean()),
+        "largest_difference_of_logits": float(np.abs(alone - together)[where == there].max()),
+        "mean_exit_layer": float(where.mean()),
+    }
+
+
+def threads_alike(session: ElasticSession, texts: list[Any], seconds: float) -> dict[str, int]:
+    """Answers to many threads at a time against those to one."""
+    depths: list[dict[str, Any]] = [{}, {"max_layer": max(1, session.layers // 2)}]
+    expected = [session(texts, **depth) for depth in depths]
+    counts, wrong, end = [0] * THREADS, [0] * THREADS, time.monotonic() + seconds
+
+    def ask(thread: int) -> None:
+        draw = random.Random(thread)
+        while time.monotonic() < end:
+            places, depth = draw.sample(range(len(texts)), draw.randint(1, LARGEST)), draw.randrange(len(depths))
+            given = session([texts[place] for place in places], batch_size=draw.choice((1, 8, 32)), **depths[depth])
+            pairs = zip(places, given, strict=True)
+            wrong[thread] += sum(
+                any(answer[name] != expected[depth][place][name] for name in ("label", "exit_layer"))
+                for place, answer in pairs
+            )
+            counts[thread] += len(places)
+
+    threads = [threading.Thread(target=ask, args=(thread,)) for thread in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return {"rows": sum(counts), "wrong": sum(wrong)}
+
+
+def mixed_load(session: ElasticSession, texts: list[str], seconds: float) -> dict[str, Any]:
+    """Batches of all shapes for so long; resident memory as time goes on."""
+    draw, rows, batches = random.Random(0), 0, 0
+    began, resident = time.monotonic(), [resident_mib()]
+    while (spent := time.monotonic() - began) < seconds:
+        sentences = 2 ** draw.randint(0, 5)
+        batch = [" ".join(draw.choices(texts, k=sentences)) for _ in range(draw.randint(1, LARGEST))]
+        session(batch, batch_size=draw.choice((1, 8, 32, LARGEST)))
+        rows, batches = rows + len(batch), batches + 1
+        if spent > seconds * len(resident) / STEPS:
+            resident.append(resident_mib())
+    return {"rows": rows, "batches": batches, "resident_mib": [*resident, resident_mib()], "peak_mib": peak_mib()}
+
+
+def main() -> None:
+    """Measure, print and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("exported", type=Path)
+    parser.add_argument("--input", type=Path, required=True, help="texts (.tsv with a header, .txt; .gz, .xz)")
+    parser.add_argument("--text", default="text", help="column that holds the text")
+    parser.add_argument("--rows", type=int, default=10_000, help="texts that are read")
+    parser.add_argument("--minutes", type=float, default=1.0, help="of the threads, and of the mixed load")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    texts = read_texts(options.input, options.text, limit=options.rows)
+    files = [name for name in ONNX_FILES if (options.exported / "onnx" / f"{name}.onnx").is_file()]
+    result: dict[str, Any] = {"rows": len(texts), "minutes": options.minutes, "batches": {}}
+    measures: dict[str, Callable[..., Any]] = {"mixed_load": mixed_load, "threads": threads_alike}
+    seconds = 60 * options.minutes
+    for name, measure in measures.items():  # first: before memory has held anything else
+        session = ElasticSession.from_pretrained(options.exported, threads=1)
+        result[name] = measure(session, texts[:ASKED], seconds)
+        print(name, json.dumps(result[name]), flush=True)
+    for file in files:
+        session = ElasticSession.from_pretrained(options.exported, file, threads=1)
+        falling = [1 - 0.5 * layer / session.layers for layer in range(session.layers)]
+        for tokens, lengths in (("all", [1.0] * session.layers), ("fewer", falling)):
+            found = batches_alike(session, session.encode(texts), lengths)
+            result["batches"][f"{file}, {tokens} tokens"] = found
+            print(file, tokens, "tokens", json.dumps(found), flush=True)
+    if options.output:
+        with new_file(options.output) as kept:
+            kept.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
