@@ -138,14 +138,14 @@ def plot(results: dict[str, Any], image: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 1.2 + 0.6 * len(results)))
-    for place, (task, one) in enumerate(results.items()):
+    for place, one in enumerate(results.values()):
         axes.plot([one["lower_bound"], one["difference"]], [place, place], color="C0")
         axes.plot(one["differences"], [place] * len(one["differences"]), "o", color="C0", alpha=0.4)
         axes.plot(one["difference"], place, "D", color="C0")
         axes.plot([-one["margin"]] * 2, [place - 0.3, place + 0.3], color="C3")
-        axes.annotate(f"{task}, {len(one['differences'])} seeds", (axes.get_xlim()[0], place + 0.15))
     axes.axvline(0, color="0.7")
-    axes.set(yticks=[], ylim=(-0.6, len(results) - 0.2),
+    names = [f"{task}, {len(one['differences'])} seeds" for task, one in results.items()]
+    axes.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.4),
              xlabel="joint - stock, points (line: to the one-sided 95 % bound; red: the margin)")  # fmt: skip
     figure.savefig(image, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
