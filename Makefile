@@ -68,7 +68,7 @@ gpu-check: $(INSTALLED)  ## what this machine's GPU does with pre-training, in t
 
 arm64: $(INSTALLED)  ## (Debian 12, as root) an ARM64 Python with onnxruntime in .arm64, run by qemu-user: it checks ARM64 files
 	dpkg --add-architecture arm64 && apt-get -qq update && apt-get -qq install qemu-user
-	PYTHON=$(RUN) bash export/arm64.sh .arm64
+	PYTHON=$(RUN) bash benchmarks/arm64.sh .arm64
 
 data: $(INSTALLED)  ## fetch the source of the embedded data with npm and make it again, the same text byte for byte
 	$(RUN) -m benchmarks.make_data
