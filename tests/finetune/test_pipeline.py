@@ -195,7 +195,8 @@ def test_a_study_of_two_orders_over_two_seeds(flags, tmp_path, capsys):
     assert _command(["study", *flags(), *own]) == 0
     result = json.loads((tmp_path / "out" / "study.json").read_text())
     table = result["table_1"]["D+E"]
-    assert table["orders"] == ["DE", "ED"] and table["different"]["pairs"] <= 4  # of curves with a time in common
+    assert table["orders"] == ["DE", "ED"]  # and of curves with a time in common, if there are any, their distance
+    assert table.get("different", {"pairs": 0})["pairs"] <= 4
     assert set(result["table_2"]) == {"O", "D", "P"} and result["table_2"]["O"]["saved_LQ"] > 0
     assert set(result["against_O"]) == {"LQ", "ESLQ"} and "commutative" in result
     assert {"DE", "ED"} <= set(result["figure_4"]) and result["figure_4"]["DE"]["median_error"]["time"] >= 0
