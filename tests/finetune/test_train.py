@@ -207,6 +207,23 @@ def test_the_other_kinds_of_labels(trained, small_task, tmp_path, problem_type):
     assert points.at("full").mean_exit_layer == 4 and min(point.mean_exit_layer for point in points.points) < 4
 
 
+def test_new_regression_heads_start_at_the_mean_of_the_labels(options, small_task, tmp_path):
+    rows = [line.split("\t") for line in (small_task / "train.tsv").read_text().splitlines()[1:]]
+    lines = [f"{text}\t{LABELS['regression'](number, label)}" for number, (text, label) in enumerate(rows)]
+    (tmp_path / "rows.tsv").write_text("\n".join(["text\tlabel", *lines]) + "\n")
+    own = dict.fromkeys(("train", "dev"), str(tmp_path / "rows.tsv")) | {"problem_type": "regression"}
+    own |= {"model": fresh_start(tmp_path / "start", options().model)}
+    mean = np.mean([float(line.split("\t")[1]) for line in lines])
+    run = prepare(options(**own), Accelerator())
+    biases = [run.model.classifiers.at(layer).bias.item() for layer in run.exit_layers]
+    assert biases == pytest.approx([mean] * 4)
+    with torch.no_grad():
+        run.model.classifiers.at(2).bias.fill_(0.5)  # as if trained
+    run.model.save_pretrained(tmp_path / "start")
+    again = prepare(options(**own), Accelerator()).model.classifiers
+    assert again.at(2).bias.item() == 0.5 and again.at(3).bias.item() == pytest.approx(mean)
+
+
 def test_micro_batches_sum_to_the_gradient_of_the_batch(options):
     gradients = {}
     for size in (None, 3):
