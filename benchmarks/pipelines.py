@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.checkpoints import ROOT, minilm
 from benchmarks.experiment import (
-    LEARNING_RATE,
+    OF_PAIRS,
     Chain,
     Job,
     Size,
@@ -51,7 +51,7 @@ from finetune.pipelines.study import (
     stages_of,
 )
 
-SIZES = {"sst2": Size(5_000, 128, 2, tokens=13), "mrpc": Size(3_668, 128, 2, tokens=53)}
+SIZES = {"sst2": Size(5_000, 128, 2, tokens=13), "mrpc": Size(3_668, 128, 2, tokens=53, learning_rate=OF_PAIRS)}
 SEEDS = (0, 1, 2)
 ROUNDS = 8
 IMPORTANCE_ROWS = 500  # of train, in each round
@@ -102,7 +102,7 @@ class Experiment:
     def options(self) -> dict[str, Any]:
         """What a training job of it is given."""
         own = {"task": self.task, "train_rows": self.size.rows, "max_length": self.size.max_length}
-        return {**own, "epochs": self.size.epochs, "learning_rate": LEARNING_RATE}
+        return {**own, "epochs": self.size.epochs, "learning_rate": self.size.learning_rate}
 
     @property
     def output(self) -> Path:
