@@ -58,11 +58,11 @@ class Start:
         torch.manual_seed(self.seed)
         others = list(others)
         groups = [{"params": list(model.parameters()), "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups if others else groups[:1], lr=self.options.learning_rate)
+        optimizer = torch.optim.AdamW(groups if others else groups[:1], lr=self.job.learning_rate, fused=True)
         batches = [batch for epoch in range(self.job.epochs) for batch in self.train_batches(epoch)]
         model.train()
         for update, batch in enumerate(batches):
-            rates = (self.options.learning_rate, others_rate)
+            rates = (self.job.learning_rate, others_rate)
             for group, rate in zip(optimizer.param_groups, rates, strict=False):
                 group["lr"] = learning_rate(update, len(batches), rate, warmup=0.1)
             for loss in losses(batch):

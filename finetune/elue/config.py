@@ -50,6 +50,7 @@ SIZES: dict[str, dict[str, str]] = {
     "train_rows": {"sst2": "10000", "imdb": "2000", "snli": "10000", "scitail": "10000"},
     "test_rows": {"imdb": "1000"},
     "max_length": {"sst2": "64", "imdb": "256", "snli": "128", "scitail": "128", "mrpc": "128", "stsb": "128"},
+    "learning_rate": dict.fromkeys(("sst2", "imdb", "snli", "scitail", "mrpc", "stsb"), "5e-5"),
     "seeds": {"sst2": "0", "imdb": "0", "snli": "0", "scitail": "0", "mrpc": "0,1,2", "stsb": "0,1,2"},
 }
 
@@ -86,7 +87,7 @@ class SizeOptions:
     max_length: list[str] = _per_task("max_length", "tokens of a row, at most")
     seeds: list[str] = _per_task("seeds", "seeds, joined by commas")
     batch_size: int = option(32, help="rows of one update")
-    learning_rate: float = option(5e-5, help="peak learning rate of AdamW")
+    learning_rate: list[str] = _per_task("learning_rate", "peak learning rate of AdamW")
     eval_batch_size: int = option(64, help="rows in one forward pass of an evaluation")
 
 

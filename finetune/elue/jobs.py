@@ -1,5 +1,6 @@
 """The jobs of an ELUE run: tasks with their sizes and rows, how a checkpoint is made, what is then measured."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +43,15 @@ class Job:
     epochs: int
     train_rows: int | None
     max_length: int
+    learning_rate: float
     seeds: list[int]
 
     @property
     def sizes(self) -> str:
         """The sizes that stand beside its numbers."""
         trained = "all" if self.train_rows is None else f"at most {self.train_rows:,}"
-        made = f"{trained} train rows, {self.epochs} epochs a phase" if self.checkpoint is None else self.checkpoint
+        fitted = f"{trained} train rows, {self.epochs} epochs a phase, learning rate {self.learning_rate:g}"
+        made = fitted if self.checkpoint is None else self.checkpoint
         seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
         return f"{ELUE_TASKS[self.name]}: {made}, {self.max_length} tokens, {len(self.test):,} test rows, {seeds}"
 
@@ -92,6 +95,16 @@ def _count(sizes: Mapping[str, str], task: str, name: str) -> int | None:
     return int(value)
 
 
+def _rate(sizes: Mapping[str, str], task: str) -> float:
+    try:
+        rate = float(sizes[task])
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise ValueError(f"--learning-rate: expected a number above 0 for {task}, got {sizes[task]!r}")
+    return rate
+
+
 def _seeds(sizes: Mapping[str, str], task: str) -> list[int]:
     words = sizes[task].split(",")
     if not all(word.isdecimal() for word in words) or len(set(words)) != len(words):
@@ -121,6 +134,7 @@ def jobs_of(options: SizeOptions) -> list[Job]:
                 _count(sizes["epochs"], name, "epochs") or 0,
                 _count(sizes["train_rows"], name, "train-rows"),
                 _count(sizes["max_length"], name, "max-length") or 0,
+                _rate(sizes["learning_rate"], name),
                 _seeds(sizes["seeds"], name) if checkpoint is None else [0],
             )
         )
@@ -168,7 +182,7 @@ def training_of(
         max_length=job.max_length,
         seed=seed,
         batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
+        learning_rate=job.learning_rate,
         eval_batch_size=options.eval_batch_size,
         resume=True,
         **changes,

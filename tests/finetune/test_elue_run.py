@@ -91,6 +91,8 @@ def test_every_method(elue_data, elue_start):
         (["--methods", "deebrt"], "method 'deebrt' is unknown; allowed: elasticbert, "),
         (["--tasks", "cola"], "'cola' is not a task of ELUE; its tasks: sst2, imdb"),
         (["--tasks", "mrpc"], "task 'mrpc' has no test split"),
+        (["--learning-rate", "sst2=fast"], "--learning-rate: expected a number above 0 for sst2, got 'fast'"),
+        (["--learning-rate", "inf"], "--learning-rate: expected a number above 0 for sst2, got 'inf'"),
         (["--train-rows", "sst2=many"], "--train-rows: expected a whole number from 1 for sst2, got 'many'"),
         (["--seeds", "0", "0"], "--seeds: expected whole numbers, each once, for sst2, got '0,0'"),
         (["--epochs", "1", "2"], "--epochs: expected one value for all tasks, got 1 2"),
