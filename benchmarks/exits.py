@@ -178,31 +178,31 @@ def measure(task: str, size: Size, joint: Sequence[Job], recipes: Sequence[Mappi
 
 
 def plot(results: Mapping[str, Any], image: Path) -> None:
-    """A column a task: exits and policies of the joint recipe above, the recipes below."""
+    """A panel a task: exits and policies of the joint recipe; then one for each task whose recipes were compared."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, len(results), figsize=(5.5 * len(results), 8), squeeze=False)
-    for (upper, lower), (task, one) in zip(axes.T, results.items(), strict=True):
+    compared = {task: one for task, one in results.items() if one.get("recipes")}
+    panels = len(results) + len(compared)
+    figure, axes = pyplot.subplots(1, panels, figsize=(5.5 * panels, 4), squeeze=False)
+    for axis, (task, one) in zip(axes[0], results.items(), strict=False):
         layers = [int(layer) for layer in one["exits"][0]]
         values = np.array([[by_exit[str(layer)]["quality"] for layer in layers] for by_exit in one["exits"]])
-        upper.errorbar(layers, values.mean(0), values.std(0, ddof=1) if len(values) > 1 else None, fmt="o-",
-                       capsize=3, label=f"static use, {len(values)} seeds")  # fmt: skip
+        count = f"{len(values)} seed{'s' if len(values) > 1 else ''}"
+        axis.errorbar(layers, values.mean(0), values.std(0, ddof=1) if len(values) > 1 else None, fmt="o-",
+                      capsize=3, label=f"static use, {count}")  # fmt: skip
         for name, found in one["policies"].items():
-            upper.plot(*zip(*sorted(as_curve(found[0])), strict=True), ".-", label=f"{name}, seed {one['seeds'][0]}")
-        upper.set(title=f"{task}: joint recipe ({one['size']['rows']} train rows)", xlabel="mean exit layer")
-        shown = [upper]
-        if recipes := one.get("recipes"):
-            for recipe, curves in recipes["curves"].items():
-                lower.plot(*zip(*sorted(as_curve(curves[0])), strict=True), ".-", label=recipe)
-            lower.set(title=f"{task}: recipes, {recipes['policy']} exits", xlabel="mean exit layer")
-            shown.append(lower)
-        else:
-            lower.set_visible(False)
-        for axis in shown:
-            axis.set(ylabel=f"{one['metric']} on test")
-            axis.legend(fontsize="small")
-            axis.grid(alpha=0.3)
-    figure.savefig(image, dpi=120, bbox_inches="tight")
+            axis.plot(*zip(*sorted(as_curve(found[0])), strict=True), ".-", label=f"{name}, seed {one['seeds'][0]}")
+        axis.set(title=f"{task}: joint recipe ({one['size']['rows']:,} train rows)")
+    for axis, (task, one) in zip(axes[0, len(results) :], compared.items(), strict=True):
+        for recipe, curves in one["recipes"]["curves"].items():
+            axis.plot(*zip(*sorted(as_curve(curves[0])), strict=True), ".-", label=recipe)
+        axis.set(title=f"{task}: recipes, {one['recipes']['policy']} exits")
+    for axis, one in zip(axes[0], [*results.values(), *compared.values()], strict=True):
+        axis.set(xlabel="mean exit layer", ylabel=f"{one['metric']} on test")
+        axis.legend(fontsize="small")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(image, dpi=100)
     pyplot.close(figure)
 
 
