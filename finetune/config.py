@@ -209,6 +209,7 @@ class EvaluateOptions(TaskOptions):
     """Quality of a task checkpoint at every exit and over a sweep of exit thresholds."""
 
     split: Literal["train", "dev", "test"] = option("dev", help="which split")
+    rows: int | None = option(None, help="rows of the split, a random subset (default: all)")
     exit_policy: str | None = option(None, help="exit policy to sweep (default: the checkpoint's, else as in train)")
     thresholds: list[float] = option([], help="thresholds of the sweep (default: a grid from never to always)")
     length_config: list[float] = option([], help="shares of the tokens kept, one a layer (default: the checkpoint's)")

@@ -28,7 +28,7 @@ from finetune.kinds import answers_of, text_of
 from finetune.labels import Labels
 from finetune.metrics import interval, metric
 from finetune.policies import Policy, candidates, policy_name
-from finetune.prepare import chosen_task, encode_split, labels_of_model, load_classifier, load_tokenizer
+from finetune.prepare import chosen_task, draw_rows, encode_split, labels_of_model, load_classifier, load_tokenizer
 from finetune.teacher import ask
 
 LINES = 20  # of a sweep that are printed
@@ -276,12 +276,13 @@ def _tensor(kept: np.ndarray | None) -> torch.Tensor | None:
     return None if kept is None else torch.from_numpy(kept)
 
 
-def _write_predictions(file: Path, encoded: Encoded, own: Outcome, labels: Labels) -> None:
-    columns = (own.answers, encoded.labels, encoded.per_example(own.left_at))
+def _write_predictions(file: Path, places: list[int], encoded: Encoded, own: Outcome, labels: Labels) -> None:
+    """places: of the examples in the split."""
+    columns = (places, own.answers, encoded.labels, encoded.per_example(own.left_at))
     with file.open("w", encoding="utf-8") as lines:
         lines.write("index\tprediction\tlabel\texit_layer\n")
-        for number, (answer, label, layer) in enumerate(zip(*columns, strict=True)):
-            lines.write(f"{number}\t{text_of(answer, labels)}\t{text_of(label, labels)}\t{layer}\n")
+        for place, answer, label, layer in zip(*columns, strict=True):
+            lines.write(f"{place}\t{text_of(answer, labels)}\t{text_of(label, labels)}\t{layer}\n")
 
 
 def _curve(
@@ -327,6 +328,8 @@ def evaluate(options: EvaluateOptions) -> None:
     """Print (with --output also write) quality per exit, a sweep of the exit policy, the checkpoint's own policy."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if options.rows is not None and options.rows < 1:
+        raise ValueError(f"rows must be at least 1, got {options.rows}")
     if options.output:
         check_output(Path(options.output))
     accelerator = Accelerator()
@@ -334,7 +337,8 @@ def evaluate(options: EvaluateOptions) -> None:
     task, tokenizer = chosen_task(options), load_tokenizer(Path(options.model))
     labels = labels_of_model(options, task, model.config)
     examples = read_examples(task, options.split)
-    encoded = encode_split(examples, options.split, task, labels, tokenizer, options.max_length)
+    places = draw_rows(len(examples), options.rows, options.seed)
+    encoded = encode_split(examples.select(places), options.split, task, labels, tokenizer, options.max_length)
     lengths = lengths_of(options, model.config)
     logits = exit_logits(model, encoded, tokenizer, options.eval_batch_size, accelerator, lengths)
     layers, saved, kept = list(model.config.exit_layers), model.config.exit_policy, None
@@ -362,4 +366,4 @@ def evaluate(options: EvaluateOptions) -> None:
         with new_folder(Path(options.output)) as folder:
             (folder / "curve.json").write_text(json.dumps(_curve(options, lengths, exits, outcomes, costs), indent=1))
             _plot(folder / "curve.png", outcomes, costs, labels.metrics[0])
-            _write_predictions(folder / "predictions.tsv", encoded, own, labels)
+            _write_predictions(folder / "predictions.tsv", places, encoded, own, labels)

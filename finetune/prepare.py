@@ -123,11 +123,16 @@ def labels_of_model(options: TaskOptions, task: Task, config: Any) -> Labels:
     )
 
 
+def draw_rows(count: int, rows: int | None, seed: int) -> list[int]:
+    """A random subset of the places of `count` rows, in their order; None: all."""
+    if rows is None or rows >= count:
+        return list(range(count))
+    return sorted(random.Random(seed).sample(range(count), rows))
+
+
 def some_rows(examples: Examples, rows: int | None, seed: int) -> Examples:
     """A random subset of that many rows, in the order of the file; None: all."""
-    if rows is None or rows >= len(examples):
-        return examples
-    return examples.select(sorted(random.Random(seed).sample(range(len(examples)), rows)))
+    return examples.select(draw_rows(len(examples), rows, seed))
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

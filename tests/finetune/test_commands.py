@@ -211,6 +211,18 @@ def test_evaluate_writes_what_it_prints(trained, small_task, tmp_path, capsys):
     assert sum(int(row[3]) for row in rows[1:]) / 30 == pytest.approx(own["mean_exit_layer"])
 
 
+def test_evaluate_takes_some_rows_which_keep_their_places(trained, small_task, tmp_path, capsys):
+    found = []
+    for rows in (None, 7):
+        evaluate(evaluation_of(trained, small_task, rows=rows, output=str(tmp_path / str(rows))))
+        found.append((tmp_path / str(rows) / "predictions.tsv").read_text().splitlines()[1:])
+    everything, some = found
+    assert len(some) == 7 and some == [everything[int(line.split("\t")[0])] for line in some]
+    assert "7 rows" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="rows must be at least 1, got 0"):
+        evaluate(evaluation_of(trained, small_task, rows=0))
+
+
 def test_evaluate_takes_a_policy_and_thresholds(trained, small_task, capsys):
     evaluate(evaluation_of(trained, small_task, exit_policy="confidence", thresholds=[0.2, 0.9]))
     printed = capsys.readouterr().out
