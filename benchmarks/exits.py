@@ -28,6 +28,7 @@ from benchmarks.experiment import (
     Size,
     checkpoint,
     fine_tuning,
+    joint,
     make,
     parse,
     provenance,
@@ -66,13 +67,15 @@ def chains_of(folder: Path, task: str, size: Size, seed: int) -> tuple[list[Chai
     A phase that two recipes begin with is trained once: the last exit of two_stage and self_distillation, and the
     joint one that sandwich goes on from.
     """
-    tune = partial(fine_tuning, folder, "finetune train", task=task, size=size, seed=seed)
-    joint, last = tune("joint", recipe="joint"), tune("last", recipe="two_stage", phase_epochs=[size.epochs, 0])
-    made = {"joint": joint, "alternating": tune("alternating", recipe="alternating")}
+    tune = partial(
+        fine_tuning, folder, "finetune train", task=task, size=size, seed=seed, exit_loss=size.exit_loss
+    )  # fmt: skip
+    all_exits, last = joint(folder, task, size, seed), tune("last", recipe="two_stage", phase_epochs=[size.epochs, 0])
+    made = {"joint": all_exits, "alternating": tune("alternating", recipe="alternating")}
     for recipe, before, cost in (
         ("two_stage", last, FROZEN),
         ("self_distillation", last, FROZEN),
-        ("sandwich", joint, SANDWICH),
+        ("sandwich", all_exits, SANDWICH),
     ):
         goes_on = {"model": checkpoint(before), "phase_epochs": [0, size.epochs]}
         made[recipe] = tune(recipe, cost=cost, recipe=recipe, **goes_on)
@@ -159,9 +162,9 @@ def compare(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     return {"layers": [low, high], "areas": areas}
 
 
-def measure(task: str, size: Size, joint: Sequence[Job], recipes: Sequence[Mapping[str, Job]]) -> dict[str, Any]:
-    """Everything that is reported of a task; joint: a checkpoint a seed; recipes: every recipe's, by seed."""
-    asked = [Asked(job, task, size) for job in joint]
+def measure(task: str, size: Size, trained: Sequence[Job], recipes: Sequence[Mapping[str, Job]]) -> dict[str, Any]:
+    """Everything that is reported of a task; trained: joint, a checkpoint a seed; recipes: every recipe's, by seed."""
+    asked = [Asked(job, task, size) for job in trained]
     names = policies_of(asked[0])
     by_recipe = {
         recipe: [Asked(jobs[recipe], task, size).policy(names[0]) for jobs in recipes]

@@ -26,6 +26,7 @@ from benchmarks.experiment import (
     Size,
     checkpoint,
     fine_tuning,
+    joint,
     make,
     parse,
     provenance,
@@ -73,7 +74,7 @@ def lower_bound_over_seeds(differences: Sequence[float]) -> float | None:
 
 def jobs_of(folder: Path, task: str, size: Size, seed: int) -> dict[str, list[Job]]:
     """Both sides, each trained and then asked."""
-    ours = fine_tuning(folder, "finetune train", "joint", task, size, seed, recipe="joint")
+    ours = joint(folder, task, size, seed)
     theirs = fine_tuning(folder, "benchmarks.stock", "stock", task, size, seed)
     return {"joint": [ours, answers(ours, task, "test", size)], "stock": [theirs, answers(theirs, task, "test", size)]}
 

@@ -137,18 +137,19 @@ class ElasticBertConfig(PreTrainedConfig):
         check_length_config(self.length_config, self.num_hidden_layers)
 
 
-def pooling_with_new_exits(config) -> list[str]:
+def pooling_with_new_exits(config, new: str = "mean", keeps_last: bool = True) -> list[str]:
     """`exit_pooling` for a checkpoint, elastic or stock, that gets exits to be trained: one that it has reads what it
-    did, a new one the mean of the tokens.
+    did, a new one `new`. keeps_last: the last exit of a stock model is one that it has.
 
     In the lower layers of a model that was trained without exits [CLS] gathers nothing: in all-MiniLM-L6-v2 its state
-    differs by a thousandth of its size between texts up to layer 3, and exits that read it never leave chance.
+    differs by a thousandth of its size between texts up to layer 3, and exits that read it never leave chance. A last
+    exit that is trained together with exits that read the mean learns more where it reads it too (README).
     """
     layers = config.num_hidden_layers
-    has = {layers: "cls"}
+    has = {layers: "cls"} if keeps_last else {}
     if config.model_type == ElasticBertConfig.model_type:
         has = {layer: config.exit_pooling[layer - 1] for layer in config.exit_layers}
-    return [has.get(layer, "mean") for layer in range(1, layers + 1)]
+    return [has.get(layer, new) for layer in range(1, layers + 1)]
 
 
 def _exit_layers(config, given):

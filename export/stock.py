@@ -70,7 +70,7 @@ def stock_config(config: ElasticBertConfig, layer: int) -> BertConfig:
     if config.exit_pooling[layer - 1] != "cls":
         raise ValueError(
             f"--to bert: BERT's pooler reads [CLS], that of exit {layer} the mean of the tokens; write a plain ONNX "
-            f"file with --exit {layer} instead"
+            f"file with --exit {layer} instead, or train the exits with --exit_pooling cls"
         )
     if config.pooler_act != "tanh":
         raise ValueError(f"--to bert: BERT's pooler has a tanh, this model's has {config.pooler_act!r}")

@@ -17,7 +17,6 @@ from torch.nn.functional import mse_loss
 from transformers import AutoConfig, logging, set_seed
 
 from elastic_model import ElasticBertConfig
-from elastic_model.configuration_elasticbert import pooling_with_new_exits
 from elastic_model.encoder import zero_for_others
 from elastic_model.losses import exit_group, inplace_distillation, weighted_loss
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
@@ -26,7 +25,7 @@ from finetune.config import DistillOptions, LabelledOptions
 from finetune.data import inputs_of
 from finetune.kinds import KINDS, kind_of, problem_type_of
 from finetune.labels import Labels
-from finetune.prepare import check_length, load_tokenizer, weight_files
+from finetune.prepare import check_length, exit_pooling_of, load_tokenizer, weight_files
 from finetune.recipe import NEVER, Batch, Phase, Update, answers_of
 from finetune.run import TaskRun, prepare, start_accelerator
 from finetune.state import Progress
@@ -142,7 +141,8 @@ def make_student(options: DistillOptions, labels: Labels, teacher: ElasticBertEx
     if options.student is None:
         return shallower(teacher, layers, settings)
     check_tokenizer(options.student, load_tokenizer(Path(options.model)))
-    settings |= {"exit_pooling": pooling_with_new_exits(AutoConfig.from_pretrained(options.student))}
+    config = AutoConfig.from_pretrained(options.student)
+    settings |= {"exit_pooling": exit_pooling_of(config, settings["exit_layers"], options)}
     names = dict(enumerate(labels.names))
     student: ElasticBertExitModel = kind_of(labels).model.from_pretrained(
         options.student,

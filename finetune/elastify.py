@@ -142,7 +142,7 @@ def _load(name: str, problem_type: ProblemType, config: Any, options: ElastifyOp
     """The original as an elastic model: every inner head starts as its own, unless it has some already."""
     settings: dict[str, Any] = {"exit_loss": options.exit_loss, "gradient_equilibrium": options.gradient_equilibrium}
     settings |= {"exit_groups": options.exit_groups, "exit_policy": None, "length_config": None}
-    settings |= {"exit_pooling": pooling_with_new_exits(config)}
+    settings |= {"exit_pooling": pooling_with_new_exits(config, options.exit_pooling)}
     settings |= {"learned_exit_head": options.learned_exit_head or getattr(config, "learned_exit_head", False)}
     if options.exit_layers is not None:
         settings |= {"exit_layers": options.exit_layers}

@@ -17,7 +17,7 @@ from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from elastic_model.pretrained import elastic_config
 from elastic_model.provenance import file_hash
 from finetune import questions
-from finetune.config import LabelledOptions, TaskOptions, TrainOptions
+from finetune.config import LabelledOptions, LoopOptions, TaskOptions, TrainOptions
 from finetune.data import Encoded
 from finetune.examples import Examples, check_shape, find_problem_type
 from finetune.kinds import KINDS, kind_of, problem_type_of
@@ -161,6 +161,13 @@ def check_length(config: Any, max_length: int) -> None:
         raise ValueError(f"max_length must be 3 to {longest} (the positions of the model), got {max_length}")
 
 
+def exit_pooling_of(config: Any, exit_layers: list[int] | None, options: LoopOptions) -> list[str]:
+    """What the exits of a starting checkpoint read. The last one of a stock body has no trained head: it is new like
+    those below it; where it is the only one, it is BERT's own."""
+    alone = exit_layers is not None and len(exit_layers) == 1
+    return pooling_with_new_exits(config, options.exit_pooling, alone or problem_type_of(config) is not None)
+
+
 def load_for_training(options: TrainOptions, labels: Labels) -> ElasticBertExitModel:
     """The starting checkpoint with an exit head per exit layer; what it lacks is drawn from the seed."""
     folder = Path(options.model)
@@ -174,7 +181,7 @@ def load_for_training(options: TrainOptions, labels: Labels) -> ElasticBertExitM
     exit_weights(options.exit_loss, [1])
     settings: dict[str, Any] = {"exit_loss": options.exit_loss, "gradient_equilibrium": options.gradient_equilibrium}
     settings |= {"exit_groups": options.exit_groups, "exit_policy": None, **find_recipe(options.recipe).config}
-    settings |= {"exit_pooling": pooling_with_new_exits(config)}
+    settings |= {"exit_pooling": exit_pooling_of(config, options.exit_layers, options)}
     if options.learned_exit_head:
         settings |= {"learned_exit_head": True}
     if options.exit_layers is not None:

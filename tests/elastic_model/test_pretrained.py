@@ -121,6 +121,7 @@ def test_new_exits_read_the_mean_of_the_tokens():
     distilbert = DistilBertConfig(n_layers=4, dim=32, n_heads=4, hidden_dim=48)
     for stock in (BertConfig(**sizes), RobertaConfig(**sizes), distilbert):
         assert pooling_with_new_exits(stock) == ["mean", "mean", "mean", "cls"]
+        assert pooling_with_new_exits(stock, keeps_last=False) == ["mean"] * 4
     assert pooling_with_new_exits(ElasticBertConfig(**sizes)) == ["cls"] * 4
     some = ElasticBertConfig(**sizes, exit_layers=[2, 4], exit_pooling=["cls", "cls", "cls", "mean"])
     assert pooling_with_new_exits(some) == ["mean", "cls", "mean", "mean"]
