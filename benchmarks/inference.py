@@ -119,7 +119,7 @@ def ours(
     session.tokenizer.enable_truncation(options.max_length)
     chosen = None if point is None else session.point(read_budget(point) or point)
     thresholds = session.never if chosen is None else chosen.thresholds
-    lengths = [1.0] * session.layers if chosen is None else chosen.shares or [1.0] * session.layers
+    lengths = (chosen and chosen.length_config) or [1.0] * session.layers
 
     def answer(texts: list) -> np.ndarray:
         return decided(session.run(session.encode(texts), thresholds, session.exit_layers[-1], lengths)["logits"])

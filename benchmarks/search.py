@@ -111,6 +111,11 @@ def kept_order(work: Search, points: OperatingPoints) -> float | None:
     return float(np.mean([product >= 0 for product in pairs])) if pairs else None
 
 
+def without_rows(points: OperatingPoints) -> OperatingPoints:
+    """Those whose lengths were searched, not chosen by the row."""
+    return replace(points, points=[one for one in points.points if not isinstance(one.length_config, dict)])
+
+
 def rows_against_search(points: OperatingPoints) -> dict[str, Any]:
     """Lengths that rows choose themselves against searched ones, fitted to the same mean cost, at full depth."""
     known = {one.name: one for one in points.points}
@@ -124,7 +129,7 @@ def rows_against_search(points: OperatingPoints) -> dict[str, Any]:
             pairs.append({"lengths": searched.length_config, "mass": mass, "mflops": mflops, "quality": quality})
             differences.append(quality[1] - quality[0])
     rows = [one for one in points.points if one.name == "full" or isinstance(one.length_config, dict)]
-    fronts = {"searched": points.in_a_graph(), "by row": replace(points, points=rows)}
+    fronts = {"searched": without_rows(points), "by row": replace(points, points=rows)}
     return {
         "searched_and_by_row": pairs,
         "mean_difference": float(np.mean(differences)) if pairs else None,
@@ -196,7 +201,7 @@ def on_test(fronts: dict[str, Search], rows: Encoded) -> dict[str, Any]:
         options = replace(work.options, split="test", by_row=axes == "lengths")
         tested[axes] = operating_points(replace(work, options=options), rows, "")
     choosing = rows_against_search(tested["lengths"])
-    tested["lengths"] = tested["lengths"].in_a_graph()
+    tested["lengths"] = without_rows(tested["lengths"])
     full = tested["joint"].at("full").flops or 0.0
     points = [
         {

@@ -20,6 +20,10 @@ POLICY_SETTINGS: dict[str, tuple[set[str], set[str]]] = {
 REGRESSION_POLICIES = ("never", "constant", "patience", "learned")
 
 
+# a share per layer, or {"mass": [...]} where rows choose themselves
+LengthConfig = list[float] | dict[str, list[float]]
+
+
 @dataclass(frozen=True)
 class Mass:
     """What a layer keeps where rows choose themselves: the fewest tokens that received this share of the attention."""
@@ -75,6 +79,16 @@ def _check_mass(length_config: Mapping, layers: int) -> list[Mass | float] | Non
             f"got {length_config!r}."
         )
     return None if all(share == 1.0 for share in shares) else [1.0 if one == 1.0 else Mass(one) for one in shares]
+
+
+def shares_and_mass(length_config, layers: int) -> tuple[list[float], list[float]]:
+    """What an exported graph takes: a share of its tokens and a share of its significance per layer, 1 = all. Raises
+    ValueError as `check_length_config` does, and for lengths in tokens, which are another share of every text."""
+    lengths = check_length_config(length_config, layers) or [1.0] * layers
+    if any(isinstance(length, int) for length in lengths):
+        raise ValueError(f"a graph takes shares of each text or a mass, not tokens, got length_config {length_config}")
+    shares = [1.0 if isinstance(length, Mass) else float(length) for length in lengths]
+    return shares, [length.share if isinstance(length, Mass) else 1.0 for length in lengths]
 
 
 def check_layer_config(layer_config, layers: int) -> list[int]:

@@ -4,11 +4,11 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from elastic_model.checks import check_length_config
+from elastic_model.checks import LengthConfig, check_length_config
 from elastic_model.folders import new_file
 
 FILE = "operating_points.json"
@@ -24,14 +24,14 @@ class OperatingPoint:
     quality: {"metric", "value", "low", "high", "split"}, value and interval as fractions of 1. latency_ms: {"value",
     "batch", "threads", "machine"}. flops: mean FLOPs per row on its real tokens, a multiply-add counted as two;
     padded_flops: were every row padded to the maximum length, as Kim and Cho (2021) count. length_config: a share per
-    layer, {"mass": [...]} where rows choose themselves (in PyTorch only), None = all tokens. calibration: what a
+    layer, {"mass": [...]} where rows choose themselves, None = all tokens. calibration: what a
     calibrated point promises (`finetune.calibrate` writes it).
     """
 
     name: str
     thresholds: list[float]
     mean_exit_layer: float
-    length_config: list[float] | dict[str, list[float]] | None = None
+    length_config: LengthConfig | None = None
     flops: float | None = None
     quality: dict[str, Any] | None = None
     latency_ms: dict[str, Any] | None = None
@@ -53,16 +53,6 @@ class OperatingPoint:
         if self.length_config is not None:
             shares = self.length_config
             check_length_config(shares, len(shares.get("mass", ()) if isinstance(shares, dict) else shares))
-
-    @property
-    def shares(self) -> list[float] | None:
-        """A share per layer, None = all tokens; ValueError where rows choose themselves, which no graph can."""
-        if isinstance(self.length_config, dict):
-            raise ValueError(
-                f"operating point {self.name!r} lets rows choose their lengths ({self.length_config}): it runs in "
-                "PyTorch only; export the checkpoint again, which leaves it out"
-            )
-        return self.length_config
 
 
 @dataclass(frozen=True)
@@ -132,10 +122,6 @@ class OperatingPoints:
         """As `operating_points.json` in a folder."""
         with new_file(Path(folder) / FILE) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-    def in_a_graph(self) -> "OperatingPoints":
-        """Those that an exported graph can run: its lengths are shares, not the row's own choice."""
-        return replace(self, points=[one for one in self.points if not isinstance(one.length_config, dict)])
 
     def full(self) -> OperatingPoint:
         """The most expensive point: what speed-ups and losses are counted against."""

@@ -15,11 +15,12 @@ import onnxruntime
 from tokenizers import Tokenizer
 
 from elastic_model.answers import PER_TOKEN, label_and_score
+from elastic_model.checks import LengthConfig, shares_and_mass
 from elastic_model.operating_points import FILE, OperatingPoint, OperatingPoints
 from elastic_model.processor import ONNX_FILES, available_cores, cpu_flags, fitting_files
 
 Text = str | tuple[str, str] | list[str]  # a list: the words of one text, for tags
-FORMAT = 1  # of the metadata in an ONNX file
+FORMAT = 2  # of the metadata in an ONNX file
 REPORT = "export_report.json"
 CHUNK = 4096  # texts tokenised at a time, and their characters: they bound the memory for any number of them
 CHUNK_CHARACTERS = 4_000_000
@@ -59,7 +60,7 @@ class ElasticSession:
         self.problem_type: str = metadata["problem_type"]
         self.policy: dict[str, Any] | None = metadata["policy"]
         self.thresholds: list[float] = metadata["thresholds"]
-        self.lengths: list[float] = metadata["length_config"]
+        self.lengths: LengthConfig = metadata["length_config"]
         self.max_tokens: int = metadata["max_tokens"]
         self._flops: list[dict[str, float]] = metadata["flops"]
         # |y_i - y_(i-1)| is never below 0
@@ -143,7 +144,7 @@ class ElasticSession:
     ) -> Iterator[dict[str, Any]]:
         name = self.default_point() if point is None else point.name
         thresholds = None if point is None else point.thresholds
-        lengths = None if point is None else point.shares or [1.0] * self.layers
+        lengths = None if point is None else point.length_config or [1.0] * self.layers
         done = 0
         for chunk in self._chunks(texts):
             windows = self._windows(chunk)
@@ -160,22 +161,20 @@ class ElasticSession:
                 layer = max(int(row["exit_layer"]) for row in rows)
                 result = {**self._answer(text, encodings, rows), "exit_layer": layer, "point": name}
                 if cost:
-                    pairs = zip(encodings, rows, strict=True)
-                    result["flops"] = sum(
-                        self.flops(len(one.ids), int(row["exit_layer"]), lengths) for one, row in pairs
-                    )
+                    costs = map(self._flops_of, encodings, rows)
+                    result["flops"] = sum(costs)
                 yield result
             done += len(chunk)
             if progress is not None:
                 progress(done)
 
     def exit_logits(
-        self, texts: Text | Iterable[Text], batch_size: int = 32, length_config: Sequence[float] | None = None
+        self, texts: Text | Iterable[Text], batch_size: int = 32, length_config: LengthConfig | None = None
     ) -> np.ndarray:
         """Every exit's logits, (exits, texts, labels) float32, in one pass: what calibration needs.
 
         Where the task answers per token, (exits, windows, tokens, labels), NaN at padding; the last axis of question
-        answering is start and end. length_config: a share per layer, default the file's own.
+        answering is start and end. length_config: a share per layer or {"mass": [...]}, default the file's own.
         """
         if self.problem_type == "embedding":
             raise ValueError(f"{self.file}: the bare model has no exits with logits")
@@ -209,31 +208,35 @@ class ElasticSession:
     def default_point(self) -> str:
         """The name of the operating point at which the file runs by itself."""
         for point in self.points.points if self.points else []:
-            lengths = point.shares or [1.0] * self.layers
+            ours, theirs = (shares_and_mass(one, self.layers) for one in (self.lengths, point.length_config))
             if np.allclose(point.thresholds[:-1], self.thresholds[:-1], rtol=0, atol=1e-7) and np.allclose(
-                lengths, self.lengths, rtol=0, atol=1e-7
+                ours, theirs, rtol=0, atol=1e-7
             ):
                 return point.name
         return "default"
 
-    def flops(self, tokens: int, exit_layer: int, lengths: Sequence[float] | None = None) -> float:
-        """What a row of so many tokens cost up to the layer it left at, as `elastic_model.cost` counts."""
-        shares = np.asarray(self.lengths if lengths is None else lengths, np.float32)
-        inside, total = tokens, 0.0
-        for layer, one in enumerate(self._flops[:exit_layer]):
-            kept = max(2, int(np.ceil(shares[layer] * np.float32(tokens))))
-            kept = inside if shares[layer] == 1 else min(inside, kept)
-            total += one["attention"] * inside + one["pairs"] * inside**2 + one["feed_forward"] * kept
+    def flops(self, tokens: int, exit_layer: int, kept_tokens: Iterable[int] | None = None) -> float:
+        """What a row of so many tokens cost up to the layer it left at, as `elastic_model.cost` counts.
+
+        kept_tokens: what each layer left of them, as the graph answers; None: all.
+        """
+        kept = [tokens] * self.layers if kept_tokens is None else list(map(int, kept_tokens))
+        total = 0.0
+        for one, inside, left in zip(self._flops[:exit_layer], [tokens, *kept], kept, strict=False):
+            total += one["attention"] * inside + one["pairs"] * inside**2 + one["feed_forward"] * left
             total += one["exit"] + one["exit_tokens"] * tokens
-            inside = kept
         return total
+
+    def _flops_of(self, encoding: Any, row: dict[str, np.ndarray]) -> float:
+        kept = row.get("kept_tokens")
+        return self.flops(len(encoding.ids), int(row["exit_layer"]), None if kept is None else kept.tolist())
 
     def run(
         self,
         encodings: Sequence[Any],
         thresholds: Sequence[float] | None = None,
         max_layer: int | None = None,
-        length_config: Sequence[float] | None = None,
+        length_config: LengthConfig | None = None,
     ) -> dict[str, np.ndarray]:
         """The graph's outputs by name for one batch of the tokenizer's encodings; None: the file's own default."""
         feed = _pad(encodings)
@@ -242,7 +245,7 @@ class ElasticSession:
         if max_layer is not None:
             feed["max_layer"] = np.array([self._checked_layer(max_layer)], np.int64)
         if length_config is not None:
-            feed["length_config"] = self._checked_lengths(length_config)
+            feed |= self._checked_lengths(length_config)
         outputs = self.infer({name: value for name, value in feed.items() if name in self.inputs})
         return self._completed(dict(zip(self.outputs, outputs, strict=True)), len(encodings))
 
@@ -306,7 +309,7 @@ class ElasticSession:
         windows: Sequence[_Window],
         thresholds: Sequence[float] | None,
         max_layer: int | None,
-        lengths: Sequence[float] | None,
+        lengths: LengthConfig | None,
         batch_size: int,
     ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """Places and outputs batch by batch, rows of like length together."""
@@ -327,12 +330,12 @@ class ElasticSession:
 
     def _row(self, outputs: dict[str, np.ndarray], row: int, tokens: int) -> dict[str, np.ndarray]:
         """One row's answer by name, its real tokens where it has values per token."""
-        names = ("logits", "start_logits", "end_logits", "last_hidden_state", "exit_layer")
+        names = ("logits", "start_logits", "end_logits", "last_hidden_state", "exit_layer", "kept_tokens")
         values = {name: outputs[name][row] for name in names if name in outputs}
-        per_token = self.problem_type in PER_TOKEN
-        return {
-            name: np.array(value[:tokens]) if per_token and value.ndim else value for name, value in values.items()
-        }
+        if self.problem_type in PER_TOKEN:
+            for name in set(values) - {"exit_layer", "kept_tokens"}:
+                values[name] = np.array(values[name][:tokens])
+        return values
 
     def _answer(self, text: Text, encodings: list[Any], rows: list[dict[str, np.ndarray]]) -> dict[str, Any]:
         if self.problem_type in PER_TOKEN:
@@ -347,17 +350,13 @@ class ElasticSession:
             )
         return values
 
-    def _checked_lengths(self, lengths: Sequence[float]) -> np.ndarray:
-        values = np.asarray(lengths, np.float32)
-        fits = values.shape == (self.layers,) and bool((values > 0).all() and (values <= 1).all())
-        if not fits or (np.diff(values) > 0).any():
-            raise ValueError(
-                f"length_config must be {self.layers} shares in (0, 1], one per layer, that do not rise, "
-                f"got {lengths!r}"
-            )
-        if "length_config" not in self.inputs and not (values == values.dtype.type(1)).all():
-            raise ValueError(f"{self.file} is a plain graph: it drops no tokens, got length_config {lengths!r}")
-        return values
+    def _checked_lengths(self, lengths: LengthConfig) -> dict[str, np.ndarray]:
+        given = lengths if isinstance(lengths, dict) else [float(one) for one in lengths]
+        shares, mass = shares_and_mass(given, self.layers)
+        for name, values in (("length_config", shares), ("length_mass", mass)):
+            if name not in self.inputs and min(values) < 1:
+                raise ValueError(f"{self.file} has no input {name}: it drops no tokens so, got {lengths!r}")
+        return {"length_config": np.array(shares, np.float32), "length_mass": np.array(mass, np.float32)}
 
     def _checked_layer(self, max_layer: int) -> int:
         if isinstance(max_layer, bool) or not isinstance(max_layer, int) or not 1 <= max_layer <= self.exit_layers[-1]:
@@ -502,9 +501,11 @@ def _check_points(points: OperatingPoints | None, session: ElasticSession) -> No
                 f"{file}: {len(point.thresholds)} thresholds per point for the {len(session.thresholds)} exits of "
                 f"{session.file.name}; export the checkpoint again"
             )
-        if point.shares is not None and len(point.shares) != session.layers:
+        lengths = point.length_config
+        given = lengths["mass"] if isinstance(lengths, dict) else lengths
+        if given is not None and len(given) != session.layers:
             raise ValueError(
-                f"{file}: point {point.name!r} has {len(point.shares)} lengths for the {session.layers} layers "
+                f"{file}: point {point.name!r} has {len(given)} lengths for the {session.layers} layers "
                 f"of {session.file.name}; export the checkpoint again"
             )
 

@@ -14,7 +14,8 @@ Further inputs have defaults, which onnxruntime in Python can override; Node and
 runs at its defaults there (`python -m export CHECKPOINT FOLDER --at POINT` writes others): `exit_threshold`, one
 number per exit for the policy `{policy}`; `max_layer`, above which no row goes; `length_config`, for each layer the
 share of a row's tokens that it keeps (NaN and more than 1 drop nothing, a share that rises counts as the smallest
-before it). """
+before it); `length_mass`, for each layer the share of the attention that goes to the tokens it keeps, as few of each
+row as it takes. """
 
 
 def card_notes(report: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import torch
 
+from elastic_model.checks import LengthConfig
 from elastic_model.exit_policies import simulate
 from elastic_model.session import ElasticSession, exit_values
 from export.builder import OnnxModel
@@ -19,6 +20,7 @@ TOLERANCE = 1e-4  # of float32 logits, absolute and relative
 NEAR = 1e-3  # of a threshold: rounding may decide there
 LARGEST_ERROR = 0.3  # of logits without rows to compare on: mean difference over root mean square
 SHAPES = ((1, 3), (1, 40), (5, 24), (16, 64))  # rows and the longest of them, cut to the model's longest input
+CHOSEN = 0.8  # share of the significance that a row keeps at each layer
 SIMILAR = 0.98  # cosine of two mean vectors that count as the same answer
 BATCH, BATCH_TOKENS = 16, 2048
 
@@ -37,7 +39,7 @@ class Reference:
     (exits, tokens, labels)."""
 
     rows: list[Encoding]
-    lengths: list[float]
+    lengths: LengthConfig
     values: list[np.ndarray]
 
 
@@ -60,12 +62,15 @@ def _random_row(rng: np.random.Generator, tokens: int, config) -> Encoding:
 
 
 def references(checkpoint: Checkpoint, task: Task, exit_layers: list[int]) -> list[Reference]:
-    """PyTorch at some exits on random rows: all lengths kept, falling from layer to layer, and halved at once."""
+    """PyTorch at some exits on random rows: all lengths kept, falling from layer to layer, halved at once, and chosen
+    by the row."""
     layers = checkpoint.config.num_hidden_layers
+    plans: list[tuple[list[Encoding], LengthConfig]]
     falling = [round(1 - 0.7 * (layer + 1) / layers, 3) for layer in range(layers)]
     halved = [1.0] * (layers // 4) + [0.5] * (layers - layers // 4)
     batches = random_rows(checkpoint)
     plans = [(rows, [1.0] * layers) for rows in batches] + [(batches[2], falling), (batches[3], halved)]
+    plans.append((batches[1], {"mass": [CHOSEN] * layers}))
     if task.lengths != [1.0] * layers:
         plans.append((batches[2], task.lengths))
     return [
@@ -76,7 +81,7 @@ def references(checkpoint: Checkpoint, task: Task, exit_layers: list[int]) -> li
 
 @torch.inference_mode()
 def _pytorch(
-    checkpoint: Checkpoint, task: Task, row: Encoding, lengths: list[float], exit_layers: list[int]
+    checkpoint: Checkpoint, task: Task, row: Encoding, lengths: LengthConfig, exit_layers: list[int]
 ) -> np.ndarray:
     """One row by itself, without padding."""
     types = {"token_type_ids": torch.tensor([row.type_ids])} if checkpoint.config.type_vocab_size > 1 else {}
@@ -93,7 +98,7 @@ def _pytorch(
     return every[[checkpoint.config.exit_layers.index(layer) for layer in exit_layers]].numpy()
 
 
-def all_exits(session: ElasticSession, rows: Sequence[Any], lengths: Sequence[float] | None) -> list[np.ndarray]:
+def all_exits(session: ElasticSession, rows: Sequence[Any], lengths: LengthConfig | None) -> list[np.ndarray]:
     """The graph's values of every exit, for each row (exits, labels) or (exits, tokens, labels)."""
     if session.problem_type == EMBEDDING:
         runs = [session.run(rows, None, layer, lengths)["last_hidden_state"] for layer in session.exit_layers]
@@ -108,8 +113,9 @@ def check_float32(session: ElasticSession, task: Task, expected: list[Reference]
     elsewhere."""
     worst = np.zeros(len(session.exit_layers))
     droppable = "length_config" in session.inputs
+    whole = [1.0] * session.layers
     for one in expected:
-        if not droppable and min(one.lengths) < 1:
+        if not droppable and one.lengths != whole:
             continue
         found = all_exits(session, one.rows, one.lengths if droppable else None)
         for row, (ours, theirs) in enumerate(zip(found, one.values, strict=True)):
@@ -123,12 +129,12 @@ def check_float32(session: ElasticSession, task: Task, expected: list[Reference]
                     f"of {len(one.rows)} (allowed is {TOLERANCE:g}; length_config {one.lengths}); the exit after "
                     f"layer {session.exit_layers[int(wrong.argmax())]} is the first to"
                 )
-        if task.policy is not None and min(one.lengths) == 1:
+        if task.policy is not None and one.lengths == whole:
             _check_leaving(session, task, one.rows)
-    lengths = sorted({tuple(one.lengths) for one in expected}, reverse=True) if droppable else []
+    lengths = [one.lengths for one in expected] if droppable else []
     return {
         "largest_difference": dict(zip(map(str, session.exit_layers), worst.tolist(), strict=True)),
-        "length_configs": [list(one) for one in lengths],
+        "length_configs": [one for place, one in enumerate(lengths) if one not in lengths[:place]],
         "batch_shapes": [[len(one.rows), max(len(row.ids) for row in one.rows)] for one in expected],
     }
 

@@ -8,6 +8,7 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from elastic_model import ElasticBertConfig
+from elastic_model.checks import shares_and_mass
 from export.arithmetic import Arithmetic
 from export.builder import CONTRIB, GraphBuilder, OnnxModel
 from export.encoder import Weights, embeddings, encode
@@ -21,8 +22,7 @@ from export.heads import (
     pooled_output,
     write_outputs,
 )
-from export.lengths import INPUT as LENGTH_CONFIG
-from export.lengths import Inside, Lengths, lengths_of
+from export.lengths import MASS, SHARES, Inside, Lengths, lengths_of
 from export.policies import POLICIES, Passed
 from export.task import EMBEDDING, TOKENS, Task
 
@@ -38,12 +38,14 @@ def build_graph(
     """A configuration and its tensors as one ONNX model that answers at every exit.
 
     Inputs input_ids, attention_mask, token_type_ids (where the model has two types or more) int64 (batch, sequence);
-    with defaults length_config float32 (layers,), shares of a row's real tokens, and, where there are several exits,
-    exit_threshold float32 (exits,) and max_layer int64 (1,): rows still inside leave at the last exit that is not
-    above it (at the first, if all are). Outputs logits (batch, labels), exit_layer int64 (batch,) and exit_logits
-    (exits, batch, labels), NaN where a row had left; per token (batch, sequence, labels) and (exits, batch, sequence,
-    labels), 0 at padding; question answering start_logits, end_logits (batch, sequence) and exit_start_logits,
-    exit_end_logits; the bare model last_hidden_state (batch, sequence, width) and pooler_output (batch, width).
+    with defaults length_config float32 (layers,), shares of a row's real tokens, length_mass float32 (layers,), shares
+    of its significance, below 1 where the row chooses itself, and, where there are several exits, exit_threshold
+    float32 (exits,) and max_layer int64 (1,): rows still inside leave at the last exit that is not above it (at the
+    first, if all are). Outputs logits (batch, labels), exit_layer int64 (batch,), kept_tokens int64 (batch, layers),
+    what each layer left of them up to it, and exit_logits (exits, batch, labels), NaN where a row had left; per token
+    (batch, sequence, labels) and (exits, batch, sequence, labels), 0 at padding; question answering start_logits,
+    end_logits (batch, sequence) and exit_start_logits, exit_end_logits; the bare model last_hidden_state (batch,
+    sequence, width) and pooler_output (batch, width).
     """
     graph = GraphBuilder()
     weights = Weights(config, tensors, arithmetic)
@@ -52,7 +54,11 @@ def build_graph(
         width = graph.integers(0, config.hidden_size)
         none = graph.constant([], np.int64)
         inside = replace(inside, place=batch.slots, dropped=filled(graph, width, 0.0), dropped_place=none)
-    lengths = lengths_of(graph, config.num_hidden_layers, batch.lengths, config.keep_cls)
+    layers = config.num_hidden_layers
+    lengths = lengths_of(graph, layers, batch.lengths, config.keep_cls)
+    with graph.scope("embeddings"):
+        every = graph.op("Unsqueeze", batch.lengths, graph.integers(1))
+        inside = replace(inside, kept=graph.op("Tile", every, graph.integers(1, layers)))
     if task.problem_type == EMBEDDING:
         write_embeddings(graph, weights, batch, inside, lengths)
     else:
@@ -63,6 +69,7 @@ def build_graph(
             inside, answer = stage(graph, weights, task, number, batch, inside, lengths, answers, blank)
             answers.append(answer)
         write_outputs(graph, task, batch, answers, config.exit_layers)
+        write_kept(graph, inside)
     return finish(graph, config, task)
 
 
@@ -148,7 +155,10 @@ def stage(
     with then.scope(f"exit_{exits[number]}"):
         answer, state = exit_answer(then, weights, task, exits[number], batch, reached, blank)
         if number == len(exits) - 1:
-            return inside, graph.if_else(any_left, then, otherwise, [(answer, blank)])[0]
+            assert reached.kept and inside.kept
+            counted = (reached.kept, inside.kept)
+            answer, kept = graph.if_else(any_left, then, otherwise, [(answer, blank), counted])
+            return replace(inside, kept=kept), answer
         history = [then.op("Gather", one, reached.row) for one in [*(answers if task.remembers else []), answer]]
         leaves = leaving(then, weights, task, number, batch, reached, history, state)
         onward = compress(then, then.op("Not", leaves), batch, reached, row_of_token)
@@ -183,10 +193,9 @@ def leaving(
 def compress(graph: GraphBuilder, stay: str, batch: Batch, inside: Inside, row_of_token: str) -> Inside:
     """Only the rows of `stay` (booleans (rows,)), with their tokens, those that were dropped too."""
     tokens = graph.op("Gather", stay, row_of_token)
-    after = Inside(
-        graph.op("Compress", inside.hidden, tokens, axis=0),
-        *(graph.op("Compress", value, stay, axis=0) for value in (inside.row, inside.lengths)),
-    )
+    hidden = graph.op("Compress", inside.hidden, tokens, axis=0)
+    row, lengths = (graph.op("Compress", value, stay, axis=0) for value in (inside.row, inside.lengths))
+    after = replace(inside, hidden=hidden, row=row, lengths=lengths)
     if not (inside.place and inside.dropped and inside.dropped_place):
         return after
     rows = graph.op("Reshape", batch.rows, graph.integers(1))
@@ -227,6 +236,13 @@ def write_embeddings(graph: GraphBuilder, weights: Weights, batch: Batch, inside
         graph.op("Identity", pooled, output="pooler_output")
         rows = graph.op("Reshape", batch.rows, graph.integers(1))
         graph.op("Expand", left_at, rows, output="exit_layer")
+    write_kept(graph, inside)
+
+
+def write_kept(graph: GraphBuilder, inside: Inside) -> None:
+    """The output that tells what a row cost."""
+    assert inside.kept
+    graph.op("Identity", inside.kept, output="kept_tokens")
 
 
 def finish(graph: GraphBuilder, config: ElasticBertConfig, task: Task, plain: bool = False) -> OnnxModel:
@@ -237,10 +253,12 @@ def finish(graph: GraphBuilder, config: ElasticBertConfig, task: Task, plain: bo
     outputs = [helper.make_tensor_value_info(name, float32, shape) for name, shape in _answers(task).items()]
     if not plain:
         outputs.append(helper.make_tensor_value_info("exit_layer", int64, ["batch"]))
+        outputs.append(helper.make_tensor_value_info("kept_tokens", int64, ["batch", config.num_hidden_layers]))
         for name, shape in zip(task.head.exit_outputs, _answers(task).values(), strict=False):
             outputs.append(helper.make_tensor_value_info(name, float32, [exits, *shape]))
         # an initializer of an input's name is the input's default
-        defaults = {LENGTH_CONFIG: np.array(task.lengths, np.float32)}
+        given = shares_and_mass(task.lengths, config.num_hidden_layers)
+        defaults = {name: np.array(one, np.float32) for name, one in zip((SHARES, MASS), given, strict=True)}
         if exits > 1:
             if task.policy is not None:
                 defaults["exit_threshold"] = np.array(task.thresholds, np.float32)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastic_model import ElasticBertConfig
-from elastic_model.checks import check_exit_policy, check_length_config, thresholds_of
+from elastic_model.checks import LengthConfig, check_exit_policy, shares_and_mass, thresholds_of
 from elastic_model.session import FORMAT
 
 EMBEDDING, QUESTIONS, TOKENS = "embedding", "question_answering", "token_classification"
@@ -49,14 +49,14 @@ CLASSIFIER = "ElasticBertForSequenceClassification"
 @dataclass(frozen=True)
 class Task:
     """What the graph answers and where its defaults lie: `policy` as in a configuration (None: rows never leave by
-    themselves), a threshold per exit, the layer that no row goes above, a share of tokens per layer."""
+    themselves), a threshold per exit, the layer that no row goes above, the length configuration of `forward`."""
 
     head: Head
     problem_type: str
     policy: dict | None
     thresholds: list[float]
     max_layer: int
-    lengths: list[float]
+    lengths: LengthConfig
     labels: int  # outputs of a head
 
     @property
@@ -74,13 +74,11 @@ def task_of(config: ElasticBertConfig, measured: dict[str, Any] | None = None, a
     """
     head, exits = HEADS[architecture], config.exit_layers
     problem_type = head.problem_type or config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE_LABEL)
-    given = check_length_config(config.length_config, config.num_hidden_layers) or [1.0] * config.num_hidden_layers
-    lengths = [length for length in given if isinstance(length, float)]
-    if len(lengths) < len(given):
-        raise ValueError(
-            f"length_config in tokens or by mass cannot be exported, the graph takes shares of each text; got "
-            f"{config.length_config}: state shares in config.json, or null"
-        )
+    try:
+        shares, mass = shares_and_mass(config.length_config, config.num_hidden_layers)
+    except ValueError as error:
+        raise ValueError(f"{error}: state shares in config.json, or null") from error
+    lengths: LengthConfig = shares if min(mass) == 1 else {"mass": mass}
     labels = {QUESTIONS: 2, EMBEDDING: config.hidden_size}.get(problem_type, config.num_labels)
     if problem_type == EMBEDDING:
         return Task(head, problem_type, None, [], exits[-1], lengths, labels)

@@ -139,7 +139,6 @@ def write_all(
     if options.at:
         apply_point(config, points, options.at)
     task = task_of(config, points.policy if points else None, checkpoint.architecture)
-    points = points and points.in_a_graph()
     if sample and sample.labels and task.problem_type not in (SINGLE_LABEL, REGRESSION):
         raise ValueError(f"--label: quality is measured for classification and regression, not {task.problem_type}")
     report = {"activations": options.activations, **write_checkpoint(options, checkpoint, plain, folder)}

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
+from elastic_model.checks import LengthConfig
 from elastic_model.cost import exit_flops
 from elastic_model.session import ElasticSession
 from finetune.candidates import constant_ratio, shares
@@ -45,7 +46,7 @@ def _batches(layers: np.ndarray, flops: np.ndarray, batch: int) -> tuple[np.ndar
 
 
 def time_batches(
-    session: ElasticSession, encodings: Sequence[Any], batch: int, lengths: list[float], **how: Any
+    session: ElasticSession, encodings: Sequence[Any], batch: int, lengths: LengthConfig, **how: Any
 ) -> np.ndarray:
     """Milliseconds of each batch, the fastest of some runs, after one that is not timed."""
     batches = [encodings[start : start + batch] for start in range(0, len(encodings), batch)]
@@ -78,7 +79,7 @@ def measure_latency(session: ElasticSession, config: Any, encodings: Sequence[An
 
 
 def latency_of_point(
-    session: ElasticSession, encodings: Sequence[Any], batch: int, thresholds: list[float], lengths: list[float]
+    session: ElasticSession, encodings: Sequence[Any], batch: int, thresholds: list[float], lengths: LengthConfig
 ) -> dict[str, Any]:
     """What an operating point records: the median batch, timed, and on which machine."""
     spent = time_batches(session, encodings, batch, lengths, thresholds=thresholds)

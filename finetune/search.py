@@ -24,6 +24,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, logging
 
+from elastic_model.checks import LengthConfig
 from elastic_model.cost import exit_flops
 from elastic_model.exit_policies import sweep
 from elastic_model.folders import check_output, claim_folder, is_ours, new_file
@@ -87,7 +88,7 @@ class Served:
     encodings: list[Any]
     latency: Latency
 
-    def time(self, limits: list[float], lengths: list[float]) -> dict[str, Any]:
+    def time(self, limits: list[float], lengths: LengthConfig) -> dict[str, Any]:
         """What an operating point records of these thresholds and shares."""
         return latency_of_point(self.session, self.encodings, self.latency.batch, limits, lengths)
 
@@ -388,7 +389,8 @@ def points_by_row(search: Search, encoded: Encoded, named: dict[str, Found]) -> 
         lengths, observed, counts = seen[one.lengths]
         flops = exit_flops(search.model.config, encoded.lengths, head=encoded.head, kept=counts)
         point, _ = measured_point(search, encoded, f"{name}-by-row", one.setting, observed, flops)
-        points.append(replace(point, length_config=lengths))
+        latency = None if search.served is None else search.served.time(point.thresholds, lengths)
+        points.append(replace(point, length_config=lengths, latency_ms=latency))
     return points
 
 
@@ -442,7 +444,7 @@ def prepare(options: SearchOptions) -> tuple[Search, Encoded]:
     if options.by_row and options.axes == "exits":
         raise ValueError("by_row sets lengths that rows choose against searched ones: leave it away with --axes exits")
     if options.by_row and options.graph:
-        raise ValueError("rows choose their own lengths in PyTorch only: leave --by_row or --graph away")
+        raise ValueError("--by_row fits lengths to PyTorch's costs: leave it or --graph away")
     labels, examples = labels_of_model(options, task, model.config), read_examples(task, options.split)
     every = encode_split(examples, options.split, task, labels, tokenizer, options.max_length)
     some = some_rows(examples, options.rows, options.seed)
@@ -528,7 +530,7 @@ def write(search: Search, folder: Path, history: list[dict[str, Any]], points: O
     plot_points(folder / "points.png", points)
     points.save(Path(search.options.model))
     if search.options.latency is not None:
-        points.in_a_graph().save(Path(search.options.latency))
+        points.save(Path(search.options.latency))
 
 
 def show_two_points(search: Search) -> str:

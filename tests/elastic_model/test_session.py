@@ -222,7 +222,7 @@ def test_a_folder_of_another_version_is_named(exported, tmp_path):
             entry.value = "7"
     onnx.save(model, tmp_path / "out/onnx/model.onnx")
     (tmp_path / "out/export_report.json").unlink()
-    with pytest.raises(ValueError, match="written in format 7, this version reads format 1"):
+    with pytest.raises(ValueError, match="written in format 7, this version reads format 2"):
         ElasticSession.from_pretrained(tmp_path / "out", "model")
 
 
@@ -273,9 +273,13 @@ def test_threads_may_share_a_session(session):
         (lambda session: session(["a"], batch_size=0), r"batch_size must be at least 1"),
         (lambda session: session.run(session.tokenizer.encode_batch(["a"]), [float("nan")] * 4), r"4 finite numbers"),
         (lambda session: session.run(session.tokenizer.encode_batch(["a"]), [0.1]), r"4 finite numbers"),
-        (lambda session: session.exit_logits(["a"], length_config=[0.5, 0.9, 0.5, 0.5]), r"that do not rise"),
-        (lambda session: session.exit_logits(["a"], length_config=[float("nan")] * 4), r"4 shares in \(0, 1\]"),
-        (lambda session: session.exit_logits(["a"], length_config=[0.5]), r"4 shares in"),
+        (lambda session: session.exit_logits(["a"], length_config=[0.5, 0.9, 0.5, 0.5]), r"must not rise"),
+        (
+            lambda session: session.exit_logits(["a"], length_config=[float("nan")] * 4),
+            r"must lie in \(0, 1\]",
+        ),
+        (lambda session: session.exit_logits(["a"], length_config=[0.5]), r"one entry per layer, 4 in all"),
+        (lambda session: session.exit_logits(["a"], length_config={"mass": [0.5]}), r"4 shares in \(0, 1\]"),
         (lambda session: session("a", budget={"latency_ms": 3}), r"latency_ms"),
     ],
 )

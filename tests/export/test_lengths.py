@@ -1,5 +1,7 @@
 """Length configurations and the heads that read tokens: the graph against PyTorch, rows that leave included."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,8 @@ from elastic_model import (
     ElasticBertForTokenClassification,
     ElasticBertModel,
 )
+from elastic_model.checks import shares_and_mass
+from finetune.by_row import explore_batch_by_row
 from tests.export.graphs import batch_of, lively, session_of, torch_output
 from tests.export.test_graph import LENGTHS, VARIANTS, config_of
 
@@ -21,9 +25,17 @@ CONFIGURATIONS = {
     "late": [1.0, 1.0, 0.5, 0.3],
     "last": [1.0, 1.0, 1.0, 0.2],
     "two tokens": [0.01] * 4,
+    "rows choose": {"mass": [0.8, 1.0, 0.7, 0.6]},
+    "rows choose two": {"mass": [0.01] * 4},
 }
 OTHERS = set(VARIANTS) - {"exit subset", "pruned", "mean tokens below", "static"}
 EXIT = {"name": "entropy", "threshold": 0.6}
+
+
+def feed_of(lengths):
+    """The graph's inputs for a length configuration."""
+    shares, mass = shares_and_mass(lengths, 4)
+    return {"length_config": np.array(shares, np.float32), "length_mass": np.array(mass, np.float32)}
 
 
 def check(model, lengths, policy=None, per_row=LENGTHS, tolerance=1e-4):
@@ -32,10 +44,12 @@ def check(model, lengths, policy=None, per_row=LENGTHS, tolerance=1e-4):
     expected = torch_output(model, batch, length_config=lengths, exit_policy=policy)
     model.config.exit_policy = policy
     session = session_of(model)
-    outputs = session.run(None, {**batch, "length_config": np.array(lengths, np.float32)})
+    outputs = session.run(None, {**batch, **feed_of(lengths)})
     found = dict(zip([one.name for one in session.get_outputs()], outputs, strict=True))
     names = {"exit_layer": "exit_layers"}
     for name, value in found.items():
+        if name == "kept_tokens":
+            continue  # PyTorch does not say
         theirs = expected[names.get(name, name)]
         theirs = torch.stack(theirs).numpy() if isinstance(theirs, tuple) else theirs.numpy()
         if name == "exit_layer":
@@ -75,7 +89,7 @@ def test_any_shape_of_a_batch(shape):
 
 
 @pytest.mark.parametrize("kind", [ElasticBertForTokenClassification, ElasticBertForQuestionAnswering])
-@pytest.mark.parametrize("lengths", [pytest.param("none", marks=pytest.mark.slow), "falling"])
+@pytest.mark.parametrize("lengths", [pytest.param("none", marks=pytest.mark.slow), "falling", "rows choose"])
 @pytest.mark.parametrize(
     "policy",
     [
@@ -124,10 +138,10 @@ def batch_check(model):
     session, batch = session_of(model), batch_of(model.config, LENGTHS)
     real = batch["attention_mask"][..., None] == 1
     for layer in model.config.exit_layers:
-        for lengths in (CONFIGURATIONS["none"], CONFIGURATIONS["falling"]):
+        for lengths in (CONFIGURATIONS["none"], CONFIGURATIONS["falling"], CONFIGURATIONS["rows choose"]):
             policy = {"name": "constant", "layer": layer}
             expected = torch_output(model, batch, length_config=lengths, exit_policy=policy)
-            feed = {**batch, "length_config": np.array(lengths, np.float32), "max_layer": np.array([layer])}
+            feed = {**batch, **feed_of(lengths), "max_layer": np.array([layer])}
             known = {one.name for one in [*session.get_inputs(), *session.get_overridable_initializers()]}
             feed = {name: value for name, value in feed.items() if name in known}
             states, pooled, left_at = session.run(["last_hidden_state", "pooler_output", "exit_layer"], feed)
@@ -136,17 +150,35 @@ def batch_check(model):
             assert left_at.tolist() == [layer] * len(LENGTHS)
 
 
+@pytest.mark.parametrize("lengths", [CONFIGURATIONS["falling"], CONFIGURATIONS["rows choose"]])
 @pytest.mark.parametrize("kind", [ElasticBertForSequenceClassification, ElasticBertForTokenClassification])
-def test_a_first_token_that_may_be_dropped(kind):
+def test_a_first_token_that_may_be_dropped(kind, lengths):
     fields = {} if kind is ElasticBertForSequenceClassification else {"learned_exit_head": True}
     model = lively(config_of(keep_cls=False, **fields), kind=kind)
     policy = {"name": "learned", "threshold": 0.5} if fields else EXIT
-    found = check(model, CONFIGURATIONS["falling"], policy, LENGTHS * 3)
+    found = check(model, lengths, policy, LENGTHS * 3)
     assert len(set(found["exit_layer"].tolist())) > 1
 
 
-def test_the_configuration_is_the_default():
-    model = lively(config_of(length_config=CONFIGURATIONS["falling"]))
+@pytest.mark.parametrize("lengths", [CONFIGURATIONS["falling"], CONFIGURATIONS["rows choose"]])
+def test_the_graph_says_what_it_kept(lengths):
+    """Up to the layer that a row left at, beside rows that stayed longer."""
+    model = lively(config_of())
+    found = check(model, lengths, EXIT, LENGTHS * 3)
+    config = model.config
+    if isinstance(lengths, list):
+        kept = [[max(min(2, row), math.ceil(np.float32(share) * np.float32(row))) for share in lengths]
+                for row in LENGTHS * 3]  # fmt: skip
+    else:
+        batch = {name: torch.from_numpy(value) for name, value in batch_of(config, LENGTHS * 3).items()}
+        kept = explore_batch_by_row(model, batch, lengths)[1].T.tolist()
+    for ours, theirs, layer in zip(found["kept_tokens"].tolist(), kept, found["exit_layer"], strict=True):
+        assert ours[:layer] == theirs[:layer]
+
+
+@pytest.mark.parametrize("lengths", [CONFIGURATIONS["falling"], CONFIGURATIONS["rows choose"]])
+def test_the_configuration_is_the_default(lengths):
+    model = lively(config_of(length_config=lengths))
     batch = batch_of(model.config, LENGTHS)
     expected = torch_output(model, batch)
     np.testing.assert_allclose(session_of(model).run(["logits"], batch)[0], expected.logits, atol=1e-4)
@@ -198,5 +230,5 @@ def test_no_significance_is_computed_where_nothing_is_dropped(tmp_path):
 def test_lengths_in_tokens_are_refused():
     from export.task import task_of
 
-    with pytest.raises(ValueError, match="length_config in tokens or by mass cannot be exported"):
+    with pytest.raises(ValueError, match=r"not tokens, got length_config .30, 20.: state shares in config.json"):
         task_of(ElasticBertConfig(num_hidden_layers=2, length_config=[30, 20]))

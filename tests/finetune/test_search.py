@@ -28,7 +28,9 @@ from finetune.by_row import by_row, explore_batch_by_row, explore_by_row, fit_sh
 from finetune.candidates import STEPS, constant_ratio, crossover, initial, mutate, offspring, shares
 from finetune.config import EvaluateOptions, SearchOptions
 from finetune.evaluate import evaluate
+from finetune.examples import read_examples
 from finetune.explore import explore, explore_batch, explore_graph
+from finetune.prepare import chosen_task
 from finetune.search import JOURNAL, RESULT, prepare, read_journal, search
 
 
@@ -216,12 +218,13 @@ def test_rows_choose_their_lengths_at_the_cost_of_searched_ones(checkpoint, smal
     data = {"dev": options.dev, "text": "text", "label": "label", "split": "dev", "max_length": 32}
     evaluate(EvaluateOptions(model=str(checkpoint), **data))
     assert "MFLOPs a row" in capsys.readouterr().out
-    assert run(lambda: export([str(checkpoint), str(tmp_path / "exported")]))
-    assert "by mass cannot be exported" in capsys.readouterr().err
-    type(model).from_pretrained(checkpoint, length_config=None).save_pretrained(checkpoint)
     assert not run(lambda: export([str(checkpoint), str(tmp_path / "exported")]))
-    kept = OperatingPoints.load(tmp_path / "exported").points
-    assert {one.name for one in kept} == {one.name for one in points.points} - set(own)
+    session = ElasticSession.from_pretrained(tmp_path / "exported", "model")
+    texts = read_examples(chosen_task(options), "dev").texts
+    for name, point in own.items():  # as PyTorch measured it
+        answers = session(texts, budget=name, cost=True)
+        assert np.mean([one["exit_layer"] for one in answers]) == pytest.approx(point.mean_exit_layer, abs=0.02)
+        assert np.mean([one["flops"] for one in answers]) == pytest.approx(point.flops, rel=0.01)
 
 
 def test_no_subset_has_one_class_only(checkpoint, tmp_path):
@@ -277,7 +280,7 @@ def test_answers_of_the_exported_graph_can_be_searched(checkpoint, small_task, t
     assert result_of(tmp_path / "out")["full"]["quality"] == (served == work.encoded.labels).mean()
     with pytest.raises(ValueError, match="holds a search with graph = "):
         search(replace(options, graph=None, resume=True))
-    with pytest.raises(ValueError, match="in PyTorch only: leave --by_row or --graph away"):
+    with pytest.raises(ValueError, match="PyTorch's costs: leave it or --graph away"):
         search(replace(options, by_row=True))
 
 
