@@ -6,6 +6,7 @@ rows (Xin et al. 2022, section 3.1); removed in several rounds, then trained by 
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -310,7 +311,10 @@ def prune(options: PruneOptions) -> int:
     result = {"target": vars(to), "kept": vars(kept), "rounds": history, "parameters": counts}
     result |= {"importance": "the model's own predictions" if options.label_free else "labels"}
     if accelerator.is_main_process:
-        with new_file(claim_folder(run.folder) / RESULT) as file:
+        folder = claim_folder(run.folder)
+        if not options.resume:  # killed from here on, these notes must not meet the state of a run before
+            shutil.rmtree(run.state, ignore_errors=True)
+        with new_file(folder / RESULT) as file:
             file.write_text(json.dumps(result) + "\n", encoding="utf-8")
     if options.distill:
         code = run_to_the_end(taught_by(run, model, unpruned), write_student)

@@ -1,6 +1,7 @@
 """Pruning: importance that does not depend on the order of batches, what is kept, a model that is really smaller."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -125,9 +126,8 @@ def test_without_distillation_the_weights_are_the_unpruned_ones(pruned, trained,
     assert all(torch.equal(found[name], one) for name, one in expected.items())
 
 
-def test_a_resumed_run_keeps_the_widths_that_met_the_latency(pruned, monkeypatch, tmp_path):
-    """Measured anew, a latency would ask for others."""
-    monkeypatch.setattr("finetune.prune.milliseconds_at", lambda model, widths, tokens: widths.neurons / 10)
+def interrupted(monkeypatch, options):
+    """Prune, and stop in the second update of what follows."""
     whole = finetune.train.backward
 
     def stopped(run, phase, engine, number):
@@ -135,16 +135,36 @@ def test_a_resumed_run_keeps_the_widths_that_met_the_latency(pruned, monkeypatch
             raise KeyboardInterrupt
         return whole(run, phase, engine, number)
 
-    monkeypatch.setattr(finetune.train, "backward", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        prune(pruned(latency_ms=5.0, rounds=1, save_steps=1))
-    monkeypatch.setattr(finetune.train, "backward", whole)
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune.train, "backward", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            prune(options)
+
+
+def test_a_resumed_run_keeps_the_widths_that_met_the_latency(pruned, monkeypatch, tmp_path):
+    """Measured anew, a latency would ask for others."""
+    monkeypatch.setattr("finetune.prune.milliseconds_at", lambda model, widths, tokens: widths.neurons / 10)
+    interrupted(monkeypatch, pruned(latency_ms=5.0, rounds=1, save_steps=1))
     monkeypatch.setattr("finetune.prune.milliseconds_at", lambda model, widths, tokens: widths.neurons / 5)
     assert prune(pruned(latency_ms=5.0, rounds=1, save_steps=1, resume=True)) == 0
     result = json.loads((tmp_path / "pruned" / "pruning.json").read_text())
     model = ElasticBertForSequenceClassification.from_pretrained(tmp_path / "pruned")
     assert set(model.config.intermediate_size_per_layer) == {result["target"]["neurons"]}
     assert 25 < result["target"]["neurons"] <= 50
+
+
+def test_a_run_begun_anew_and_killed_at_once_does_not_meet_the_state_before(pruned, monkeypatch, tmp_path):
+    """Its notes told other widths than the state that it had not cleared yet: resuming ended in an error of shapes."""
+    monkeypatch.setattr("finetune.prune.milliseconds_at", lambda model, widths, tokens: widths.neurons / 10)
+    interrupted(monkeypatch, pruned(latency_ms=5.0, rounds=1, save_steps=1))
+    monkeypatch.setattr("finetune.prune.milliseconds_at", lambda model, widths, tokens: widths.neurons / 5)
+    with monkeypatch.context() as killed:
+        killed.setattr("finetune.prune.run_to_the_end", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prune(pruned(latency_ms=5.0, rounds=1, save_steps=1))
+    assert prune(pruned(latency_ms=5.0, rounds=1, save_steps=1, resume=True)) == 0
+    model = ElasticBertForSequenceClassification.from_pretrained(tmp_path / "pruned")
+    assert max(model.config.intermediate_size_per_layer) <= 25
 
 
 def test_a_latency_that_half_the_width_meets_is_met(pruned, monkeypatch, tmp_path):
