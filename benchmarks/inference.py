@@ -6,8 +6,9 @@ Each system has a process of its own; pieces of the test rows, in the order of t
 systems in turn, so that the machine's noise is shared. Every piece is a file in RESULTS: a run that was cut off goes
 on where it stopped. Each of `--systems` is a name of SYSTEMS, `point:BUDGET` (a measured operating point, by name or
 as max_drop=0.5), `onnx:FILE` (a file with BERT's inputs, as optimum-onnx exports it), `folder:DIR` (another export, a
-distilled student's say) or `openvino:FILE`; all with the labels of the checkpoint in its order. At the end: a table,
-`summary.json` and `summary.png`, quality against latency.
+distilled student's say) or `openvino:FILE`; all with the labels of the checkpoint in its order; `NAME=` before one of
+them is what it is called. At the end: a table, the JSON of `--output` and a plot beside it, quality against latency.
+Differences in quality are paired, against the first system.
 """
 
 import argparse
@@ -23,14 +24,17 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.demo import commit, machine
 from benchmarks.systems import peak_mib
 from elastic_model.arguments import run
 from elastic_model.folders import new_file
 from export.predict import read_budget
 
 Answer = Callable[[list], np.ndarray]  # texts -> class numbers, or the numbers of a regression
+System = tuple[Answer, Path | None]  # the file with its weights
 SURE = 0.9  # the probability at which the cascade's first stage answers
 PIECE = 320  # rows that a system answers before it is the next one's turn
+SAMPLES = 1000  # of the bootstrap of differences
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def decided(logits: np.ndarray) -> np.ndarray:
     return logits[:, 0] if logits.shape[1] == 1 else logits.argmax(axis=1)
 
 
-def pytorch(options: argparse.Namespace, threads: int, padding: str) -> Answer:
+def pytorch(options: argparse.Namespace, threads: int, padding: str) -> System:
     """The checkpoint in PyTorch, float32, every layer for every row."""
     import torch
     from transformers import AutoTokenizer
@@ -106,12 +110,12 @@ def pytorch(options: argparse.Namespace, threads: int, padding: str) -> Answer:
         batch = tokenizer(texts, padding=padding, truncation=True, max_length=options.max_length, return_tensors="pt")
         return decided(model(**batch, exit_policy={"name": "never"}, length_config=1.0).logits.numpy())
 
-    return answer
+    return answer, options.checkpoint / "model.safetensors"
 
 
 def ours(
     options: argparse.Namespace, threads: int, folder: Path, point: str | None, file: str | None = None
-) -> Answer:
+) -> System:
     """An exported folder at a measured operating point; None: full depth, all tokens."""
     from elastic_model import ElasticSession
 
@@ -124,10 +128,10 @@ def ours(
     def answer(texts: list) -> np.ndarray:
         return decided(session.run(session.encode(texts), thresholds, session.exit_layers[-1], lengths)["logits"])
 
-    return answer
+    return answer, session.file
 
 
-def stock_file(options: argparse.Namespace, threads: int, file: Path, openvino: bool = False) -> Answer:
+def stock_file(options: argparse.Namespace, threads: int, file: Path, openvino: bool = False) -> System:
     """A file with BERT's inputs, padded to the longest row of a batch, in onnxruntime or OpenVINO."""
     from tokenizers import Tokenizer
 
@@ -158,7 +162,7 @@ def stock_file(options: argparse.Namespace, threads: int, file: Path, openvino: 
         }
         return decided(infer({name: value for name, value in feed.items() if name in names}))
 
-    return answer
+    return answer, file.with_suffix(".bin") if openvino else file
 
 
 def bag_of_words(options: argparse.Namespace) -> Any:
@@ -179,9 +183,9 @@ def joined(text: Any) -> str:
     return text if isinstance(text, str) else " ".join(text)
 
 
-def cascade(options: argparse.Namespace, threads: int) -> Answer:
+def cascade(options: argparse.Namespace, threads: int) -> System:
     """Bag of words where it is sure, the int8 file at full depth elsewhere."""
-    first, second = bag_of_words(options), ours(options, threads, options.exported, None)
+    first, (second, file) = bag_of_words(options), ours(options, threads, options.exported, None)
 
     def answer(texts: list) -> np.ndarray:
         shares = first.predict_proba([joined(text) for text in texts])
@@ -191,16 +195,16 @@ def cascade(options: argparse.Namespace, threads: int) -> Answer:
             answers[unsure] = second([texts[one] for one in unsure])
         return answers
 
-    return answer
+    return answer, file
 
 
-def words_alone(options: argparse.Namespace, threads: int) -> Answer:
+def words_alone(options: argparse.Namespace, threads: int) -> System:
     """Bag of words for every row."""
     model = bag_of_words(options)
-    return lambda texts: model.predict([joined(text) for text in texts])
+    return lambda texts: model.predict([joined(text) for text in texts]), None
 
 
-SYSTEMS: dict[str, Callable[[argparse.Namespace, int], Answer]] = {
+SYSTEMS: dict[str, Callable[[argparse.Namespace, int], System]] = {
     "pytorch-padded": lambda options, threads: pytorch(options, threads, "max_length"),
     "pytorch-dynamic": lambda options, threads: pytorch(options, threads, "longest"),
     "ours-float32": lambda options, threads: ours(options, threads, options.exported, None, "model"),
@@ -210,8 +214,15 @@ SYSTEMS: dict[str, Callable[[argparse.Namespace, int], Answer]] = {
 }
 
 
-def system(name: str, options: argparse.Namespace, threads: int) -> Answer:
-    """The system of a name; ValueError where there is none."""
+def named(system: str) -> tuple[str, str]:
+    """What one of `--systems` is called, and what it is."""
+    name, equals, what = system.partition("=")
+    return (name, what) if equals and ":" not in name else (system, system)
+
+
+def system(name: str, options: argparse.Namespace, threads: int) -> System:
+    """One of `--systems`; ValueError where there is none."""
+    name = named(name)[1]
     kind, colon, value = name.partition(":")
     if not colon and name in SYSTEMS:
         return SYSTEMS[name](options, threads)
@@ -228,20 +239,22 @@ def system(name: str, options: argparse.Namespace, threads: int) -> Answer:
 def serve(name: str, options: argparse.Namespace, threads: int) -> None:
     """Answer lines START STOP BATCH_SIZE until the input ends, each with a line of JSON."""
     rows = kept_rows(options, "test").texts
-    answer = system(name, options, threads)
+    answer, weights = system(name, options, threads)
+    size = None if weights is None else weights.stat().st_size / 2**20
     answer(rows[:1])
     print("ready", flush=True)
     for line in sys.stdin:
-        start, stop, size = map(int, line.split())
+        start, stop, batch_size = map(int, line.split())
         answers: list[float] = []
         spent: list[float] = []
-        for place in range(start, stop, size):
-            batch = rows[place : min(place + size, stop)]
+        for place in range(start, stop, batch_size):
+            batch = rows[place : min(place + batch_size, stop)]
             begin = time.perf_counter()
             said = answer(batch)
             spent.append((time.perf_counter() - begin) * 1e3)
             answers += said.tolist()
-        print(json.dumps({"answers": answers, "ms": spent, "peak_mib": peak_mib()}), flush=True)
+        served = {"answers": answers, "ms": spent, "peak_mib": peak_mib(), "file_mib": size}
+        print(json.dumps(served), flush=True)
 
 
 def measure(options: argparse.Namespace, threads: int, batch: int) -> None:
@@ -288,16 +301,16 @@ def start_server(name: str, threads: int) -> subprocess.Popen:
 
 def piece_file(options: argparse.Namespace, name: str, threads: int, batch: int, start: int) -> Path:
     """Where the answers of a system to one piece are kept."""
-    folder = options.results / f"{options.order}-threads{threads}-batch{batch}" / name.replace("/", "_")
+    folder = options.results / f"{options.order}-threads{threads}-batch{batch}" / named(name)[0].replace("/", "_")
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{start}.json"
 
 
 def summary(options: argparse.Namespace, threads: int, batch: int) -> list[dict[str, Any]]:
-    """One entry per system: quality with its interval, latency per batch, rows per second, memory."""
+    """One entry per system: quality, its interval and difference, latency per batch, rows per second, memory."""
     from finetune.metrics import interval, metric
 
-    rows, entries = kept_rows(options, "test"), []
+    rows, first, entries = kept_rows(options, "test"), None, []
     for name in options.systems:
         files = [piece_file(options, name, threads, batch, start) for start in range(0, len(rows.texts), PIECE)]
         pieces = [json.loads(file.read_text()) for file in files]
@@ -305,12 +318,33 @@ def summary(options: argparse.Namespace, threads: int, batch: int) -> list[dict[
         spent = np.concatenate([piece["ms"] for piece in pieces])
         low, high = interval(rows.metric, answers, rows.truth)
         p50, p95, p99 = np.percentile(spent, [50, 95, 99])
-        entry = {"system": name, "order": options.order, "threads": threads, "batch": batch, "rows": len(answers)}
+        first = answers if first is None else first
+        entry = {
+            "system": named(name)[0],
+            "order": options.order,
+            "threads": threads,
+            "batch": batch,
+            "rows": len(answers),
+        }
         entry |= {"metric": rows.metric, "quality": metric(rows.metric)(answers, rows.truth), "low": low, "high": high}
+        entry |= {"difference": difference(rows, answers, first)}
         entry |= {"p50_ms": float(p50), "p95_ms": float(p95), "p99_ms": float(p99)}
         entry |= {"rows_per_second": 1e3 * len(answers) / float(spent.sum())}
-        entries.append({**entry, "peak_mib": max(piece["peak_mib"] for piece in pieces)})
+        entry |= {"peak_mib": max(piece["peak_mib"] for piece in pieces), "file_mib": pieces[0]["file_mib"]}
+        entries.append(entry)
     return entries
+
+
+def difference(rows: Rows, answers: np.ndarray, others: np.ndarray) -> dict[str, float]:
+    """Of two systems' quality on the same rows, with its 95 % percentile bootstrap interval."""
+    from finetune.metrics import of_samples
+
+    quality, count = of_samples(rows.metric), len(rows.truth)
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), SAMPLES).astype(np.float64)
+    weights = np.concatenate([np.ones((1, count)), drawn])
+    value, *samples = quality(answers, rows.truth, weights) - quality(others, rows.truth, weights)
+    low, high = np.percentile(samples, [2.5, 97.5])
+    return {"value": float(value), "low": float(low), "high": float(high)}
 
 
 def plot(entries: list[dict[str, Any]], file: Path) -> None:
@@ -341,7 +375,8 @@ def plot(entries: list[dict[str, Any]], file: Path) -> None:
 def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="folder for the pieces, the summary and the plot")
+    parser.add_argument("results", type=Path, help="folder for the pieces")
+    parser.add_argument("--output", type=Path, help="JSON file, the plot beside it (default: RESULTS/summary.json)")
     parser.add_argument("--task", required=True, help="of the table: its test rows are answered")
     for name in ("checkpoint", "exported"):
         parser.add_argument(f"--{name}", type=Path, required=True)
@@ -369,14 +404,17 @@ def main() -> None:
         for batch in options.batch_sizes:
             measure(options, threads, batch)
             entries += summary(options, threads, batch)
-    with new_file(options.results / "summary.json") as path:
-        path.write_text(json.dumps(entries, indent=1) + "\n")
-    plot(entries, options.results / "summary.png")
+    output = options.output or options.results / "summary.json"
+    found = {"task": options.task, "machine": machine(max(options.threads)), "commit": commit(), "systems": entries}
+    with new_file(output) as path:
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    plot(entries, output.with_suffix(".png"))
     for one in entries:
         print(
             f"{one['system']:24} {one['threads']} threads, batch {one['batch']:2}: {one['quality']:.2%} "
-            f"({one['low']:.2%}-{one['high']:.2%}), {one['p50_ms']:.2f}/{one['p95_ms']:.2f} ms, "
-            f"{one['rows_per_second']:.0f} rows/s, {one['peak_mib']:.0f} MiB"
+            f"({one['low']:.2%}-{one['high']:.2%}; {one['difference']['value']:+.2%}), "
+            f"{one['p50_ms']:.2f}/{one['p95_ms']:.2f} ms, {one['rows_per_second']:.0f} rows/s, "
+            f"{one['peak_mib']:.0f} MiB"
         )
 
 

@@ -26,14 +26,15 @@ def test_a_run_that_was_cut_off_goes_on(tiny_config, tiny_tokenizer, tmp_path):
     command += ["--task", "era", "--max_rows", "6", "--train_rows", "60"]
     for name, value in [("checkpoint", checkpoint), ("exported", tmp_path / "exported")]:
         command += [f"--{name}", str(value)]
-    command += ["--threads", "1", "--batch_sizes", "2", "--systems", "ours-int8", "tfidf", "cascade"]
+    command += ["--threads", "1", "--batch_sizes", "2", "--systems", "ours-int8", "words=tfidf", "cascade"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "results/summary.json").read_text())
-    assert [one["system"] for one in summary] == ["ours-int8", "tfidf", "cascade"]
+    summary = json.loads((tmp_path / "results/summary.json").read_text())["systems"]
+    assert [one["system"] for one in summary] == ["ours-int8", "words", "cascade"]
+    assert summary[0]["difference"] == {"value": 0, "low": 0, "high": 0} and summary[0]["file_mib"] > 0
     assert all(0 <= one["low"] <= one["quality"] <= one["high"] <= 1 for one in summary)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("0.json")}
-    gone = next(path for path in kept if "tfidf" in str(path))
+    gone = next(path for path in kept if "words" in str(path))
     gone.unlink()
     assert subprocess.run(command, capture_output=True, cwd=ROOT).returncode == 0
     assert gone.exists() and (tmp_path / "results/summary.png").exists()
