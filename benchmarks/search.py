@@ -4,7 +4,7 @@ Joint against lengths alone, exits alone and the constant-ratio curve, by area u
 points chosen there, on test; lengths that rows choose themselves against searched ones at the same cost; CPU time of a
 configuration against evaluating it naively; how often a calibrated threshold breaks its promise; with --exported,
 latency against FLOPs. The searches run side by side, a thread each. What is begun continues: the journals lie beside
-the output.
+the output, and so does a plot of the fronts, of figure 4 and of figure 3 of Kim and Cho (2021).
 """
 
 import argparse
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from benchmarks.demo import commit, machine
 from elastic_model.arguments import run
 from elastic_model.calibration import fixed_sequence, rows_needed
 from elastic_model.cost import exit_flops
@@ -82,13 +83,22 @@ def naive_seconds(work: Search, options: SearchOptions) -> float:
     return float(np.mean(spent))
 
 
-def curve(work: Search, rows: Encoded, every: int) -> float:
-    """The area under the constant-ratio curve of the first generation at full depth, one in `every` of it."""
+def curve(work: Search, rows: Encoded, every: int) -> list[Found]:
+    """The constant-ratio curve of the first generation at full depth, one in `every` of it."""
     lengths = sorted({*work.generations[0][::every], work.whole})
     seen = explore(work.model, rows, work.tokenizer, work.options.eval_batch_size, lengths)
     alone = replace(work, policies=work.policies[:1])
-    points = [measure(alone, one, observed, rows)[0] for one, observed in seen.items()]
+    return [measure(alone, one, observed, rows)[0] for one, observed in seen.items()]
+
+
+def area_of_curve(points: list[Found]) -> float:
+    """The area under a constant-ratio curve."""
     return Found.area(points, max(one.cost for one in points))
+
+
+def as_line(found: list[Found]) -> list[tuple[float, float]]:
+    """MFLOPs a row and quality of candidates, the cheapest first."""
+    return sorted((one.flops / 1e6, one.quality) for one in found)
 
 
 def area_of(points: OperatingPoints) -> float:
@@ -215,7 +225,7 @@ def on_test(fronts: dict[str, Search], rows: Encoded) -> dict[str, Any]:
         for one in tested["joint"].points
     ]
     areas = {axes: area_of(found) for axes, found in tested.items()}
-    areas["constant ratio"] = curve(joint, rows, CURVE)
+    areas["constant ratio"] = area_of_curve(curve(joint, rows, CURVE))
     return {
         "test_rows": len(rows),
         "area_test": areas,
@@ -227,7 +237,7 @@ def on_test(fronts: dict[str, Search], rows: Encoded) -> dict[str, Any]:
 
 def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that is reported."""
-    output, fronts, areas = Path(arguments.output), {}, {}
+    output, fronts, areas, histories = Path(arguments.output), {}, {}, {}
     common = {"model": arguments.checkpoint, "task": arguments.task, "max_length": arguments.max_length}
     common |= {"rows": arguments.rows, "iterations": arguments.iterations, "resume": True}
     runs = {
@@ -241,18 +251,24 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
             spent = list(pool.map(timed, runs.values()))
     times = dict(zip(runs, spent, strict=True))
     for axes, options in runs.items():
-        fronts[axes], _ = searched(options)  # from its journal
+        fronts[axes], histories[axes] = searched(options)  # from its journal
         areas[axes] = fronts[axes].area()
     joint, (seconds, naive) = fronts["joint"], times["joint"]
     configurations = len(joint.found)
-    areas["constant ratio"] = curve(joint, joint.encoded, 1)
+    constant = curve(joint, joint.encoded, 1)
+    areas["constant ratio"] = area_of_curve(constant)
+    lines = {axes: as_line(work.front()) for axes, work in fronts.items()} | {"constant ratio": as_line(constant)}
     result: dict[str, Any] = {
         "checkpoint": checkpoint_hash(arguments.checkpoint),
+        "machine": machine(1),
+        "commit": commit(),
         "task": arguments.task,
         "rows": len(joint.encoded),
         "iterations": arguments.iterations,
         "halving": joint.options.halving,
         "area_dev": areas,
+        "area_by_iteration": {axes: [one["area"] for one in history] for axes, history in histories.items()},
+        "mflops_and_quality_dev": lines,
         "cpu_seconds": seconds,
         "configurations_on_all_rows": sum(bool(joint.measured(one)) for one in joint.found),
         "configurations": configurations,
@@ -272,6 +288,33 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
         result["latency_against_flops"] = latency_against_flops(fronts["lengths"], Path(arguments.exported))
     result["bars"] = bars(result)
     return result
+
+
+def plot(result: dict[str, Any], image: Path) -> None:
+    """The fronts on dev, the area under them by iteration, and latency against FLOPs where it was measured."""
+    from matplotlib import pyplot
+
+    latency = result.get("latency_against_flops", {})
+    figure, axes = pyplot.subplots(1, 3 if latency else 2, figsize=(16.5 if latency else 11, 4.5))
+    for name, line in result["mflops_and_quality_dev"].items():
+        axes[0].plot(*zip(*line, strict=True), ".-", label=name)
+    axes[0].set(xlabel="MFLOPs a row", ylabel="quality", title=f"{result['task']}: dev, {result['rows']} rows")
+    for name, found in result["area_by_iteration"].items():
+        axes[1].plot(found, ".-", label=name)
+    axes[1].axhline(result["area_dev"]["constant ratio"], color="grey", linestyle=":", label="constant ratio")
+    axes[1].set(xlabel="iteration", ylabel="area under the front", title="figure 4 of Kim and Cho (2021)")
+    for batch, found in latency.items():
+        known = found["correlation"]
+        label = f"batch {batch}" + ("" if known is None else f", r = {known:.3f}")
+        axes[2].plot(*zip(*sorted(found["mflops_and_ms"]), strict=True), "o-", markersize=3, label=label)
+    if latency:
+        axes[2].set(xlabel="MFLOPs a row", ylabel="ms a row, one thread, full depth", title="figure 3")
+    for axis in axes:
+        axis.legend(fontsize="small")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(image, dpi=100)
+    pyplot.close(figure)
 
 
 def bars(result: dict[str, Any]) -> dict[str, bool]:
@@ -304,7 +347,8 @@ def main() -> None:
     result = benchmark(arguments)
     with new_file(Path(arguments.output)) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    plot(result, Path(arguments.output).with_suffix(".png"))
+    print(json.dumps({name: one for name, one in result.items() if name != "mflops_and_quality_dev"}, indent=1))
 
 
 if __name__ == "__main__":

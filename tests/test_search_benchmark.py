@@ -5,7 +5,7 @@ from argparse import Namespace
 
 import torch
 
-from benchmarks.search import benchmark
+from benchmarks.search import benchmark, plot
 from elastic_model import ElasticBertConfig, ElasticBertForSequenceClassification
 from finetune.examples import read_examples
 from finetune.tasks import TASKS
@@ -31,5 +31,7 @@ def test_the_benchmark_from_end_to_end(tiny_config, tiny_tokenizer, tmp_path):
     assert choosing["searched_and_by_row"] and set(choosing["area"]) == {"searched", "by row"}
     assert all(0 < pair["mass"] < 1 for pair in choosing["searched_and_by_row"])
     assert set(result["calibration"]) == {"0.05", "0.1"} and json.dumps(result)  # 70 rows are too few for 0.01
-    assert not (folder / "operating_points.json").exists()
+    result["latency_against_flops"] = {"1": {"mflops_and_ms": [(1.0, 2.0)], "correlation": None}}
+    plot(json.loads(json.dumps(result)), tmp_path / "report.png")
+    assert (tmp_path / "report.png").stat().st_size and not (folder / "operating_points.json").exists()
     assert all(isinstance(kept, bool) for kept in result["bars"].values())
