@@ -36,12 +36,13 @@ from elastic_model.session import ElasticSession
 from finetune.candidates import STEPS, shares
 from finetune.config import SearchOptions
 from finetune.data import Encoded, collate, inputs_of
+from finetune.evolution import Found, Search, evolve, measure
 from finetune.examples import read_examples
 from finetune.explore import explore
 from finetune.kinds import answers_of
 from finetune.latency import time_batches
 from finetune.prepare import chosen_task, encode_split, some_rows
-from finetune.search import LIKE_FULL, Found, Search, chosen, evolve, measure, operating_points, prepare
+from finetune.search import LIKE_FULL, chosen, operating_points, prepare
 
 NAIVE_BATCH = 32  # rows, in the order of the file, padded to the longest
 SAMPLED = 6  # configurations that are evaluated naively

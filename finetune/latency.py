@@ -78,10 +78,17 @@ def measure_latency(session: ElasticSession, config: Any, encodings: Sequence[An
     return Latency(float(fitted[0]), float(fitted[1]), float(fitted[2]), fit, batch, session.threads)
 
 
-def latency_of_point(
-    session: ElasticSession, encodings: Sequence[Any], batch: int, thresholds: list[float], lengths: LengthConfig
-) -> dict[str, Any]:
-    """What an operating point records: the median batch, timed, and on which machine."""
-    spent = time_batches(session, encodings, batch, lengths, thresholds=thresholds)
-    machine = f"{platform.processor() or platform.machine()}, {session.file.stem}"
-    return {"value": float(np.median(spent)), "batch": batch, "threads": session.threads, "machine": machine}
+@dataclass
+class Served:
+    """The exported graph whose latency is the cost: its session, the rows that are timed, and what they showed."""
+
+    session: ElasticSession
+    encodings: list[Any]
+    latency: Latency
+
+    def time(self, limits: list[float], lengths: LengthConfig) -> dict[str, Any]:
+        """What an operating point of these thresholds and shares records: the median batch, timed, and where."""
+        batch, session = self.latency.batch, self.session
+        spent = time_batches(session, self.encodings, batch, lengths, thresholds=limits)
+        machine = f"{platform.processor() or platform.machine()}, {session.file.stem}"
+        return {"value": float(np.median(spent)), "batch": batch, "threads": session.threads, "machine": machine}

@@ -28,10 +28,11 @@ from finetune.by_row import by_row, explore_batch_by_row, explore_by_row, fit_sh
 from finetune.candidates import STEPS, constant_ratio, crossover, initial, mutate, offspring, shares
 from finetune.config import EvaluateOptions, SearchOptions
 from finetune.evaluate import evaluate
+from finetune.evolution import JOURNAL, read_journal
 from finetune.examples import read_examples
 from finetune.explore import explore, explore_batch, explore_graph
 from finetune.prepare import chosen_task
-from finetune.search import JOURNAL, RESULT, prepare, read_journal, search
+from finetune.search import RESULT, prepare, search
 
 
 def test_configurations_never_rise():
