@@ -61,18 +61,18 @@ def searched(options: SearchOptions) -> tuple[Search, list[dict[str, Any]]]:
     return work, history
 
 
-def timed(options: SearchOptions) -> tuple[float, float]:
-    """CPU seconds of a search, and of one candidate of it evaluated naively, in one process."""
+def timed(options: SearchOptions) -> tuple[float, float | None]:
+    """CPU seconds of a search and, of the joint one, of one candidate of it evaluated naively, in one process."""
     torch.set_num_threads(1)
     work, history = searched(options)
-    return sum(one["seconds"] for one in history), naive_seconds(work, options)
+    return sum(one["seconds"] for one in history), naive_seconds(work) if options.axes == "joint" else None
 
 
 @torch.inference_mode()
-def naive_seconds(work: Search, options: SearchOptions) -> float:
+def naive_seconds(work: Search) -> float:
     """CPU seconds of one candidate where each is a full forward pass of its own, float32, rows in their order."""
     tried = [one for group in work.generations for one in group]
-    drawn = random.Random(options.seed).sample(tried, min(SAMPLED, len(tried)))
+    drawn = random.Random(work.options.seed).sample(tried, min(SAMPLED, len(tried)))
     rows = range(len(work.encoded))
     spent = []
     for lengths in drawn:
