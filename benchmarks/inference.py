@@ -35,6 +35,7 @@ System = tuple[Answer, Path | None]  # the file with its weights
 SURE = 0.9  # the probability at which the cascade's first stage answers
 PIECE = 320  # rows that a system answers before it is the next one's turn
 SAMPLES = 1000  # of the bootstrap of differences
+MARKERS = "os^D"  # of the systems in the plot, ten colours each
 
 
 @dataclass(frozen=True)
@@ -353,21 +354,24 @@ def plot(entries: list[dict[str, Any]], file: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     panels = sorted({(one["threads"], one["batch"]) for one in entries})
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
+    names = list(dict.fromkeys(one["system"] for one in entries))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels) + 2, 4.5), squeeze=False, sharey=True)
     for axis, panel in zip(axes[0], panels, strict=True):
         for one in [one for one in entries if (one["threads"], one["batch"]) == panel]:
-            milliseconds = 1e3 / one["rows_per_second"]
+            place = names.index(one["system"])
             error = [[one["quality"] - one["low"]], [one["high"] - one["quality"]]]
-            axis.errorbar(milliseconds, one["quality"], yerr=error, fmt="o", capsize=2)
-            axis.annotate(one["system"], (milliseconds, one["quality"]), fontsize=7)
-        axis.set(
-            xscale="log",
-            xlabel="ms per row",
-            ylabel=entries[0]["metric"],
-            title=f"{panel[0]} threads, batch {panel[1]}",
-        )
+            how = {"color": f"C{place % 10}", "fmt": MARKERS[place // 10 % len(MARKERS)], "label": one["system"]}
+            axis.errorbar(1e3 / one["rows_per_second"], one["quality"], yerr=error, capsize=2, **how)
+        axis.set(xscale="log", xlabel="ms per row", title=f"threads {panel[0]}, batch {panel[1]}")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.grid(alpha=0.3, which="both")
+    axes[0, 0].set(ylabel=entries[0]["metric"])
+    axes[0, -1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.02, 1))
     figure.tight_layout()
     figure.savefig(file, dpi=120)
 
