@@ -5,10 +5,10 @@
 Each system has a process of its own; pieces of the test rows, in the order of the file or sorted by length, go to all
 systems in turn, so that the machine's noise is shared. Every piece is a file in RESULTS: a run that was cut off goes
 on where it stopped. Each of `--systems` is a name of SYSTEMS, `point:BUDGET` (a measured operating point, by name or
-as max_drop=0.5), `onnx:FILE` (a file with BERT's inputs, as optimum-onnx exports it), `folder:DIR` (another export, a
-distilled student's say) or `openvino:FILE`; all with the labels of the checkpoint in its order; `NAME=` before one of
-them is what it is called. At the end: a table, the JSON of `--output` and a plot beside it, quality against latency.
-Differences in quality are paired, against the first system.
+as max_drop=0.5), `onnx:FILE` (a file with BERT's inputs, as optimum-onnx exports it), `openvino:FILE`, `folder:DIR` or
+`folder:DIR@BUDGET` (another export, a distilled student's say); all with the labels of the checkpoint in its order;
+`NAME=` before one of them is what it is called. At the end: a table, the JSON of `--output` and a plot beside it,
+quality against latency. Differences in quality are paired, against the first system.
 """
 
 import argparse
@@ -230,10 +230,11 @@ def system(name: str, options: argparse.Namespace, threads: int) -> System:
     if kind == "point":
         return ours(options, threads, options.exported, value)
     if kind == "folder":
-        return ours(options, threads, Path(value), None)
+        folder, _, point = value.partition("@")
+        return ours(options, threads, Path(folder), point or None)
     if kind in ("onnx", "openvino"):
         return stock_file(options, threads, Path(value), kind == "openvino")
-    known = [*SYSTEMS, "point:BUDGET", "folder:DIR", "onnx:FILE", "openvino:FILE"]
+    known = [*SYSTEMS, "point:BUDGET", "folder:DIR[@BUDGET]", "onnx:FILE", "openvino:FILE"]
     raise ValueError(f"--systems {name}: unknown; allowed: {', '.join(known)}")
 
 
