@@ -339,14 +339,12 @@ def summary(options: argparse.Namespace, threads: int, batch: int) -> list[dict[
 
 def difference(rows: Rows, answers: np.ndarray, others: np.ndarray) -> dict[str, float]:
     """Of two systems' quality on the same rows, with its 95 % percentile bootstrap interval."""
-    from finetune.metrics import of_samples
+    from finetune.metrics import metric, paired_bootstrap
 
-    quality, count = of_samples(rows.metric), len(rows.truth)
-    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), SAMPLES).astype(np.float64)
-    weights = np.concatenate([np.ones((1, count)), drawn])
-    value, *samples = quality(answers, rows.truth, weights) - quality(others, rows.truth, weights)
-    low, high = np.percentile(samples, [2.5, 97.5])
-    return {"value": float(value), "low": float(low), "high": float(high)}
+    quality = metric(rows.metric)
+    value = quality(answers, rows.truth) - quality(others, rows.truth)
+    low, high = np.percentile(paired_bootstrap(rows.metric, [answers], [others], rows.truth, SAMPLES), [2.5, 97.5])
+    return {"value": value, "low": float(low), "high": float(high)}
 
 
 def plot(entries: list[dict[str, Any]], file: Path) -> None:

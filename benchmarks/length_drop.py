@@ -41,7 +41,7 @@ from elastic_model.arguments import run
 from elastic_model.folders import new_folder
 from elastic_model.pretrained import DISTILBERT_LAYER
 from finetune.evaluate import score_of
-from finetune.metrics import of_samples
+from finetune.metrics import paired_bootstrap
 
 RATES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
 SAMPLES = 1000  # of the bootstrap
@@ -154,10 +154,8 @@ def at_half(split: Split, answered: Sequence[np.ndarray], curve: Sequence[Mappin
     """The rate that comes nearest to half the FLOPs of the real tokens: its quality less that of the full length,
     on the same rows, in points with the 95 % bootstrap interval."""
     place = min(range(len(curve)), key=lambda number: abs(curve[number]["share_real"] - 0.5))
-    labels, value = split.encoded.labels, of_samples(split.labels.metrics[0])
-    rows = len(labels)
-    weights = np.random.default_rng(0).multinomial(rows, np.full(rows, 1 / rows), SAMPLES).astype(np.float64)
-    drawn = 100 * (value(answered[place], labels, weights) - value(answered[0], labels, weights))
+    name, labels = split.labels.metrics[0], split.encoded.labels
+    drawn = 100 * paired_bootstrap(name, [answered[place]], [answered[0]], labels, SAMPLES)
     low, high = np.percentile(drawn, [2.5, 97.5])
     return {
         "rate": curve[place]["rate"],

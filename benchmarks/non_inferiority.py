@@ -38,7 +38,7 @@ from elastic_model.arguments import run
 from elastic_model.folders import new_file
 from finetune.elastify import RESULT, agreement
 from finetune.examples import read_examples
-from finetune.metrics import of_samples
+from finetune.metrics import of_samples, paired_bootstrap
 from finetune.prepare import some_rows
 from finetune.tasks import find_task
 
@@ -46,22 +46,6 @@ MARGINS = {"sst2": 0.7, "mrpc": 1.5, "stsb": 1.5, "sick": 0.7}  # points
 SEEDS = (0, 1, 2)
 SAMPLES = 2000  # of the bootstrap
 ELASTIFIED = "sst2"
-
-
-def paired_bootstrap(
-    name: str, ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], labels: np.ndarray, seed: int = 0
-) -> np.ndarray:
-    """Differences of a metric, mean over seeds, ours - theirs, in resamples of rows and of seeds: (samples,).
-
-    ours, theirs: the answers after each seed. A resample takes the same rows of both sides, and of each seed.
-    """
-    draw, rows, value = np.random.default_rng(seed), len(labels), of_samples(name)
-    weights = draw.multinomial(rows, np.full(rows, 1 / rows), SAMPLES).astype(np.float64)
-    by_seed = np.stack(
-        [value(one, labels, weights) - value(other, labels, weights) for one, other in zip(ours, theirs, strict=True)]
-    )
-    seeds = draw.integers(0, len(by_seed), (len(by_seed), SAMPLES))
-    return by_seed[seeds, np.arange(SAMPLES)].mean(axis=0)
 
 
 def lower_bound_over_seeds(differences: Sequence[float]) -> float | None:
@@ -90,7 +74,7 @@ def compare(task: str, size: Size, sides: dict[str, list[Job]]) -> dict[str, Any
     value, once = of_samples(name), np.ones((1, len(labels)))
     points = {side: [100 * float(value(one, labels, once)[0]) for one in answered] for side, answered in given.items()}
     differences = [one - other for one, other in zip(points["joint"], points["stock"], strict=True)]
-    drawn = 100 * paired_bootstrap(name, given["joint"], given["stock"], labels)
+    drawn = 100 * paired_bootstrap(name, given["joint"], given["stock"], labels, SAMPLES)
     low = float(np.quantile(drawn, 0.05))
     return {
         "metric": name,

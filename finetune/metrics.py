@@ -7,7 +7,7 @@ each sample; it gives a value a sample. All ones is the plain value, draws with 
 import re
 import string
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -217,3 +217,19 @@ def interval(name: str, answers: np.ndarray, labels: np.ndarray, seed: int = 0) 
     scores = [values(answers, labels, draw.multinomial(examples, share, size).astype(np.float64)) for size in sizes]
     low, high = np.percentile(np.concatenate(scores), [2.5, 97.5])
     return float(low), float(high)
+
+
+def paired_bootstrap(
+    name: str, ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], labels: np.ndarray, samples: int
+) -> np.ndarray:
+    """Differences of a metric, mean over seeds, ours - theirs, in resamples of rows and of seeds: (samples,).
+
+    ours, theirs: the answers after each seed. A resample takes the same rows of both sides, and of each seed.
+    """
+    draw, rows, value = np.random.default_rng(0), len(labels), of_samples(name)
+    weights = draw.multinomial(rows, np.full(rows, 1 / rows), samples).astype(np.float64)
+    by_seed = np.stack(
+        [value(one, labels, weights) - value(other, labels, weights) for one, other in zip(ours, theirs, strict=True)]
+    )
+    seeds = draw.integers(0, len(by_seed), (len(by_seed), samples))
+    return by_seed[seeds, np.arange(samples)].mean(axis=0)

@@ -5,7 +5,8 @@ import pytest
 
 from benchmarks.exits import common_range, curve_area
 from benchmarks.experiment import Job, run_chains
-from benchmarks.non_inferiority import lower_bound_over_seeds, paired_bootstrap
+from benchmarks.non_inferiority import lower_bound_over_seeds
+from finetune.metrics import paired_bootstrap
 
 
 def test_area_under_a_curve_is_its_mean_quality():
@@ -22,8 +23,8 @@ def test_equal_answers_never_differ_and_a_better_model_is_bounded_from_below():
     labels = np.array([0, 1] * 200)
     worse = labels.copy()
     worse[:40] = 1 - worse[:40]
-    assert not paired_bootstrap("accuracy", [worse, worse], [worse, worse], labels).any()
-    drawn = paired_bootstrap("accuracy", [labels, labels], [worse, worse], labels)
+    assert not paired_bootstrap("accuracy", [worse, worse], [worse, worse], labels, 1000).any()
+    drawn = paired_bootstrap("accuracy", [labels, labels], [worse, worse], labels, 1000)
     assert 0.05 < np.quantile(drawn, 0.05) < drawn.mean() == pytest.approx(0.1, abs=0.005)
 
 
@@ -33,7 +34,7 @@ def test_pairing_narrows_the_interval():
     ours = (np.arange(400) < 120).astype(int)
     theirs = ours.copy()
     theirs[118:120] = 0
-    drawn = paired_bootstrap("accuracy", [ours], [theirs], labels)
+    drawn = paired_bootstrap("accuracy", [ours], [theirs], labels, 1000)
     assert drawn.mean() == pytest.approx(-0.005, abs=0.001)
     assert np.quantile(drawn, 0.05) > -0.02
 
