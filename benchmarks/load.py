@@ -1,10 +1,10 @@
 """What one session answers under load, on real texts: the same whatever else is asked, in memory that does not grow.
 
-    python -m benchmarks.load EXPORTED --input rows.tsv.gz --text sentence [--rows 10000] [--minutes 1] [--output FILE]
+    python -m benchmarks.load EXPORTED --input rows.tsv.gz --text sentence [--minutes 60] [--output FILE]
 
 1. Mixed load: for `--minutes` batches of 1 to 64 rows of one sentence to as many as fit, in every order; resident
    memory after each tenth of the time.
-2. Threads: 8 threads ask one session for `--minutes`, batches and depths at random; answers that are wrong.
+2. Threads: 8 threads ask one session for `--thread_minutes`, batches and depths at random; answers that are wrong.
 3. Batches: rows one by one against random batches of 1 to 64, float32 and int8, with all tokens and with fewer from
    layer to layer: the share of rows with the same label and exit layer, and how far logits are apart.
 """
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.demo import commit, machine
 from benchmarks.systems import peak_mib
 from elastic_model import ElasticSession
 from elastic_model.arguments import run
@@ -115,17 +116,20 @@ def main() -> None:
     parser.add_argument("--input", type=Path, required=True, help="texts (.tsv with a header, .txt; .gz, .xz)")
     parser.add_argument("--text", default="text", help="column that holds the text")
     parser.add_argument("--rows", type=int, default=10_000, help="texts that are read")
-    parser.add_argument("--minutes", type=float, default=1.0, help="of the threads, and of the mixed load")
+    parser.add_argument("--minutes", type=float, default=1.0, help="of the mixed load")
+    parser.add_argument("--thread_minutes", type=float, default=1.0, help="of the threads")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     texts = read_texts(options.input, options.text, limit=options.rows)
     files = [name for name in ONNX_FILES if (options.exported / "onnx" / f"{name}.onnx").is_file()]
-    result: dict[str, Any] = {"rows": len(texts), "minutes": options.minutes, "batches": {}}
-    measures: dict[str, Callable[..., Any]] = {"mixed_load": mixed_load, "threads": threads_alike}
-    seconds = 60 * options.minutes
-    for name, measure in measures.items():  # first: before memory has held anything else
-        session = ElasticSession.from_pretrained(options.exported, threads=1)
-        result[name] = measure(session, texts[:ASKED], seconds)
+    result: dict[str, Any] = {"rows": len(texts), "machine": machine(1), "commit": commit(), "batches": {}}
+    measures: list[tuple[Callable[..., dict[str, Any]], float]] = [
+        (mixed_load, options.minutes),  # first: before memory has held anything else
+        (threads_alike, options.thread_minutes),
+    ]
+    for measure, minutes in measures:
+        session, name = ElasticSession.from_pretrained(options.exported, threads=1), measure.__name__
+        result[name] = {"minutes": minutes, **measure(session, texts[:ASKED], 60 * minutes)}
         print(name, json.dumps(result[name]), flush=True)
     for file in files:
         session = ElasticSession.from_pretrained(options.exported, file, threads=1)

@@ -7,7 +7,8 @@ measured last, when nothing else of this runs: minutes, to be repeated with `--a
 
     ELASTIC_MODEL_DATA=... python -m benchmarks.pipelines [--tasks sst2] [--minutes 55] [--plan]
 
-writes `benchmarks/results/pipelines.json` and, a task, two plots beside it.
+writes `benchmarks/results/pipelines.json` and, a task, two plots beside it. What was measured of a seed is kept in
+`benchmarks/results/pipelines/`, which later runs of other seeds take as it is: the stages themselves may be gone.
 """
 
 import json
@@ -16,7 +17,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,12 @@ from benchmarks.experiment import (
     working,
 )
 from elastic_model.arguments import run
+from elastic_model.folders import new_file
 from elastic_model.provenance import read_provenance
 from finetune.evaluate import table
+from finetune.pipelines.estimate import read_parts
 from finetune.pipelines.letters import name_of
+from finetune.pipelines.pipeline import MEASURED
 from finetune.pipelines.stages import RECORD
 from finetune.pipelines.study import (
     RELATIVE,
@@ -49,6 +53,7 @@ from finetune.pipelines.study import (
     expected_seconds,
     interval,
     stages_of,
+    summarise,
 )
 
 SIZES = {"sst2": Size(5_000, 128, 2, tokens=13), "mrpc": Size(3_668, 128, 2, tokens=53, learning_rate=OF_PAIRS)}
@@ -95,7 +100,6 @@ class Experiment:
 
     task: str
     size: Size
-    seeds: tuple[int, ...]
     folder: Path
 
     @property
@@ -113,6 +117,10 @@ class Experiment:
         """`python -m` these words: the study of some seeds."""
         own = {"model": minilm(self.folder), "rounds": ROUNDS, **PRUNED, "seeds": list(seeds), "output": self.output}
         return ["finetune", "study", *flags({**self.options, **own, **more})]
+
+    def measured(self, results: Path, seed: int | str) -> Path:
+        """The file with what was measured of a seed, beside the results."""
+        return results.with_suffix("") / f"{self.output.name}-seed-{seed}.json"
 
     def stage(self, seed: int, name: str) -> Path:
         """The folder of a stage."""
@@ -149,19 +157,25 @@ def quality_of(folder: Path, metric: str) -> float:
     return max(found, key=lambda one: one.exit_layer or 0).value
 
 
-def pruning(one: Experiment, metric: str) -> dict[str, Any]:
-    """Points that pruning in rounds is ahead of pruning at once, paired over seeds, by what follows."""
-    found = {}
-    for name, distill in (("not trained", False), ("trained", True)):
-        pairs = [
-            [100 * quality_of(one.cut(seed, rounds, distill), metric) for rounds in (1, ROUNDS)] for seed in one.seeds
-        ]
-        found[name] = {
-            "at_once": [pair[0] for pair in pairs],
-            "in_rounds": [pair[1] for pair in pairs],
-            "difference": interval([in_rounds - at_once for at_once, in_rounds in pairs]),
+def pruning_of(one: Experiment, seed: int, metric: str) -> dict[str, dict[str, float]]:
+    """Quality on dev, in points, after pruning at once and in rounds, by what follows."""
+    return {
+        name: {
+            way: 100 * quality_of(one.cut(seed, rounds, distill), metric)
+            for way, rounds in (("at_once", 1), ("in_rounds", ROUNDS))
         }
-    return found
+        for name, distill in (("not trained", False), ("trained", True))
+    }
+
+
+def pruning(found: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
+    """Points that pruning in rounds is ahead of pruning at once, paired over seeds, by what follows."""
+    result: dict[str, Any] = {}
+    for name in found[0]:
+        pairs = {way: [one[name][way] for one in found] for way in ("at_once", "in_rounds")}
+        differences = [after - before for before, after in zip(*pairs.values(), strict=True)]
+        result[name] = {**pairs, "difference": interval(differences)}
+    return result
 
 
 def bars(task: str, result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -181,20 +195,41 @@ def bars(task: str, result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return least | most
 
 
-def measure(one: Experiment, again: bool) -> dict[str, Any]:
-    """The study's tables, all its stages being there; one thread, nothing beside it."""
+def measure(one: Experiment, seed: int, file: Path, again: bool) -> None:
+    """Measure a seed, all its stages being there, on one thread and nothing beside it; keep what was found."""
     load = os.getloadavg()[0]
-    command = [sys.executable, "-m", *one.study(one.seeds, again=str(again).lower())]
+    command = [sys.executable, "-m", *one.study([seed], again=str(again).lower())]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    content = json.loads((one.output / MEASURED).read_text())
+    rows = json.loads((one.output / RESULT).read_text())["rows"]
+    own = {**provenance(one.size), "load_before": load, "rows": rows}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(file) as new:
+        new.write_text(json.dumps({**content, **own, "pruning": pruning_of(one, seed, content["metric"])}) + "\n")
+
+
+def combined(one: Experiment, files: Sequence[Path]) -> dict[str, Any]:
+    """The study's tables and plots over all the seeds that were measured."""
+    _, measured = read_parts([str(file) for file in files])
+    contents = [json.loads(file.read_text()) for file in files]
+    about = {"task": one.task, "rows": contents[0]["rows"], "padded_to": one.size.max_length}
+    one.output.mkdir(parents=True, exist_ok=True)
+    summarise(one.output, about, [found for seeds in measured.values() for found in seeds.values()])
     result: dict[str, Any] = json.loads((one.output / RESULT).read_text())
-    result |= {"load_before": load, "pruning": pruning(one, result["metric"])}
+    result |= {"size": asdict(one.size), "pruning": pruning([content["pruning"] for content in contents])}
+    result["runs"] = {
+        str(content["measurements"][0]["seed"]): {
+            name: content[name] for name in ("date", "commit", "machine", "load_before")
+        }
+        for content in contents
+    }
     return {**result, "published": PUBLISHED[one.task], "bars": bars(one.task, result)}
 
 
 def show(one: Experiment, result: dict[str, Any]) -> None:
     """The study's own report, the paper's figures, pruning, the bars."""
     published, metric = result["published"], result["metric"]
-    print(f"\n{one.task}, {one.size.words}, seeds {', '.join(map(str, one.seeds))}\n")
+    print(f"\n{one.task}, {one.size.words}, seeds {', '.join(map(str, result['seeds']))}\n")
     print((one.output / REPORT).read_text())
     print("Xin et al. (2022), RoBERTa-base: distance of curves")
     print(
@@ -227,19 +262,28 @@ def experiment() -> None:
     given = {"rows": arguments.train_rows, "epochs": arguments.epochs}
     changed = {name: value for name, value in given.items() if value is not None}
     seeds = tuple(arguments.seeds or SEEDS)
+    results = arguments.output
     with working(arguments) as folder:
-        tasks = [Experiment(task, replace(SIZES[task], **changed), seeds, folder) for task in arguments.tasks]
-        chains = [one.chain(seed) for one in tasks for seed in seeds]
+        tasks = [Experiment(task, replace(SIZES[task], **changed), folder) for task in arguments.tasks]
+        missing = [
+            (one, seed)
+            for one in tasks
+            for seed in seeds
+            if arguments.again or not one.measured(results, seed).is_file()
+        ]
+        chains = [one.chain(seed) for one, seed in missing]
         print_plan(chains, arguments.workers)
         if arguments.plan or not run_chains(chains, folder, arguments.workers, arguments.minutes):
             return
+        for one, seed in missing:
+            measure(one, seed, one.measured(results, seed), arguments.again)
         for one in tasks:
-            result = measure(one, arguments.again)
-            record(arguments.output, __doc__, {one.task: {**provenance(one.size), **result}})
+            files = one.measured(results, "*")
+            found = combined(one, sorted(files.parent.glob(files.name)))
+            record(results, __doc__, {one.task: found})
             for plot in ("curves", "estimates"):
-                name = f"{arguments.output.stem}-{one.task}-{plot}.png"
-                shutil.copyfile(one.output / f"{plot}.png", arguments.output.with_name(name))
-            show(one, result)
+                shutil.copyfile(one.output / f"{plot}.png", results.with_name(f"{results.stem}-{one.task}-{plot}.png"))
+            show(one, found)
 
 
 if __name__ == "__main__":

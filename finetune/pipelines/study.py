@@ -305,17 +305,11 @@ def report(result: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip()
 
 
-def summarise(root: Path, works: list[Work], measurements: list[Measurement]) -> str:
-    """The tables and plots of what is measured, written; the tables as text."""
-    metric, measured = works[0].labels.metrics[0], by_pipeline(measurements)
-    result = {
-        "task": works[0].options.task,
-        "metric": metric,
-        "seeds": [work.options.seed for work in works],
-        "rows": {"train": works[0].train_rows, "dev": len(works[0].dev)},
-        "padded_to": works[0].options.max_length,
-        **answers(measured),
-    }
+def summarise(root: Path, about: Mapping[str, Any], measurements: Sequence[Measurement]) -> str:
+    """The tables and plots of what is measured, written; the tables as text. about: task, rows, padded_to."""
+    measured, metric = by_pipeline(measurements), measurements[0].metric
+    seeds = sorted({one.seed for one in measurements})
+    result = {**about, "metric": metric, "seeds": seeds, **answers(measured)}
     text = report(result)
     for name, content in ((RESULT, json.dumps(result, indent=1)), (REPORT, text)):
         with new_file(root / name) as file:
@@ -364,5 +358,7 @@ def study(options: StudyOptions) -> int:
         for letters in measured_pipelines(orders)
     ]
     write_measured(root / MEASURED, works[0], shown)
-    print("", summarise(root, works, shown), f"\n{RESULT}, {MEASURED}, tables and plots: {root}", sep="\n")
+    rows = {"train": works[0].train_rows, "dev": len(works[0].dev)}
+    about = {"task": options.task, "rows": rows, "padded_to": options.max_length}
+    print("", summarise(root, about, shown), f"\n{RESULT}, {MEASURED}, tables and plots: {root}", sep="\n")
     return 0
