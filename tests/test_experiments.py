@@ -1,12 +1,17 @@
 """The experiments on real data: what they compute from answers, and that their jobs are kept."""
 
+import json
+import sys
+
 import numpy as np
 import pytest
 
+from benchmarks import pipelines
 from benchmarks.exits import common_range, curve_area
 from benchmarks.experiment import Job, run_chains
 from benchmarks.non_inferiority import lower_bound_over_seeds
 from finetune.metrics import paired_bootstrap
+from finetune.pipelines.measure import Measurement, Point
 
 
 def test_area_under_a_curve_is_its_mean_quality():
@@ -63,3 +68,37 @@ def test_jobs_are_ended_when_the_time_is_over(tmp_path, capfd):
     endless = Job("endless", ("http.server", "0", "--bind", "127.0.0.1"), (tmp_path / "never",), 0.0)
     assert not run_chains([[endless]], tmp_path, workers=1, minutes=0.02)
     assert "0.02 minutes are over; the same command goes on" in capfd.readouterr().out
+
+
+def _measured(pipeline: str, seed: int, ms: float, quality: float) -> dict:
+    """As a seed of the study measures a pipeline; with E it has a curve of two points."""
+    points = [Point(None, quality, ms, 1e6, 6.0)]
+    if "E" in pipeline:
+        points.append(Point(0.9, quality - 0.01, ms / 2, 5e5, 3.0))
+    own = {"quality": quality, "full_quality": quality, "ms": ms, "flops": 1e6, "mean_exit_layer": 6.0}
+    own |= {"parameters": 1, "bytes": 1, "exit_ms": [ms / 6], "doubled_ms": None, "curve": points, "settings": {}}
+    return Measurement(pipeline, seed, "hash", "accuracy", **own).to_dict()
+
+
+def test_seeds_of_pipelines_measured_before_are_taken_as_they_are(tmp_path, monkeypatch, capsys):
+    """No stage of theirs is there any more: nothing is trained, and the tables are of both seeds."""
+    times = {"O": 8.0, "D": 4.0, "E": 9.0, "DE": 5.0, "L": 2.0, "Q": 4.0, "LQ": 0.4, "ESLQ": 0.2}
+    one = pipelines.Experiment("sst2", pipelines.SIZES["sst2"], tmp_path)
+    pruned = {"not trained": {"at_once": 60.0, "in_rounds": 62.0}, "trained": {"at_once": 80.0, "in_rounds": 81.0}}
+    for seed in (0, 1):
+        found = [_measured(name, seed, ms, 0.8 + 0.01 * seed) for name, ms in times.items()]
+        content = {"format": 1, "task": "sst2", "metric": "accuracy", "dev": "hash", "settings": {}, "machine": "x"}
+        content |= {"measurements": found, "rows": {"train": 5, "dev": 5}, "pruning": pruned}
+        content |= {"date": "", "commit": "", "load_before": 0.0}
+        file = one.measured(tmp_path / "results.json", seed)
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(content))
+    monkeypatch.setenv("ELASTIC_MODEL_DATA", str(tmp_path))
+    command = ["pipelines", "--tasks", "sst2", "--seeds", "0", "1", "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*command, "--output", str(tmp_path / "results.json")])
+    pipelines.experiment()
+    found = json.loads((tmp_path / "results.json").read_text())["tasks"]["sst2"]
+    assert found["seeds"] == [0, 1]
+    assert found["bars"]["LQ saves of O's time"] == {"found": pytest.approx(0.95), "at_least": 0.94, "met": True}
+    assert found["pruning"]["trained"]["difference"]["mean"] == pytest.approx(1)
+    assert (tmp_path / "results-sst2-curves.png").exists() and "seeds 0, 1" in capsys.readouterr().out

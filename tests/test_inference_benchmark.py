@@ -48,7 +48,8 @@ def test_answers_under_load_are_those_of_one_row(tiny_checkpoint, tmp_path):
     export_checkpoint(ExportOptions(tiny_checkpoint, tmp_path / "exported"))
     (tmp_path / "rows.txt").write_text("\n".join(era_rows("dev")[0][:70]) + "\n")
     command = [sys.executable, "-m", "benchmarks.load", str(tmp_path / "exported"), "--input", tmp_path / "rows.txt"]
-    done = subprocess.run([*command, "--minutes", "0.05", "--output", tmp_path / "load.json"], cwd=ROOT)
+    command += ["--minutes", "0.05", "--thread_minutes", "0.05", "--output", tmp_path / "load.json"]
+    done = subprocess.run(command, cwd=ROOT)
     assert done.returncode == 0
     found = json.loads((tmp_path / "load.json").read_text())
     assert found["threads"]["rows"] > 0 == found["threads"]["wrong"] and found["mixed_load"]["batches"] > 0
