@@ -6,6 +6,7 @@ A stage that is there is not made again: checkpoints/METHOD/TASK/seed-N, submiss
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from finetune.elue.leaderboard import leaderboard_of, text, write_board
 from finetune.elue.methods import METHODS, Method, Setting, chosen_methods, constant_share
 from finetune.elue.points import Subject, choose_settings, outputs_of, write_point
 from finetune.elue.score import points_of, true_labels
-from finetune.elue.scoring import Result, TaskResult, read_reference, write_result
+from finetune.elue.scoring import Result, TaskResult, read_reference, read_result, write_result
 from finetune.elue.submission import MODULES_FILE, files_of
 from finetune.elue.tasks import ELUE_TASKS
 from finetune.prepare import load_classifier, weight_files
@@ -124,6 +125,25 @@ def _result(name: str, method: Method, jobs: list[Job], folder: Path) -> Result:
     return Result(name, tasks, method.describe(), {job.name: job.sizes for job in jobs})
 
 
+def _beside_earlier(results: Mapping[str, Result], jobs: list[Job], folder: Path) -> dict[str, Result]:
+    """The results of this run and, of other tasks and methods, those of earlier runs into the same folder; what an
+    earlier one says of a task of this run at other sizes is left out, and said."""
+    sizes = {job.name: job.sizes for job in jobs}
+    found = dict(results)
+    for file in sorted(folder.glob("*.json")):
+        earlier = read_result(file)
+        own = found.get(earlier.name, Result(earlier.name, {}, earlier.note))
+        kept = {}
+        for task, one in earlier.tasks.items():
+            if task not in sizes or earlier.settings.get(task, sizes[task]) == sizes[task]:
+                kept[task] = one
+            elif task not in own.tasks:
+                print(f"{file}: {ELUE_TASKS[task]} was run at other sizes ({earlier.settings[task]}); left out")
+        settings = {task: size for task, size in earlier.settings.items() if task in kept}
+        found[earlier.name] = replace(own, tasks={**kept, **own.tasks}, settings={**settings, **own.settings})
+    return {name: result for name, result in found.items() if result.tasks}
+
+
 def run(options: RunOptions) -> int:
     """Run ELUE and print the leaderboard; exit code 0, or 143 after SIGTERM (a second call goes on)."""
     logging.set_verbosity_error()
@@ -141,16 +161,18 @@ def run(options: RunOptions) -> int:
                 if code:
                     return code
                 _submit(options, job, method, checkpoints, folder / "submissions" / name / f"seed-{seed}" / job.name)
-    results = {name: _result(name, method, jobs, folder) for name, method in methods.items()}
-    results = {name: result for name, result in results.items() if result.tasks}
     (folder / "results").mkdir(exist_ok=True)
+    results = {name: _result(name, method, jobs, folder) for name, method in methods.items()}
+    results = _beside_earlier(results, jobs, folder / "results")
     for name, result in results.items():
         write_result(result, folder / "results" / f"{name}.json")
     own = results.get("elasticbert")
     if reference is None and own is not None:
         reference = {task: one.points for task, one in own.tasks.items()}
     against = options.reference or ("elasticbert" if own is not None else None)
-    board = leaderboard_of(list(results.values()), reference or {}, against, [job.sizes for job in jobs])
+    sizes = {task: size for result in results.values() for task, size in result.settings.items()}
+    notes = [sizes[task] for task in ELUE_TASKS if task in sizes]
+    board = leaderboard_of(list(results.values()), reference or {}, against, notes)
     write_board(board, folder)
     print(text(board))
     return 0

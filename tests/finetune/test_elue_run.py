@@ -63,6 +63,21 @@ def test_from_checkpoint_to_leaderboard(elue_data, elue_start, capsys):
     assert run(lambda: _command(["elue", "--output", str(elue_data / "taken"), "--max-length", "32", *flags])) == 0
     again = read_result(elue_data / "taken" / "results" / "elasticbert.json").tasks["sst2"].points
     assert again == reference
+
+    # another task, later, into the same folder: the leaderboard has both; at other sizes the earlier ones are left out
+    assert elue(elue_data, elue_start, "--tasks", "stsb", "--seeds", "0", "--methods", "elasticbert") == 0
+    board = json.loads((elue_data / "run" / "leaderboard.json").read_text())
+    assert board["tasks"] == ["sst2", "stsb"] and len(board["entries"]) == 3 and len(board["notes"]) == 2
+    assert {entry["name"] for entry in board["entries"] if "sst2" in entry["tasks"]} == set(entries)
+    capsys.readouterr()
+    flags = ["--tasks", "sst2", "--test-rows", "10", "--checkpoints", f"sst2={taken}", "--methods", "elasticbert"]
+    assert elue(elue_data, elue_start, *flags) == 0
+    board = json.loads((elue_data / "run" / "leaderboard.json").read_text())
+    assert board["test_rows"] == {"sst2": 10, "stsb": 40} and [one["name"] for one in board["entries"]] == [
+        "elasticbert"
+    ]
+    assert "elastic.json: SST-2 was run at other sizes (SST-2: " in capsys.readouterr().out
+
     flags = ["--tasks", "stsb", "--checkpoints", f"stsb={taken}", "--output", str(elue_data / "other")]
     capsys.readouterr()
     assert run(lambda: _command(["elue", "run", "--max-length", "32", *flags])) == 2
