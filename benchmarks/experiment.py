@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -205,6 +206,7 @@ def run_chains(chains: Sequence[Chain], folder: Path, workers: int, minutes: flo
     clock = threading.Timer(60 * (minutes or 0), jobs.stop)
     if minutes is not None:
         clock.start()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # or the jobs outlive us
 
     def follow(chain: Chain) -> None:
         for job in chain:
@@ -221,6 +223,7 @@ def run_chains(chains: Sequence[Chain], folder: Path, workers: int, minutes: flo
             raise
         finally:
             clock.cancel()
+            signal.signal(signal.SIGTERM, before)
     done = all(job.done for chain in chains for job in chain)
     if not done:
         print(f"{minutes:g} minutes are over; the same command goes on", flush=True)

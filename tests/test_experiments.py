@@ -1,7 +1,11 @@
 """The experiments on real data: what they compute from answers, and that their jobs are kept."""
 
 import json
+import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +16,8 @@ from benchmarks.experiment import Job, run_chains
 from benchmarks.non_inferiority import lower_bound_over_seeds
 from finetune.metrics import paired_bootstrap
 from finetune.pipelines.measure import Measurement, Point
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_area_under_a_curve_is_its_mean_quality():
@@ -68,6 +74,21 @@ def test_jobs_are_ended_when_the_time_is_over(tmp_path, capfd):
     endless = Job("endless", ("http.server", "0", "--bind", "127.0.0.1"), (tmp_path / "never",), 0.0)
     assert not run_chains([[endless]], tmp_path, workers=1, minutes=0.02)
     assert "0.02 minutes are over; the same command goes on" in capfd.readouterr().out
+
+
+def test_jobs_end_with_the_experiment_that_is_ended(tmp_path):
+    job = "Job('endless', ('http.server', '0', '--bind', '127.0.0.1'), (Path('never'),), 0.0)"
+    program = f"from pathlib import Path; from benchmarks.experiment import *; run_chains([[{job}]], Path('.'), 1)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    own = {"cwd": tmp_path, "env": environment, "start_new_session": True, "stdout": subprocess.PIPE, "text": True}
+    running = subprocess.Popen(command, **own)
+    assert "endless: begins" in running.stdout.readline()
+    time.sleep(1)  # the job is there
+    running.terminate()
+    assert running.wait(30) == 143
+    with pytest.raises(ProcessLookupError):
+        os.killpg(running.pid, 0)
 
 
 def _measured(pipeline: str, seed: int, ms: float, quality: float) -> dict:
