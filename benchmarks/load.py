@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from benchmarks.systems import peak_mib
 from elastic_model import ElasticSession
 from elastic_model.arguments import run
 from elastic_model.folders import new_file
+from elastic_model.operating_points import checkpoint_hash
 from elastic_model.processor import ONNX_FILES
 from export.rows import read_texts
 
@@ -49,8 +51,11 @@ def random_batches(rows: int, draw: random.Random) -> list[list[int]]:
     return batches
 
 
-def batches_alike(session: ElasticSession, encodings: list[Any], lengths: list[float]) -> dict[str, float]:
-    """Rows one by one against the same rows in random batches, as the file runs by itself."""
+def batches_alike(session: ElasticSession, texts: list[str], lowest: float) -> dict[str, float]:
+    """Rows one by one against the same rows in random batches, as the file runs by itself; shares of tokens that fall
+    from 1 towards `lowest`."""
+    encodings = session.encode(texts)
+    lengths = [1 - (1 - lowest) * layer / session.layers for layer in range(session.layers)]
 
     def ask(batches: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         logits, layers = np.zeros((len(encodings), len(session.labels))), np.zeros(len(encodings), int)
@@ -69,11 +74,11 @@ def batches_alike(session: ElasticSession, encodings: list[Any], lengths: list[f
     }
 
 
-def threads_alike(session: ElasticSession, texts: list[Any], seconds: float) -> dict[str, int]:
+def threads_alike(session: ElasticSession, texts: list[Any], minutes: float) -> dict[str, Any]:
     """Answers to many threads at a time against those to one."""
     depths: list[dict[str, Any]] = [{}, {"max_layer": max(1, session.layers // 2)}]
     expected = [session(texts, **depth) for depth in depths]
-    counts, wrong, end = [0] * THREADS, [0] * THREADS, time.monotonic() + seconds
+    counts, wrong, end = [0] * THREADS, [0] * THREADS, time.monotonic() + 60 * minutes
 
     def ask(thread: int) -> None:
         draw = random.Random(thread)
@@ -92,12 +97,12 @@ def threads_alike(session: ElasticSession, texts: list[Any], seconds: float) -> 
         thread.start()
     for thread in threads:
         thread.join()
-    return {"rows": sum(counts), "wrong": sum(wrong)}
+    return {"minutes": minutes, "rows": sum(counts), "wrong": sum(wrong)}
 
 
-def mixed_load(session: ElasticSession, texts: list[str], seconds: float) -> dict[str, Any]:
+def mixed_load(session: ElasticSession, texts: list[str], minutes: float) -> dict[str, Any]:
     """Batches of all shapes for so long; resident memory as time goes on."""
-    draw, rows, batches = random.Random(0), 0, 0
+    draw, rows, batches, seconds = random.Random(0), 0, 0, 60 * minutes
     began, resident = time.monotonic(), [resident_mib()]
     while (spent := time.monotonic() - began) < seconds:
         sentences = 2 ** draw.randint(0, 5)
@@ -106,11 +111,23 @@ def mixed_load(session: ElasticSession, texts: list[str], seconds: float) -> dic
         rows, batches = rows + len(batch), batches + 1
         if spent > seconds * len(resident) / STEPS:
             resident.append(resident_mib())
-    return {"rows": rows, "batches": batches, "resident_mib": [*resident, resident_mib()], "peak_mib": peak_mib()}
+    counts = {"minutes": minutes, "rows": rows, "batches": batches}
+    return {**counts, "resident_mib": [*resident, resident_mib()], "peak_mib": peak_mib()}
+
+
+def kept(options: argparse.Namespace, rows: int) -> dict[str, Any]:
+    """What was measured of this export before; ValueError where the output holds another one's."""
+    own = {"exported": checkpoint_hash(options.exported), "rows": rows}
+    if options.output is None or not options.output.exists():
+        return {**own, "machine": machine(1), "commit": commit()}
+    found: dict[str, Any] = json.loads(options.output.read_text())
+    if any(found.get(name) != value for name, value in own.items()):
+        raise ValueError(f"{options.output} was measured on another export or other rows; choose another --output")
+    return found
 
 
 def main() -> None:
-    """Measure, print and write the JSON."""
+    """Measure what is missing, print it, keep each part in the JSON as soon as it exists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("exported", type=Path)
     parser.add_argument("--input", type=Path, required=True, help="texts (.tsv with a header, .txt; .gz, .xz)")
@@ -121,26 +138,25 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     texts = read_texts(options.input, options.text, limit=options.rows)
-    files = [name for name in ONNX_FILES if (options.exported / "onnx" / f"{name}.onnx").is_file()]
-    result: dict[str, Any] = {"rows": len(texts), "machine": machine(1), "commit": commit(), "batches": {}}
-    measures: list[tuple[Callable[..., dict[str, Any]], float]] = [
-        (mixed_load, options.minutes),  # first: before memory has held anything else
-        (threads_alike, options.thread_minutes),
-    ]
-    for measure, minutes in measures:
-        session, name = ElasticSession.from_pretrained(options.exported, threads=1), measure.__name__
-        result[name] = {"minutes": minutes, **measure(session, texts[:ASKED], 60 * minutes)}
+    result = kept(options, len(texts))
+
+    def measure(name: str, what: Callable[[ElasticSession], dict[str, Any]], file: str | None = None) -> None:
+        if name in result:
+            return
+        result[name] = what(ElasticSession.from_pretrained(options.exported, file, threads=1))
         print(name, json.dumps(result[name]), flush=True)
-    for file in files:
-        session = ElasticSession.from_pretrained(options.exported, file, threads=1)
-        falling = [1 - 0.5 * layer / session.layers for layer in range(session.layers)]
-        for tokens, lengths in (("all", [1.0] * session.layers), ("fewer", falling)):
-            found = batches_alike(session, session.encode(texts), lengths)
-            result["batches"][f"{file}, {tokens} tokens"] = found
-            print(file, tokens, "tokens", json.dumps(found), flush=True)
-    if options.output:
-        with new_file(options.output) as kept:
-            kept.write_text(json.dumps(result, indent=1) + "\n")
+        if options.output:
+            with new_file(options.output) as new:
+                new.write_text(json.dumps(result, indent=1) + "\n")
+
+    few = texts[:ASKED]  # the mixed load first: before memory has held anything else
+    measure("mixed_load", lambda session: mixed_load(session, few, options.minutes))
+    measure("threads", lambda session: threads_alike(session, few, options.thread_minutes))
+    for file in ONNX_FILES:
+        if (options.exported / "onnx" / f"{file}.onnx").is_file():
+            for tokens, lowest in (("all", 1.0), ("fewer", 0.5)):
+                how = partial(batches_alike, texts=texts, lowest=lowest)
+                measure(f"batches, {file}, {tokens} tokens", how, file)
 
 
 if __name__ == "__main__":

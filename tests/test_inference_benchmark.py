@@ -53,5 +53,7 @@ def test_answers_under_load_are_those_of_one_row(tiny_checkpoint, tmp_path):
     assert done.returncode == 0
     found = json.loads((tmp_path / "load.json").read_text())
     assert found["threads"]["rows"] > 0 == found["threads"]["wrong"] and found["mixed_load"]["batches"] > 0
-    float32 = [one for name, one in found["batches"].items() if name.startswith("model,")]
+    float32 = [found[f"batches, model, {tokens} tokens"] for tokens in ("all", "fewer")]
     assert [one["same_label_and_exit_layer"] for one in float32] == [1.0, 1.0]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout and json.loads((tmp_path / "load.json").read_text()) == found
