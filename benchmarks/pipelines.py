@@ -153,7 +153,7 @@ class Experiment:
 def quality_of(folder: Path, metric: str) -> float:
     """A pruned model's quality on dev at full depth."""
     last = read_provenance(folder)[-1]
-    found = [one for one in last.metrics if one.name == metric and one.split == "dev"]
+    found = [one for one in last.metrics if one.metric == metric and one.split == "dev"]
     return max(found, key=lambda one: one.exit_layer or 0).value
 
 

@@ -125,6 +125,11 @@ def test_budgets_choose_the_operating_point(session):
     assert max(result["exit_layer"] for result in session(TEXTS, max_layer=2)) == 2
 
 
+def test_full_depth_needs_no_measured_point(exported, session):
+    bare = ElasticSession(session.file, exported / "tokenizer.json", threads=1)
+    assert bare(TEXTS, budget="full") == session(TEXTS, budget="full")
+
+
 def test_a_point_with_lengths_drops_tokens(session):
     short, full = session(TEXTS, budget="short", cost=True), session(TEXTS, budget="full", cost=True)
     assert all(less["flops"] < more["flops"] for less, more in zip(short, full, strict=True))
@@ -318,7 +323,7 @@ def test_an_artefact_without_its_tokenizer_or_with_other_points(exported, tmp_pa
         ElasticSession.from_pretrained(tmp_path / "out")
     (tmp_path / "out/operating_points.json").unlink()
     with pytest.raises(ValueError, match="has no operating_points.json"):
-        ElasticSession.from_pretrained(tmp_path / "out")(["a"], budget="full")
+        ElasticSession.from_pretrained(tmp_path / "out")(["a"], budget={"speedup": 2})
     (tmp_path / "out/tokenizer.json").write_text(json.dumps({"version": "1.0"}))
     with pytest.raises(ValueError, match="not a tokenizer"):
         ElasticSession.from_pretrained(tmp_path / "out")
