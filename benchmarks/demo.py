@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks.systems import CHECKPOINT, EXPORTED, SYSTEMS, Served, era_rows
 from elastic_model.folders import claim_folder
 from elastic_model.operating_points import checkpoint_hash
-from elastic_model.processor import available_cores
+from elastic_model.processor import available_cores, cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
 PRETRAINED, CACHE, RESULTS, PLOT = "pretrained", "cache", "results.json", "results.png"
@@ -168,11 +168,9 @@ def held_out_losses(folder: Path) -> dict[str, Any]:
 
 def machine(threads: int) -> dict[str, Any]:
     """What the numbers were measured on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
     packages = ("torch", "transformers", "onnxruntime")
     return {
-        "cpu": models[0].split(":")[1].strip() if models else platform.processor(),
+        "cpu": cpu_name(),
         "threads": threads,
         "python": platform.python_version(),
         **{name: version(name) for name in packages},

@@ -202,7 +202,7 @@ def measure(one: Experiment, seed: int, file: Path, again: bool) -> None:
     subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
     content = json.loads((one.output / MEASURED).read_text())
     rows = json.loads((one.output / RESULT).read_text())["rows"]
-    own = {**provenance(one.size), "load_before": load, "rows": rows}
+    own = {"run": {**provenance(one.size), "load_before": load}, "rows": rows}
     file.parent.mkdir(parents=True, exist_ok=True)
     with new_file(file) as new:
         new.write_text(json.dumps({**content, **own, "pruning": pruning_of(one, seed, content["metric"])}) + "\n")
@@ -217,12 +217,7 @@ def combined(one: Experiment, files: Sequence[Path]) -> dict[str, Any]:
     summarise(one.output, about, [found for seeds in measured.values() for found in seeds.values()])
     result: dict[str, Any] = json.loads((one.output / RESULT).read_text())
     result |= {"size": asdict(one.size), "pruning": pruning([content["pruning"] for content in contents])}
-    result["runs"] = {
-        str(content["measurements"][0]["seed"]): {
-            name: content[name] for name in ("date", "commit", "machine", "load_before")
-        }
-        for content in contents
-    }
+    result["runs"] = {content["measurements"][0]["seed"]: content["run"] for content in contents}
     return {**result, "published": PUBLISHED[one.task], "bars": bars(one.task, result)}
 
 

@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,8 @@ import time
 from pathlib import Path
 
 import psutil
+
+from elastic_model.processor import cpu_name
 
 RESULTS = Path(__file__).parent / "results" / "preparation.json"
 TEXTS = {
@@ -114,7 +115,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     folder = Path(os.environ["ELASTIC_MODEL_DATA"]) / "text"
-    results = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "texts": {}}
+    results = {"machine": cpu_name(), "cores": os.cpu_count(), "texts": {}}
     if arguments.output.is_file():  # texts that are not measured now keep what they had
         results["texts"] |= json.loads(arguments.output.read_text())["texts"]
     for name in arguments.texts:

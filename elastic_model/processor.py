@@ -20,6 +20,13 @@ CPU_QUOTA = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")  # cgroup of the first v
 CPU_PERIOD = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
 
 
+def cpu_name() -> str:
+    """The CPU's model as the kernel reports it, else its kind: what a measured time holds for."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
 def cpu_flags() -> set[str]:
     """The instruction sets that the kernel reports; without /proc/cpuinfo AVX2 is taken for granted on an x86-64, the
     dot product instructions on an ARM."""

@@ -1,14 +1,13 @@
 """`python -m export benchmark`: the files of an exported folder, timed side by side on real rows in one run."""
 
 import json
-import platform
 import time
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from elastic_model.folders import new_file
-from elastic_model.processor import ONNX_FILES, cpu_flags, fitting_files
+from elastic_model.processor import ONNX_FILES, cpu_flags, cpu_name, fitting_files
 from elastic_model.session import ElasticSession
 from export.config import BenchmarkOptions
 from export.rows import read_texts
@@ -39,7 +38,7 @@ def benchmark_folder(options: BenchmarkOptions) -> None:
         for file in files:
             session = ElasticSession.from_pretrained(options.folder, file, threads)
             timings += time_session(session, texts, threads, options.batch_sizes, options.seconds)
-    print(f"{platform.processor() or platform.machine()}, {len(texts)} rows in the order of the file, ms per batch")
+    print(f"{cpu_name()}, {len(texts)} rows in the order of the file, ms per batch")
     print(f"{'file':26} {'point':12} threads batch    p50    p95   rows/s  mean exit layer")
     for one in timings:
         cells = f"{one.file:26} {one.point:12} {one.threads:7} {one.batch:5} {one.p50_ms:6.2f} {one.p95_ms:6.2f}"

@@ -5,7 +5,6 @@ non-negative least squares on batches timed at several lengths and depths. Predi
 the three are known; what is kept in the end is timed itself.
 """
 
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from scipy.optimize import nnls
 
 from elastic_model.checks import LengthConfig
 from elastic_model.cost import exit_flops
+from elastic_model.processor import cpu_name
 from elastic_model.session import ElasticSession
 from finetune.candidates import constant_ratio, shares
 
@@ -90,5 +90,5 @@ class Served:
         """What an operating point of these thresholds and shares records: the median batch, timed, and where."""
         batch, session = self.latency.batch, self.session
         spent = time_batches(session, self.encodings, batch, lengths, thresholds=limits)
-        machine = f"{platform.processor() or platform.machine()}, {session.file.stem}"
+        machine = f"{cpu_name()}, {session.file.stem}"
         return {"value": float(np.median(spent)), "batch": batch, "threads": session.threads, "machine": machine}

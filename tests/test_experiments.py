@@ -110,7 +110,7 @@ def test_seeds_of_pipelines_measured_before_are_taken_as_they_are(tmp_path, monk
         found = [_measured(name, seed, ms, 0.8 + 0.01 * seed) for name, ms in times.items()]
         content = {"format": 1, "task": "sst2", "metric": "accuracy", "dev": "hash", "settings": {}, "machine": "x"}
         content |= {"measurements": found, "rows": {"train": 5, "dev": 5}, "pruning": pruned}
-        content |= {"date": "", "commit": "", "load_before": 0.0}
+        content |= {"run": {"load_before": 0.0}}
         file = one.measured(tmp_path / "results.json", seed)
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(content))

@@ -1,7 +1,6 @@
 """`python -m finetune pipeline DEPLQ --model CHECKPOINT --task NAME --output FOLDER`."""
 
 import json
-import platform
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from transformers import logging
 
 from elastic_model.folders import check_output, claim_folder, new_file
+from elastic_model.processor import cpu_name
 from elastic_model.provenance import versions
 from finetune.evaluate import table
 from finetune.pipelines.config import PipelineOptions
@@ -20,7 +20,6 @@ from finetune.pipelines.work import Work, begin
 FORMAT = 1
 MEASURED = "measured.json"
 REPORT = "report.txt"
-MACHINE = platform.processor() or platform.machine()
 MEASURING = ("max_length", "timed_rows", "permitted_loss")  # what a measurement depends on, beside its stage
 Known = dict[tuple[str, int], Measurement]  # (pipeline, seed) -> what was measured
 
@@ -49,7 +48,7 @@ def write_measured(file: Path, work: Work, measurements: Iterable[Measurement]) 
         "metric": work.labels.metrics[0],
         "dev": work.data["dev"],
         "settings": _measuring(work),
-        "machine": MACHINE,
+        "machine": cpu_name(),
         "versions": versions(),
         "measurements": [one.to_dict() for one in measurements],
     }
@@ -64,7 +63,7 @@ def known_measurements(file: Path, work: Work) -> Known:
     content = read_measured(file)
     if content["dev"] != work.data["dev"]:
         raise ValueError(f"{file} was measured on other data; choose another --output, or remove the file")
-    if work.options.again or content["settings"] != _measuring(work) or content["machine"] != MACHINE:
+    if work.options.again or content["settings"] != _measuring(work) or content["machine"] != cpu_name():
         return {}
     return {(one.pipeline, one.seed): one for one in content["measurements"]}
 

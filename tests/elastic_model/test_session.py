@@ -338,9 +338,11 @@ def test_the_file_fits_the_cpu(monkeypatch, tmp_path):
     assert processor.fitting_files({"asimd", "asimddp"})[0] == "model_qint8_arm64"
     assert processor.fitting_files(set()) == ["model", "model_fp16", "model_bf16"]
     cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu avx2 avx_vnni\n")
+    cpuinfo.write_text("processor\t: 0\nmodel name\t: EPYC: a CPU\nflags\t\t: fpu avx2 avx_vnni\n")
     monkeypatch.setattr(processor, "CPUINFO", cpuinfo)
-    assert processor.cpu_flags() == {"fpu", "avx2", "avx_vnni"}
+    assert processor.cpu_flags() == {"fpu", "avx2", "avx_vnni"} and processor.cpu_name() == "EPYC: a CPU"
+    cpuinfo.unlink()
+    assert processor.cpu_name()
 
 
 def test_threads_respect_the_container(monkeypatch, tmp_path):
