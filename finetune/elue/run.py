@@ -164,8 +164,8 @@ def run(options: RunOptions) -> int:
     (folder / "results").mkdir(exist_ok=True)
     results = {name: _result(name, method, jobs, folder) for name, method in methods.items()}
     results = _beside_earlier(results, jobs, folder / "results")
-    for name, result in results.items():
-        write_result(result, folder / "results" / f"{name}.json")
+    for name in results.keys() & methods.keys():  # what others found stays as it is, also at other sizes
+        write_result(results[name], folder / "results" / f"{name}.json")
     own = results.get("elasticbert")
     if reference is None and own is not None:
         reference = {task: one.points for task, one in own.tasks.items()}

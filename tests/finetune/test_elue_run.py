@@ -65,7 +65,10 @@ def test_from_checkpoint_to_leaderboard(elue_data, elue_start, capsys):
     assert again == reference
 
     # another task, later, into the same folder: the leaderboard has both; at other sizes the earlier ones are left out
+    other = elue_data / "run" / "results" / "elastic.json"
+    written = other.stat().st_mtime_ns
     assert elue(elue_data, elue_start, "--tasks", "stsb", "--seeds", "0", "--methods", "elasticbert") == 0
+    assert other.stat().st_mtime_ns == written
     board = json.loads((elue_data / "run" / "leaderboard.json").read_text())
     assert board["tasks"] == ["sst2", "stsb"] and len(board["entries"]) == 3 and len(board["notes"]) == 2
     assert {entry["name"] for entry in board["entries"] if "sst2" in entry["tasks"]} == set(entries)
