@@ -1,6 +1,7 @@
 """`python -m benchmarks.competitors NAME --model DIR --output DIR`: ELUE's test files of a method from elsewhere.
 
-The flags are those of `python -m finetune elue run` that say what is run on.
+The flags are those of `python -m finetune elue run` that say what is run on; into the folder of such a run, the
+method joins its leaderboard.
 """
 
 import importlib
@@ -54,10 +55,11 @@ def _command(argv: list[str]) -> int:
 
 def compete(name: str, options: SizeOptions) -> int:
     """Fine-tune (or take a checkpoint), run the method, write its test files, a task and a seed after the other; what
-    is there is not made again."""
+    is there is not made again. Then its result, and the leaderboard of all that the folder holds."""
     from benchmarks.competitors.common import Start
     from finetune.elue.costs import CostTable, write_table
     from finetune.elue.jobs import encoded_train, jobs_of, subject_of, training_of, write_labels
+    from finetune.elue.results import publish, result_of
     from finetune.elue.submission import MODULES_FILE
     from finetune.train import train
 
@@ -83,8 +85,8 @@ def compete(name: str, options: SizeOptions) -> int:
             with new_folder(written) as new:
                 modules = method(Start(options, job, seed, subject, splits), new)
                 write_table(CostTable(modules), new / MODULES_FILE)
-    print(f"python -m finetune elue score --name {name} --labels {folder / 'labels'} \\")
-    print(f"  --submission {folder / 'submissions' / name}/seed-N --reference REFERENCE --output OUTPUT")
+    about = COMPETITORS[name]
+    publish([result_of(name, f"{about.paper}; {about.settings}", jobs, folder)], jobs, folder, None)
     return 0
 
 

@@ -77,12 +77,8 @@ def leaderboard_of(
     results: Sequence[Result],
     reference: dict[str, list[Point]],
     reference_name: str | None,
-    notes: Sequence[str] = (),
 ) -> Leaderboard:
-    """Score the results against the reference; ValueError where they were not made on the same test rows.
-
-    notes: what should stand beside the numbers, as the sizes of the run.
-    """
+    """Score the results against the reference; ValueError where they were not made on the same test rows."""
     rows: dict[str, int] = {}
     for result in results:
         for task, one in result.tasks.items():
@@ -93,7 +89,20 @@ def leaderboard_of(
     tasks = [task for task in ELUE_TASKS if task in rows]
     entries = [_entry(result, reference, tasks) for result in results]
     entries.sort(key=lambda entry: (entry.macro is None, -(entry.macro or 0.0), entry.name))
-    return Leaderboard(tasks, {task: rows[task] for task in tasks}, reference_name, entries, list(notes))
+    return Leaderboard(tasks, {task: rows[task] for task in tasks}, reference_name, entries, _sizes(results, tasks))
+
+
+def _sizes(results: Sequence[Result], tasks: list[str]) -> list[str]:
+    """What stands beside the numbers of each task: the sizes of its runs, with names where they are not the same."""
+    lines = []
+    for task in tasks:
+        of_size: dict[str, list[str]] = {}
+        for result in results:
+            if task in result.tasks and task in result.settings:
+                of_size.setdefault(result.settings[task], []).append(result.name)
+        differ = len(of_size) > 1
+        lines += [f"{size} ({', '.join(names)})" if differ else size for size, names in of_size.items()]
+    return lines
 
 
 def _entry(result: Result, reference: dict[str, list[Point]], tasks: list[str]) -> Entry:

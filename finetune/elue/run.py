@@ -6,7 +6,6 @@ A stage that is there is not made again: checkpoints/METHOD/TASK/seed-N, submiss
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,13 @@ from transformers import logging
 from elastic_model.folders import check_output, claim_folder, new_folder
 from elastic_model.provenance import file_hash
 from finetune.elue.config import RunOptions
-from finetune.elue.costs import CostTable, ModuleCost, load_costs, table_of, write_table
+from finetune.elue.costs import CostTable, ModuleCost, table_of, write_table
 from finetune.elue.jobs import Job, check_answers, jobs_of, layers_of, subject_of, training_of, words, write_labels
-from finetune.elue.leaderboard import leaderboard_of, text, write_board
 from finetune.elue.methods import METHODS, Method, Setting, chosen_methods, constant_share
 from finetune.elue.points import Subject, choose_settings, outputs_of, write_point
-from finetune.elue.score import points_of, true_labels
-from finetune.elue.scoring import Result, TaskResult, read_reference, read_result, write_result
-from finetune.elue.submission import MODULES_FILE, files_of
+from finetune.elue.results import publish, result_of
+from finetune.elue.scoring import Result, read_reference
+from finetune.elue.submission import MODULES_FILE
 from finetune.elue.tasks import ELUE_TASKS
 from finetune.prepare import load_classifier, weight_files
 from finetune.train import train
@@ -111,37 +109,8 @@ def _points(
 
 
 def _result(name: str, method: Method, jobs: list[Job], folder: Path) -> Result:
-    """A method's test files read back and scored, as anybody's would be."""
-    tasks = {}
-    for job in jobs:
-        if method.fits(job.kind.problem_type):
-            seeds = []
-            labels = true_labels(job.name, folder / "labels")
-            for seed in job.seeds:
-                submission = folder / "submissions" / name / f"seed-{seed}"
-                costs = load_costs(submission / job.name / MODULES_FILE, job.kind)
-                seeds.append(points_of(files_of(submission)[job.name], labels, job.kind, costs))
-            tasks[job.name] = TaskResult(job.kind.metric, len(labels), seeds)
-    return Result(name, tasks, method.describe(), {job.name: job.sizes for job in jobs})
-
-
-def _beside_earlier(results: Mapping[str, Result], jobs: list[Job], folder: Path) -> dict[str, Result]:
-    """The results of this run and, of other tasks and methods, those of earlier runs into the same folder; what an
-    earlier one says of a task of this run at other sizes is left out, and said."""
-    sizes = {job.name: job.sizes for job in jobs}
-    found = dict(results)
-    for file in sorted(folder.glob("*.json")):
-        earlier = read_result(file)
-        own = found.get(earlier.name, Result(earlier.name, {}, earlier.note))
-        kept = {}
-        for task, one in earlier.tasks.items():
-            if task not in sizes or earlier.settings.get(task, sizes[task]) == sizes[task]:
-                kept[task] = one
-            elif task not in own.tasks:
-                print(f"{file}: {ELUE_TASKS[task]} was run at other sizes ({earlier.settings[task]}); left out")
-        settings = {task: size for task, size in earlier.settings.items() if task in kept}
-        found[earlier.name] = replace(own, tasks={**kept, **own.tasks}, settings={**settings, **own.settings})
-    return {name: result for name, result in found.items() if result.tasks}
+    fitting = [job for job in jobs if method.fits(job.kind.problem_type)]
+    return result_of(name, method.describe(), fitting, folder)
 
 
 def run(options: RunOptions) -> int:
@@ -150,7 +119,7 @@ def run(options: RunOptions) -> int:
     logging.disable_progress_bar()
     methods, jobs = chosen_methods(words(options.methods)), jobs_of(options)
     _check(options, methods, jobs)
-    reference = read_reference(Path(options.reference)) if options.reference else None
+    reference = (options.reference, read_reference(Path(options.reference))) if options.reference else None
     folder = claim_folder(Path(options.output))
     write_labels(jobs, folder / "labels")
     for job in jobs:
@@ -161,20 +130,8 @@ def run(options: RunOptions) -> int:
                 if code:
                     return code
                 _submit(options, job, method, checkpoints, folder / "submissions" / name / f"seed-{seed}" / job.name)
-    (folder / "results").mkdir(exist_ok=True)
-    results = {name: _result(name, method, jobs, folder) for name, method in methods.items()}
-    results = _beside_earlier(results, jobs, folder / "results")
-    for name in results.keys() & methods.keys():  # what others found stays as it is, also at other sizes
-        write_result(results[name], folder / "results" / f"{name}.json")
-    own = results.get("elasticbert")
-    if reference is None and own is not None:
-        reference = {task: one.points for task, one in own.tasks.items()}
-    against = options.reference or ("elasticbert" if own is not None else None)
-    sizes = {task: size for result in results.values() for task, size in result.settings.items()}
-    notes = [sizes[task] for task in ELUE_TASKS if task in sizes]
-    board = leaderboard_of(list(results.values()), reference or {}, against, notes)
-    write_board(board, folder)
-    print(text(board))
+    found = [_result(name, method, jobs, folder) for name, method in methods.items()]
+    publish([result for result in found if result.tasks], jobs, folder, reference)
     return 0
 
 

@@ -1,6 +1,7 @@
 """Methods from elsewhere: what each claims of its models, and that their test files are scored as anybody's."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -118,7 +119,9 @@ def test_a_competitor_from_checkpoint_to_score(name, elue_data, elue_start):
     own = ["--submission", str(out / "submissions" / name / "seed-0"), "--labels", str(out / "labels")]
     assert run(lambda: finetune_command(["elue", "score", *own, "--output", str(elue_data / "scored")])) == 0
     tasks = read_result(elue_data / "scored").tasks
-    assert set(tasks) == {"sst2", "stsb"}
+    assert set(tasks) == {"sst2", "stsb"} and read_result(out / "results" / f"{name}.json").tasks == tasks
+    board = json.loads((out / "leaderboard.json").read_text())
+    assert board["entries"][0]["note"].startswith(COMPETITORS[name].paper) and len(board["notes"]) == 2
     for task in tasks.values():
         assert len(task.points) >= 4
         # so few updates teach PoWER-BERT to drop nothing

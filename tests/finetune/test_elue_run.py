@@ -72,6 +72,11 @@ def test_from_checkpoint_to_leaderboard(elue_data, elue_start, capsys):
     board = json.loads((elue_data / "run" / "leaderboard.json").read_text())
     assert board["tasks"] == ["sst2", "stsb"] and len(board["entries"]) == 3 and len(board["notes"]) == 2
     assert {entry["name"] for entry in board["entries"] if "sst2" in entry["tasks"]} == set(entries)
+    results = [str(file) for file in sorted((elue_data / "run" / "results").glob("*.json"))]
+    capsys.readouterr()
+    flags = ["--reference", str(elue_data / "run/results/elasticbert.json"), "--results", *results]
+    assert run(lambda: _command(["elue", "leaderboard", *flags])) == 0
+    assert "\n".join(board["notes"]) in capsys.readouterr().out
     capsys.readouterr()
     flags = ["--tasks", "sst2", "--test-rows", "10", "--checkpoints", f"sst2={taken}", "--methods", "elasticbert"]
     assert elue(elue_data, elue_start, *flags) == 0

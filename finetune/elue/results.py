@@ -1,0 +1,68 @@
+"""The results of a folder of submissions: read back, kept task by task in results/NAME.json, put on a leaderboard."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from finetune.elue.costs import load_costs
+from finetune.elue.jobs import Job
+from finetune.elue.leaderboard import leaderboard_of, text, write_board
+from finetune.elue.score import points_of, true_labels
+from finetune.elue.scoring import Point, Result, TaskResult, read_result, write_result
+from finetune.elue.submission import MODULES_FILE, files_of
+from finetune.elue.tasks import ELUE_TASKS
+
+RESULTS = "results"
+REFERENCE = "elasticbert"  # the method whose curve the others are scored against, where no other is given
+
+
+def result_of(name: str, note: str, jobs: list[Job], folder: Path) -> Result:
+    """A method's test files in submissions/NAME/seed-N/TASK, scored as anybody's would be."""
+    tasks = {}
+    for job in jobs:
+        seeds = []
+        labels = true_labels(job.name, folder / "labels")
+        for seed in job.seeds:
+            submission = folder / "submissions" / name / f"seed-{seed}"
+            costs = load_costs(submission / job.name / MODULES_FILE, job.kind)
+            seeds.append(points_of(files_of(submission)[job.name], labels, job.kind, costs))
+        tasks[job.name] = TaskResult(job.kind.metric, len(labels), seeds)
+    return Result(name, tasks, note, {job.name: job.sizes for job in jobs})
+
+
+def _beside_earlier(results: Mapping[str, Result], jobs: list[Job], folder: Path) -> dict[str, Result]:
+    """The results of this run and, of other tasks and methods, those of earlier runs into the same folder; what an
+    earlier one says of a task of this run at other sizes is left out, and said."""
+    sizes = {job.name: job.sizes for job in jobs}
+    found = dict(results)
+    for file in sorted(folder.glob("*.json")):
+        earlier = read_result(file)
+        own = found.get(earlier.name, Result(earlier.name, {}, earlier.note))
+        kept = {}
+        for task, one in earlier.tasks.items():
+            if task not in sizes or earlier.settings.get(task, sizes[task]) == sizes[task]:
+                kept[task] = one
+            elif task not in own.tasks:
+                print(f"{file}: {ELUE_TASKS[task]} was run at other sizes ({earlier.settings[task]}); left out")
+        settings = {task: size for task, size in earlier.settings.items() if task in kept}
+        found[earlier.name] = replace(own, tasks={**kept, **own.tasks}, settings={**settings, **own.settings})
+    return {name: result for name, result in found.items() if result.tasks}
+
+
+def publish(
+    own: list[Result], jobs: list[Job], folder: Path, reference: tuple[str, dict[str, list[Point]]] | None
+) -> None:
+    """Keep the results of a run, and write and print the leaderboard of all that the folder holds.
+
+    reference: its name and its curve on each task; None: the exits of `elasticbert`, where the folder has them.
+    """
+    (folder / RESULTS).mkdir(exist_ok=True)
+    results = _beside_earlier({result.name: result for result in own}, jobs, folder / RESULTS)
+    for result in own:  # what others found stays as it is, also at other sizes
+        write_result(results[result.name], folder / RESULTS / f"{result.name}.json")
+    if reference is None and REFERENCE in results:
+        reference = REFERENCE, {task: one.points for task, one in results[REFERENCE].tasks.items()}
+    name, curves = reference or (None, {})
+    board = leaderboard_of(list(results.values()), curves, name)
+    write_board(board, folder)
+    print(text(board))
