@@ -38,9 +38,16 @@ def page(
 
 
 def _table(name: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Heads are buttons: the script of the page sorts by them, and a link with #sort=TABLE,COLUMN,desc does."""
-    heads = "".join(f'<th scope="col"><button type="button">{escape(cell)}</button></th>' for cell in head)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    """Heads are buttons: the script of the page sorts by them, and a link with #sort=TABLE,COLUMN,desc does. Columns
+    without a number are set as text."""
+    text = [not any(cell[:1].isdigit() or cell[:1] == "-" for cell in column) for column in zip(*rows, strict=True)]
+    classes = [' class="text"' if one else "" for one in text or [True] * len(head)]
+    heads = "".join(
+        f'<th scope="col"{one}><button type="button">{escape(cell)}</button></th>'
+        for one, cell in zip(classes, head, strict=True)
+    )
+    lines = ["".join(f"<td{one}>{escape(cell)}</td>" for one, cell in zip(classes, row, strict=True)) for row in rows]
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
     return f'<table id="{name}">\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>'
 
 

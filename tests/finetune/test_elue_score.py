@@ -277,6 +277,7 @@ def test_the_page_stands_alone(page):
     }
     assert parsed.circles == 3 + 3 + 3 + 1
     assert "<b>better" not in html
+    assert '<td class="text">worse</td><td>-10.50</td>' in html  # what is read is set as text, what is compared not
 
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
