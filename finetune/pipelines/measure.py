@@ -1,15 +1,17 @@
 """What a pipeline gives: quality, size, FLOPs and milliseconds of a row, as a curve where rows may leave early.
 
 Times are those of Xin et al. (2022): one row at a time, one thread. The thread's own time counts: on an idle machine
-that is the time on the clock, and waiting for a processor that others use is left out. Without L a row has
-`max_length` tokens, with L its own; without Q PyTorch runs it, with Q onnxruntime. Of some rows every exit is timed;
-the time of all others follows from a straight line in their tokens, so that a curve of many thresholds costs no more
-than one. Quality is read from the answers that the stages have kept: only the timed rows are run.
+that is the time on the clock, and waiting for a processor that others use is left out. All pipelines of a seed are
+timed in turns: a machine shared with others changes its speed by half within minutes, and savings are ratios. Without
+L a row has `max_length` tokens, with L its own; without Q PyTorch runs it, with Q onnxruntime. Of some rows every exit
+is timed; the time of all others follows from a straight line in their tokens, so that a curve of many thresholds costs
+no more than one. Quality is read from the answers that the stages have kept: only the timed rows are run.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,7 @@ from finetune.policies import Policy, candidates, choose, never
 from finetune.prepare import load_classifier, weight_files
 from finetune.prune import one_thread
 
-REPEATS = 5  # the fastest counts: whatever else runs only adds
+TURNS = 5  # the fastest counts: whatever else runs only adds
 EVERY = 4  # of the settings of a policy a curve shows one in so many
 PADDED = 10  # rows timed where all have the same number of tokens
 
@@ -90,17 +92,26 @@ def _stretched(row: Row, tokens: int) -> Row:
     return Row((row.ids * times)[:tokens], (row.type_ids * times)[:tokens])
 
 
-def times_of_exits(run: Timer, rows: list[Row], exits: list[int]) -> np.ndarray:
-    """Milliseconds of each row up to the exit at each of some places, (exits, rows): the fastest of some runs, after
-    some that are not timed."""
-    spent = np.empty((REPEATS, len(exits), len(rows)))
-    for row in rows[:2]:
-        run(row, exits[-1])
-    for place in np.ndindex(*spent.shape):
-        began = time.thread_time()
-        run(rows[place[2]], exits[place[1]])
-        spent[place] = (time.thread_time() - began) * 1e3
-    return spent.min(0)
+@dataclass(frozen=True)
+class Trial:
+    """What is timed: calls of a timer, each a row and the place of the exit that it leaves at."""
+
+    run: Timer
+    calls: list[tuple[Row, int]]
+
+
+def times_in_turns(trials: Sequence[Trial]) -> list[np.ndarray]:
+    """Milliseconds of every call of each trial: the fastest of some turns. Each begins with a call that is not timed,
+    since the trial before has left nothing of this one's weights in the caches."""
+    fastest = [np.full(len(trial.calls), np.inf) for trial in trials]
+    for _ in range(TURNS):
+        for trial, spent in zip(trials, fastest, strict=True):
+            trial.run(*trial.calls[0])
+            for place, call in enumerate(trial.calls):
+                began = time.thread_time()
+                trial.run(*call)
+                spent[place] = min(spent[place], (time.thread_time() - began) * 1e3)
+    return fastest
 
 
 def line_in_tokens(spent: np.ndarray, timed: list[int], tokens: list[int]) -> np.ndarray:
@@ -169,45 +180,76 @@ def operating_point(curve: list[Point], permitted_loss: float) -> Point:
     return curve[best or 0]
 
 
-def measure(work: Work, letters: str) -> Measurement:
-    """A pipeline whose stages are there: quality on dev, and times on this machine."""
-    options, lengths = work.options, work.dev.lengths
-    folder = work.folder(checkpoint_of(letters))
+@dataclass(frozen=True)
+class Subject:
+    """A pipeline that is to be measured: what runs it, the rows that are timed at every exit, those of twice the
+    length that are timed at the last one."""
+
+    letters: str
+    config: ElasticBertConfig
+    parameters: int
+    weights: list[Path]
+    run: Timer
+    timed: list[Row]
+    tokens: list[int]
+    doubled: list[Row]
+
+    @property
+    def trial(self) -> Trial:
+        """Its calls: exit by exit, then the rows of twice the length."""
+        last = len(self.config.exit_layers or ()) - 1
+        calls = [(row, place) for place in range(last + 1) for row in self.timed]
+        return Trial(self.run, calls + [(row, last) for row in self.doubled])
+
+
+def _subject(work: Work, letters: str, in_order: list[Row]) -> Subject:
+    options, folder = work.options, work.folder(checkpoint_of(letters))
     model = load_classifier(folder, options.max_length)
-    config, weights, run = model.config, weight_files(folder), _torch_timer(model)
+    config, parameters, weights, run = model.config, model.num_parameters(), weight_files(folder), _torch_timer(model)
     if "Q" in letters:
         session = ElasticSession.from_pretrained(work.folder(stage_of(letters)), threads=1)
         weights, run = [session.file], _session_timer(session)
-    places = list(range(len(config.exit_layers or ())))
-    in_order = [rows_of(work.dev)[row] for row in np.argsort(lengths, kind="stable")]
-    doubled_ms = None
+    if "L" in letters:
+        timed = _spread(in_order, options.timed_rows)
+        return Subject(letters, config, parameters, weights, run, timed, work.dev.lengths, [])
+    some, length = _spread(in_order, min(PADDED, options.timed_rows)), options.max_length
+    timed, tokens = [_stretched(row, length) for row in some], [length] * len(work.dev)
+    doubled = [_stretched(row, 2 * length) for row in some] if 2 * length <= _positions(config) else []
+    return Subject(letters, config, parameters, weights, run, timed, tokens, doubled)
+
+
+def measure(work: Work, pipelines: Sequence[str]) -> list[Measurement]:
+    """Pipelines whose stages are there: quality on dev, and times on this machine, in turns."""
+    rows = rows_of(work.dev)
+    in_order = [rows[row] for row in np.argsort(work.dev.lengths, kind="stable")]
+    subjects = [_subject(work, letters, in_order) for letters in pipelines]
     with one_thread():
-        if "L" in letters:
-            timed, tokens = _spread(in_order, options.timed_rows), lengths
-        else:
-            some = _spread(in_order, min(PADDED, options.timed_rows))
-            timed, tokens = [_stretched(row, options.max_length) for row in some], [options.max_length] * len(lengths)
-            if 2 * options.max_length <= _positions(config):
-                long = [_stretched(row, 2 * options.max_length) for row in some]
-                doubled_ms = float(times_of_exits(run, long, places[-1:]).mean())
-        spent = times_of_exits(run, timed, places)
-    times = line_in_tokens(spent, [len(row.ids) for row in timed], tokens)
-    curve = _curve(work, read_answers(work, stage_of(letters)), times, config, tokens)
-    chosen = operating_point(curve, options.permitted_loss / (2 if "S" in letters else 1))
+        spent = times_in_turns([subject.trial for subject in subjects])
+    return [_measurement(work, subject, one) for subject, one in zip(subjects, spent, strict=True)]
+
+
+def _measurement(work: Work, subject: Subject, spent: np.ndarray) -> Measurement:
+    """spent: milliseconds of the calls of its trial."""
+    letters, config, timed = subject.letters, subject.config, subject.timed
+    exits = len(config.exit_layers or ())
+    of_exits, doubled = spent[: exits * len(timed)].reshape(exits, len(timed)), spent[exits * len(timed) :]
+    times = line_in_tokens(of_exits, [len(row.ids) for row in timed], subject.tokens)
+    curve = _curve(work, read_answers(work, stage_of(letters)), times, config, subject.tokens)
+    chosen = operating_point(curve, work.options.permitted_loss / (2 if "S" in letters else 1))
     return Measurement(
         pipeline=name_of(letters),
-        seed=options.seed,
-        checkpoint=checkpoint_hash(folder),
+        seed=work.options.seed,
+        checkpoint=checkpoint_hash(work.folder(checkpoint_of(letters))),
         metric=work.labels.metrics[0],
         quality=chosen.quality,
         full_quality=curve[0].quality,
         ms=chosen.ms,
         flops=chosen.flops,
         mean_exit_layer=chosen.mean_exit_layer,
-        parameters=model.num_parameters(),
-        bytes=sum(file.stat().st_size for file in weights),
+        parameters=subject.parameters,
+        bytes=sum(file.stat().st_size for file in subject.weights),
         exit_ms=times.mean(1).tolist(),
-        doubled_ms=doubled_ms,
+        doubled_ms=float(doubled.mean()) if len(doubled) else None,
         curve=curve,
         settings=_settings(work, letters),
     )
@@ -231,4 +273,7 @@ def _settings(work: Work, letters: str) -> dict[str, Any]:
 
 def is_current(work: Work, one: Measurement) -> bool:
     """Whether it was measured on the weights that its stage has now."""
-    return one.checkpoint == checkpoint_hash(work.folder(checkpoint_of(letters_of(one.pipeline))))
+    letters = letters_of(one.pipeline)
+    folder = work.folder(checkpoint_of(letters))
+    there = folder.is_dir() and work.folder(stage_of(letters)).is_dir()
+    return there and one.checkpoint == checkpoint_hash(folder)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from elastic_model.processor import cpu_name
 from elastic_model.provenance import versions
 from finetune.evaluate import table
 from finetune.pipelines.config import PipelineOptions
-from finetune.pipelines.letters import name_of, parse, prefixes, stage_of
+from finetune.pipelines.letters import letters_of, name_of, parse, prefixes, stage_of
 from finetune.pipelines.measure import Measurement, is_current, measure
 from finetune.pipelines.stages import carry_out, read_record
 from finetune.pipelines.work import Work, begin
@@ -98,18 +99,25 @@ def against_doubled(measurements: list[Measurement], max_length: int) -> list[st
     return [f"O padded to {2 * max_length} tokens: {doubled:.3f} ms a row; {last.pipeline} saves {saved:.1%} of it"]
 
 
-def measure_again(work: Work, letters: str, known: Known, file: Path) -> Measurement:
-    """What is known of a pipeline whose stages are there, else measured and kept in `file`, of this seed alone."""
-    key = (name_of(letters), work.options.seed)
-    if key not in known or not is_current(work, known[key]):
-        print(f"measuring {key[0]}, seed {key[1]}", flush=True)
-        known[key] = measure(work, letters)
-        write_measured(file, work, [one for (_, seed), one in known.items() if seed == work.options.seed])
-    return known[key]
+def measured_together(work: Work, pipelines: list[str], known: Known, file: Path) -> list[Measurement]:
+    """What is known of pipelines whose stages are there, of one seed. Where something is missing, all are timed anew
+    in turns, and with them whatever else was measured in this folder: times of one seed always compare. They are kept
+    in `file`."""
+    own = {key: one for key, one in known.items() if key[1] == work.options.seed and is_current(work, one)}
+    keys = [(name_of(letters), work.options.seed) for letters in pipelines]
+    if any(key not in own for key in keys):
+        names = list(dict.fromkeys(name for name, _ in [*own, *keys]))
+        print(f"measuring {' '.join(names)}, seed {work.options.seed}, in turns", flush=True)
+        for one in measure(work, [letters_of(name) for name in names]):
+            key = (one.pipeline, one.seed)
+            own[key] = replace(one, settings=own[key].settings) if key in own else one
+        write_measured(file, work, own.values())
+        known |= own
+    return [own[key] for key in keys]
 
 
 def pipeline(options: PipelineOptions) -> int:
-    """Carry out the missing stages, measure each, print the table; exit code 0, or 143 after SIGTERM."""
+    """Carry out the missing stages, measure all, print the table; exit code 0, or 143 after SIGTERM."""
     letters = parse(options.pipeline)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -123,7 +131,7 @@ def pipeline(options: PipelineOptions) -> int:
     for stage in stages:
         if code := carry_out(work, stage):
             return code
-    shown = [measure_again(work, one, known, root / MEASURED) for one in prefixes(letters)]
+    shown = measured_together(work, prefixes(letters), known, root / MEASURED)
     lines = [
         f"{len(work.dev)} rows of dev; one row at a time, one thread; without L every row has {options.max_length} "
         "tokens",

@@ -35,7 +35,7 @@ from finetune.pipelines.estimate import (
 from finetune.pipelines.figures import plot_curves, plot_estimates
 from finetune.pipelines.letters import NOTHING, TRAINED, letters_of, name_of, parse, prefixes, stage_of
 from finetune.pipelines.measure import Measurement
-from finetune.pipelines.pipeline import MEASURED, Known, known_measurements, measure_again, write_measured
+from finetune.pipelines.pipeline import MEASURED, Known, known_measurements, measured_together, write_measured
 from finetune.pipelines.stages import carry_out, read_record
 from finetune.pipelines.work import Work, begin
 from finetune.prepare import load_tokenizer
@@ -352,11 +352,8 @@ def study(options: StudyOptions) -> int:
                 return code
     if not options.measure:
         return 0
-    shown = [
-        measure_again(work, letters, known, work.root / MEASURED)
-        for work in works
-        for letters in measured_pipelines(orders)
-    ]
+    wanted = measured_pipelines(orders)
+    shown = [one for work in works for one in measured_together(work, wanted, known, work.root / MEASURED)]
     write_measured(root / MEASURED, works[0], shown)
     rows = {"train": works[0].train_rows, "dev": len(works[0].dev)}
     about = {"task": options.task, "rows": rows, "padded_to": options.max_length}

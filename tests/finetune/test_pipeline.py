@@ -10,7 +10,7 @@ from elastic_model import ElasticBertForSequenceClassification
 from elastic_model.provenance import read_provenance
 from finetune.__main__ import _command
 from finetune.pipelines.letters import checkpoint_of, parse, prefixes, stage_of
-from finetune.pipelines.measure import Point, line_in_tokens, operating_point, times_of_exits
+from finetune.pipelines.measure import TURNS, Point, Trial, line_in_tokens, operating_point, times_in_turns
 from finetune.pipelines.study import all_orders, measured_pipelines, stages_of
 
 
@@ -79,9 +79,13 @@ def test_times_of_other_rows_follow_a_line_in_their_tokens():
     spent = np.array([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]])
     np.testing.assert_allclose(line_in_tokens(spent, [10, 20, 30], [15, 30, 40]), [[1.5, 3, 4], [3, 6, 8]])
     np.testing.assert_allclose(line_in_tokens(spent, [9, 9, 9], [5]), [[2], [4]])
-    calls = []
-    assert times_of_exits(lambda row, place: calls.append((row, place)), ["a", "b"], [0, 1]).shape == (2, 2)
-    assert set(calls) == {("a", 0), ("a", 1), ("b", 0), ("b", 1)}
+
+
+def test_pipelines_are_timed_in_turns():
+    called = []
+    trials = [Trial(lambda row, place: called.append(row + str(place)), [(row, 0), (row, 1)]) for row in "ab"]
+    assert [spent.shape for spent in times_in_turns(trials)] == [(2,), (2,)]
+    assert called == ["a0", "a0", "a1", "b0", "b0", "b1"] * TURNS
 
 
 def measured_in(folder):
@@ -112,6 +116,11 @@ def test_a_pipeline_and_its_second_run(flags, tmp_path, capsys):
     assert _command(["pipeline", "DEP", *flags("--layers=2")]) == 0
     again = [stage for stage, when in made.items() if (out / stage / "model.safetensors").stat().st_mtime_ns != when]
     assert again == ["DEP"]
+    shutil.rmtree(out / "DEP")  # what is gone is not timed again with the rest
+    assert _command(["pipeline", "E", *flags()]) == 0
+    assert "measuring O D DE E, seed 0, in turns" in capsys.readouterr().out
+    assert set(measured_in(out)) == {"O", "D", "DE", "E"} and measured_in(out)["D"]["settings"]["layers"] == 2
+    assert measured_in(out)["D"]["ms"] != measured["D"]["ms"]
     with pytest.raises(ValueError, match="stage .*D was made with layers = 2, not 1"):
         _command(["pipeline", "DE", *flags("--layers=1")])
     with pytest.raises(ValueError, match="was made from other data: its train rows differ"):
