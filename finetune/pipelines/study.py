@@ -2,7 +2,8 @@
 
 Every order of D, P and E over several seeds; how far apart the trade-off curves of two orders are, against two seeds
 of one order (their table 1); L and Q on top (table 2), also together with E and S; curves estimated from single
-operators against measured ones (figure 4). Times are measured last, those of a seed in turns, when nothing is trained any more.
+operators against measured ones (figure 4). Times are measured last, those of a seed in turns, when nothing is trained
+any more.
 """
 
 import itertools
