@@ -59,8 +59,8 @@ from finetune.pipelines.study import (
 SIZES = {"sst2": Size(5_000, 128, 2, tokens=13), "mrpc": Size(3_668, 128, 2, tokens=53, learning_rate=OF_PAIRS)}
 SEEDS = (0, 1, 2)
 ROUNDS = 8
-IMPORTANCE_ROWS = 500  # of train, in each round
-PRUNED = {"heads": 8, "intermediate": 768, "multiple_of": 8, "importance_rows": IMPORTANCE_ROWS}
+IMPORTANCE_ROWS, OF_TRAIN = 500, 4  # in each round: so many rows, at most a quarter of train
+PRUNED = {"heads": 8, "intermediate": 768, "multiple_of": 8}
 # Xin et al. (2022), tables 1 and 2: RoBERTa-base, distances in points, shares of time in %
 PUBLISHED: dict[str, dict[str, dict[str, tuple]]] = {
     "mrpc": {
@@ -113,10 +113,15 @@ class Experiment:
         """The folder of its study."""
         return self.folder / f"pipelines-{self.task}-{self.size.rows}x{self.size.epochs}"
 
+    @property
+    def pruned(self) -> dict[str, Any]:
+        """What P leaves, and what it measures."""
+        return {**PRUNED, "importance_rows": min(IMPORTANCE_ROWS, self.size.rows // OF_TRAIN)}
+
     def study(self, seeds: Sequence[int], **more: Any) -> list[str]:
         """`python -m` these words: the study of some seeds."""
-        own = {"model": minilm(self.folder), "rounds": ROUNDS, **PRUNED, "seeds": list(seeds), "output": self.output}
-        return ["finetune", "study", *flags({**self.options, **own, **more})]
+        own = {"model": minilm(self.folder), "rounds": ROUNDS, "seeds": list(seeds), "output": self.output}
+        return ["finetune", "study", *flags({**self.options, **self.pruned, **own, **more})]
 
     def measured(self, results: Path, seed: int | str) -> Path:
         """The file with what was measured of a seed, beside the results."""
@@ -136,13 +141,13 @@ class Experiment:
         """Every stage of a seed; then its O pruned at once, and both ways without training."""
         stages = stages_of(all_orders())
         row = 3 * row_flops(self.size)  # a backward pass is two forward ones
-        whole, measuring = row * self.size.rows * self.size.epochs, row * min(IMPORTANCE_ROWS, self.size.rows)
+        whole, measuring = row * self.size.rows * self.size.epochs, row * self.pruned["importance_rows"]
         total = sum(expected_seconds(stage, whole, ROUNDS * measuring) for stage in stages if "Q" not in stage)
         outputs = tuple(self.stage(seed, name_of(stage)) / RECORD for stage in stages)
         jobs = [Job(f"{self.output.name}-{seed}", tuple(self.study([seed], measure="false")), outputs, total)]
         for rounds, distill in ((1, True), (1, False), (ROUNDS, False)):
             output = self.cut(seed, rounds, distill)
-            own = {"model": self.stage(seed, "O"), "rounds": rounds, "distill": str(distill).lower(), **PRUNED}
+            own = {"model": self.stage(seed, "O"), "rounds": rounds, "distill": str(distill).lower(), **self.pruned}
             own |= {"seed": seed, "gradient_equilibrium": "false", "exit_policy": "confidence", "output": output}
             words = ("finetune", "prune", *flags({**self.options, **own}), "--resume")
             cost = rounds * measuring * SMALLER["P"] + (whole * RELATIVE["P"] if distill else 0)
