@@ -36,6 +36,7 @@ from benchmarks.experiment import (
     run_chains,
     working,
 )
+from elastic_model import ElasticBertConfig
 from elastic_model.arguments import run
 from elastic_model.folders import new_file
 from elastic_model.provenance import read_provenance
@@ -109,6 +110,11 @@ class Experiment:
         return {**own, "epochs": self.size.epochs, "learning_rate": self.size.learning_rate}
 
     @property
+    def rows_of_o(self) -> int:
+        """O is fine-tuned on all rows of the task: smaller sizes are those of the stages after it."""
+        return SIZES[self.task].rows
+
+    @property
     def output(self) -> Path:
         """The folder of its study."""
         return self.folder / f"pipelines-{self.task}-{self.size.rows}x{self.size.epochs}"
@@ -118,9 +124,13 @@ class Experiment:
         """What P leaves, and what it measures."""
         return {**PRUNED, "importance_rows": min(IMPORTANCE_ROWS, self.size.rows // OF_TRAIN)}
 
-    def study(self, seeds: Sequence[int], **more: Any) -> list[str]:
-        """`python -m` these words: the study of some seeds."""
-        own = {"model": minilm(self.folder), "rounds": ROUNDS, "seeds": list(seeds), "output": self.output}
+    def fine_tuned(self, seed: int) -> Path:
+        """The folder of the model that the study of a seed begins with."""
+        return self.folder / f"pipelines-{self.task}-O-{self.rows_of_o}x{self.size.epochs}" / f"seed-{seed}"
+
+    def study(self, seed: int, **more: Any) -> list[str]:
+        """`python -m` these words: the study of a seed."""
+        own = {"model": self.fine_tuned(seed), "rounds": ROUNDS, "seeds": seed, "output": self.output}
         return ["finetune", "study", *flags({**self.options, **self.pruned, **own, **more})]
 
     def measured(self, results: Path, seed: int | str) -> Path:
@@ -138,13 +148,20 @@ class Experiment:
         return self.stage(seed, f"pruned-{rounds}{'' if distill else '-not-trained'}")
 
     def chain(self, seed: int) -> Chain:
-        """Every stage of a seed; then its O pruned at once, and both ways without training."""
+        """O and every stage of a seed; then its O pruned at once, and both ways without training."""
         stages = stages_of(all_orders())
         row = 3 * row_flops(self.size)  # a backward pass is two forward ones
         whole, measuring = row * self.size.rows * self.size.epochs, row * self.pruned["importance_rows"]
         total = sum(expected_seconds(stage, whole, ROUNDS * measuring) for stage in stages if "Q" not in stage)
         outputs = tuple(self.stage(seed, name_of(stage)) / RECORD for stage in stages)
-        jobs = [Job(f"{self.output.name}-{seed}", tuple(self.study([seed], measure="false")), outputs, total)]
+        first, last = self.fine_tuned(seed), ElasticBertConfig.from_pretrained(minilm(self.folder)).num_hidden_layers
+        own = {"model": minilm(self.folder), "train_rows": self.rows_of_o, "exit_layers": last}
+        own |= {"gradient_equilibrium": "false", "seed": seed, "output": first}
+        words = ("finetune", "train", *flags({**self.options, **own}), "--resume")
+        jobs = [
+            Job(f"{first.parent.name}-{seed}", words, (first,), row * self.rows_of_o * self.size.epochs),
+            Job(f"{self.output.name}-{seed}", tuple(self.study(seed, measure="false")), outputs, total),
+        ]
         for rounds, distill in ((1, True), (1, False), (ROUNDS, False)):
             output = self.cut(seed, rounds, distill)
             own = {"model": self.stage(seed, "O"), "rounds": rounds, "distill": str(distill).lower(), **self.pruned}
@@ -203,7 +220,7 @@ def bars(task: str, result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def measure(one: Experiment, seed: int, file: Path, again: bool) -> None:
     """Measure a seed, all its stages being there, on one thread and nothing beside it; keep what was found."""
     load = os.getloadavg()[0]
-    command = [sys.executable, "-m", *one.study([seed], again=str(again).lower())]
+    command = [sys.executable, "-m", *one.study(seed, again=str(again).lower())]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
     content = json.loads((one.output / MEASURED).read_text())
     rows = json.loads((one.output / RESULT).read_text())["rows"]
@@ -221,7 +238,8 @@ def combined(one: Experiment, files: Sequence[Path]) -> dict[str, Any]:
     one.output.mkdir(parents=True, exist_ok=True)
     summarise(one.output, about, [found for seeds in measured.values() for found in seeds.values()])
     result: dict[str, Any] = json.loads((one.output / RESULT).read_text())
-    result |= {"size": asdict(one.size), "pruning": pruning([content["pruning"] for content in contents])}
+    result |= {"size": asdict(one.size), "rows_of_O": one.rows_of_o}
+    result["pruning"] = pruning([content["pruning"] for content in contents])
     result["runs"] = {content["measurements"][0]["seed"]: content["run"] for content in contents}
     return {**result, "published": PUBLISHED[one.task], "bars": bars(one.task, result)}
 
@@ -229,7 +247,8 @@ def combined(one: Experiment, files: Sequence[Path]) -> dict[str, Any]:
 def show(one: Experiment, result: dict[str, Any]) -> None:
     """The study's own report, the paper's figures, pruning, the bars."""
     published, metric = result["published"], result["metric"]
-    print(f"\n{one.task}, {one.size.words}, seeds {', '.join(map(str, result['seeds']))}\n")
+    seeds = ", ".join(map(str, result["seeds"]))
+    print(f"\n{one.task}, O {one.rows_of_o:,} train rows, stages {one.size.words}, seeds {seeds}\n")
     print((one.output / REPORT).read_text())
     print("Xin et al. (2022), RoBERTa-base: distance of curves")
     print(
