@@ -86,6 +86,16 @@ def never(name: str, exits: int, problem_type: ProblemType) -> Policy:
     return {"name": name, "threshold": 0.0 if name in ("entropy", "learned") else 1.0}
 
 
+def at_one_exit(loosest: Policy, exits: int, problem_type: ProblemType) -> list[Policy]:
+    """The settings of a policy at which all rows leave at the same exit between the first and the last: its strictest
+    threshold below that exit, its loosest (of `candidates`, the last) from there on; none of a policy that counts."""
+    strict = never(loosest["name"], exits, problem_type)
+    if "threshold" not in strict:
+        return []
+    ends = strict["threshold"], loosest["threshold"]
+    return [{**strict, "threshold": [ends[0]] * place + [ends[1]] * (exits - place)} for place in range(1, exits - 1)]
+
+
 def thresholds(name: str, policy: Policy | None, exits: int, problem_type: ProblemType) -> list[float]:
     """A policy's threshold at each exit, as operating points hold it (class patience: a count); None: full depth."""
     settings = policy or never(name, exits, problem_type)

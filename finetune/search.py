@@ -33,7 +33,7 @@ from finetune.figures import plot_areas, plot_front, plot_points
 from finetune.kinds import answers_of
 from finetune.labels import Labels
 from finetune.latency import Latency, Served, measure_latency
-from finetune.policies import candidates, never, policy_name, thresholds
+from finetune.policies import at_one_exit, candidates, never, policy_name, thresholds
 from finetune.prepare import (
     chosen_task,
     encode_split,
@@ -207,6 +207,7 @@ def prepare(options: SearchOptions) -> tuple[Search, Encoded]:
             settings["graph"] = hashlib.file_digest(content, "sha256").hexdigest()
     if options.axes != "lengths" and len(model.exit_layers) > 1:
         policies += candidates(name, work.explore(encoded, [work.whole])[work.whole].logits, labels.problem_type)
+        policies += at_one_exit(policies[-1], len(model.exit_layers), labels.problem_type)
     return work, every
 
 

@@ -59,15 +59,16 @@ def spread_layers(config: ElasticBertConfig, options: RunOptions) -> list[Settin
 @dataclass(frozen=True)
 class Method:
     """training: changes of `TrainOptions` (methods with the same share a checkpoint); settings: its static operating
-    points; policy, regression_policy: what its points are swept over, None where it has none for such tasks; lengths:
-    swept jointly with the shares of the run; depths: a model of its own for every depth, cut before fine-tuning."""
+    points; policy, regression_policy: what its points are swept over, None where it has none for such tasks;
+    lengths_and_depths: swept jointly with the shares of the run, and all rows at one exit beside it; depths: a model
+    of its own for every depth, cut before fine-tuning."""
 
     paper: str
     training: Mapping[str, Any] = field(default_factory=dict)
     settings: Settings | None = None
     policy: str | None = None
     regression_policy: str | None = None
-    lengths: bool = False
+    lengths_and_depths: bool = False
     depths: bool = False
     note: str = ""
 
@@ -146,8 +147,8 @@ METHODS: dict[str, Method] = {
         {"recipe": "sandwich", "layer_drop": 0.0},
         policy="entropy",
         regression_policy="patience",
-        lengths=True,
-        note="LengthDrop and exits, swept jointly on dev",
+        lengths_and_depths=True,
+        note="LengthDrop, exits and depth, swept jointly on dev",
     ),
 }
 

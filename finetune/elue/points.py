@@ -19,7 +19,7 @@ from finetune.elue.submission import modules_text, steps_of, write_predictions
 from finetune.kinds import answers_of
 from finetune.labels import Labels
 from finetune.metrics import metric
-from finetune.policies import candidates
+from finetune.policies import at_one_exit, candidates
 
 NEVER = {"name": "never"}
 
@@ -82,10 +82,10 @@ def leave(subject: Subject, setting: Setting, outputs: Outputs) -> tuple[np.ndar
 
 
 def choose_settings(
-    subject: Subject, policy: str, lengths: Sequence[list[float] | None], dev: Encoded, count: int
+    subject: Subject, policy: str, lengths: Sequence[list[float] | None], dev: Encoded, count: int, depths: bool
 ) -> list[Setting]:
     """At most `count` settings of a policy (and of lengths, jointly): on dev's Pareto front, those nearest to costs
-    spread evenly between its ends."""
+    spread evenly between its ends. depths: also those at which all rows leave at the same exit."""
     tried: list[Setting] = []
     costs: list[float] = []
     qualities: list[float] = []
@@ -93,6 +93,8 @@ def choose_settings(
         base = Setting("", length_config=length_config)
         outputs = outputs_of(subject, dev, base)
         policies = candidates(policy, outputs.logits, subject.labels.problem_type)
+        if depths:
+            policies += at_one_exit(policies[-1], len(subject.exit_layers), subject.labels.problem_type)
         left = sweep(
             policies,
             outputs.logits,

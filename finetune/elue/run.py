@@ -66,6 +66,7 @@ def _settings(options: RunOptions, job: Job, method: Method, checkpoints: list[P
     return {
         "weights": weights,
         "policy": method.policy_for(job.kind.problem_type),
+        "lengths_and_depths": method.lengths_and_depths,
         "points": options.points,
         "shares": options.shares,
         "test rows": len(job.test),
@@ -97,9 +98,11 @@ def _points(
     if method.settings is not None:
         settings = method.settings(subject.config, options)
     else:
-        shares = options.shares if method.lengths else [1.0]
+        shares = options.shares if method.lengths_and_depths else [1.0]
         lengths = [constant_share(share, subject.config.num_hidden_layers) for share in shares]
-        settings = choose_settings(subject, policy or "", lengths, splits["dev"], options.points)
+        settings = choose_settings(
+            subject, policy or "", lengths, splits["dev"], options.points, method.lengths_and_depths
+        )
     passes: dict[str, Any] = {}
     for setting in settings:
         key = json.dumps(setting.sub_network)

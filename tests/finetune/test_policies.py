@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from elastic_model.exit_policies import simulate
-from finetune.policies import CANDIDATES, candidates, choose, never, policy_name, thresholds
+from finetune.policies import CANDIDATES, at_one_exit, candidates, choose, never, policy_name, thresholds
 
 NAMES = [name for name in CANDIDATES if name != "learned"]  # which needs its head
 KINDS = [(name, "single_label_classification") for name in NAMES] + [("patience", "regression")]
@@ -38,6 +38,15 @@ def test_never_is_full_depth(name, problem_type):
     policy = never(name, 4, problem_type)
     assert mean_layer(policy, logits, problem_type) == 4.0
     assert thresholds(name, None, 4, problem_type) == thresholds(name, policy, 4, problem_type)
+
+
+@pytest.mark.parametrize(("name", "problem_type"), KINDS)
+def test_all_rows_can_leave_at_one_exit(name, problem_type):
+    logits = logits_for(problem_type)
+    loosest = candidates(name, logits, problem_type)[-1]
+    found = [simulate(one, logits, [1, 2, 3, 4], problem_type)[1] for one in at_one_exit(loosest, 4, problem_type)]
+    counts = name == "voting" or (name == "patience" and problem_type != "regression")
+    assert [set(layers.tolist()) for layers in found] == ([] if counts else [{2}, {3}])
 
 
 def test_the_choice_stops_at_the_first_failure():
