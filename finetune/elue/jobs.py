@@ -27,6 +27,7 @@ from finetune.prepare import (
     load_tokenizer,
     some_rows,
 )
+from finetune.recipe import find_recipe
 from finetune.tasks import Task
 
 
@@ -163,12 +164,22 @@ def _cut(options: SizeOptions, depth: int) -> str:
 
 
 def training_of(
-    options: SizeOptions, job: Job, training: Mapping[str, Any], owner: str, seed: int, depth: int | None = None
+    options: SizeOptions,
+    job: Job,
+    training: Mapping[str, Any],
+    owner: str,
+    seed: int,
+    depth: int | None = None,
+    before: Path | None = None,
 ) -> TrainOptions:
-    """How a checkpoint is made, in checkpoints/OWNER/TASK/seed-N: from the whole starting checkpoint, or from its
-    first `depth` layers. training: changes of `TrainOptions`."""
-    start = str(options.model) if depth is None else _cut(options, depth)
+    """How a checkpoint is made, in checkpoints/OWNER/TASK/seed-N: from the whole starting checkpoint, from its first
+    `depth` layers, or in the last phase of a recipe from the checkpoint `before`, which teaches. training: changes of
+    `TrainOptions`."""
+    start = str(before or options.model) if depth is None else _cut(options, depth)
     changes = dict(training)
+    if before is not None:
+        skipped = [0] * (len(find_recipe(changes["recipe"]).phases) - 1)
+        changes |= {"teacher": str(before), "phase_epochs": [*skipped, job.epochs]}
     if changes.get("exit_layers") == LAST_EXIT:
         changes["exit_layers"] = [layers_of(start)]
     folder = Path(options.output) / "checkpoints" / owner / job.name / f"seed-{seed}"

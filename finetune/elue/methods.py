@@ -58,13 +58,15 @@ def spread_layers(config: ElasticBertConfig, options: RunOptions) -> list[Settin
 
 @dataclass(frozen=True)
 class Method:
-    """training: changes of `TrainOptions` (methods with the same share a checkpoint); settings: its static operating
-    points; policy, regression_policy: what its points are swept over, None where it has none for such tasks;
-    lengths_and_depths: swept jointly with the shares of the run, and all rows at one exit beside it; depths: a model
-    of its own for every depth, cut before fine-tuning."""
+    """training: changes of `TrainOptions` (methods with the same share a checkpoint); after: the method whose
+    checkpoint the recipe's last phase trains on, and learns from; settings: its static operating points; policy,
+    regression_policy: what its points are swept over, None where it has none for such tasks; lengths_and_depths:
+    swept jointly with the shares of the run, and all rows at one exit beside it; depths: a model of its own for
+    every depth, cut before fine-tuning."""
 
     paper: str
     training: Mapping[str, Any] = field(default_factory=dict)
+    after: str | None = None
     settings: Settings | None = None
     policy: str | None = None
     regression_policy: str | None = None
@@ -83,21 +85,24 @@ class Method:
     def describe(self) -> str:
         """The method in a line: paper, training, what its points are."""
         training = ", ".join(f"{name} {value}" for name, value in self.training.items())
+        after = f"after {self.after}, its teacher" if self.after else ""
         static = "static" if self.settings is not None else ""
         policies = ", ".join(dict.fromkeys(filter(None, (self.policy, self.regression_policy)))) or static
-        return "; ".join(filter(None, (self.paper, training, policies, self.note)))
+        return "; ".join(filter(None, (self.paper, training, after, policies, self.note)))
 
 
 ELASTICBERT = {"recipe": "joint"}
 
 METHODS: dict[str, Method] = {
-    "elasticbert": Method("Liu et al. 2022", ELASTICBERT, exits, note="every exit in static use: the reference"),
+    "elasticbert": Method(
+        "Liu et al. 2022", ELASTICBERT, settings=exits, note="every exit in static use: the reference"
+    ),
     "elasticbert-entropy": Method("Liu et al. 2022", ELASTICBERT, policy="entropy"),
     "elasticbert-patience": Method("Liu et al. 2022", ELASTICBERT, policy="patience", regression_policy="patience"),
     "static": Method(
         "Liu et al. 2022, baselines",
         {"recipe": "joint", "exit_layers": LAST_EXIT},
-        last_exit,
+        settings=last_exit,
         depths=True,
         note="the first layers of the backbone, fine-tuned alone",
     ),
@@ -126,7 +131,7 @@ METHODS: dict[str, Method] = {
     "lengthdrop": Method(
         "Kim and Cho 2021",
         {"recipe": "sandwich", "layer_drop": 0.0, "exit_layers": LAST_EXIT},
-        shares,
+        settings=shares,
         note="fixed shares, no search",
     ),
     "layerdrop": Method(
@@ -139,12 +144,13 @@ METHODS: dict[str, Method] = {
             "distillation": "none",
             "exit_layers": LAST_EXIT,
         },
-        spread_layers,
+        settings=spread_layers,
         note="the full model and two sub-networks an update, each on the labels",
     ),
     "elastic": Method(
         "ours: Liu et al. 2022 with Kim and Cho 2021",
         {"recipe": "sandwich", "layer_drop": 0.0},
+        after="elasticbert",
         policy="entropy",
         regression_policy="patience",
         lengths_and_depths=True,

@@ -143,8 +143,14 @@ def _checkpoints(options: RunOptions, job: Job, method: Method, seed: int) -> tu
     if job.checkpoint is not None:
         return 0, [Path(job.checkpoint)]
     depths = _depths(options) if method.depths else [None]
+    before = None
+    if method.after is not None:
+        code, found = _checkpoints(options, job, METHODS[method.after], seed)
+        if code:
+            return code, []
+        before = found[0]
     owner = next(name for name, other in METHODS.items() if other.training == method.training)  # who share it
-    trainings = [training_of(options, job, method.training, owner, seed, depth) for depth in depths]
+    trainings = [training_of(options, job, method.training, owner, seed, depth, before) for depth in depths]
     for training in trainings:
         code = train(training)
         if code:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from elastic_model.arguments import run
+from elastic_model.provenance import read_provenance
 from finetune.__main__ import _command
 from finetune.elue.methods import METHODS
 from finetune.elue.scoring import elue_score, read_result
@@ -38,6 +39,11 @@ def test_from_checkpoint_to_leaderboard(elue_data, elue_start, capsys):
         assert entries[name]["tasks"]["sst2"]["score"] == pytest.approx(elue_score(points, reference))
         assert 1 <= len({point.name for point in points}) == len(points) <= 4
         assert np.all(np.diff([point.flops for point in points]) >= 0)
+
+    # ours goes on where the reference ended, and learns from it
+    first, last = read_provenance(elue_data / "run" / "checkpoints" / "elastic" / "sst2" / "seed-0")[-2:]
+    assert (first.settings["recipe"], last.settings["recipe"]) == ("joint", "sandwich")
+    assert last.settings["phase_epochs"][0] == 0 and last.settings["teacher"] is not None
 
     # a second call makes nothing again; the test files are a submission that `score` reads like any other
     files = {
