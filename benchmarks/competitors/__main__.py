@@ -59,13 +59,13 @@ def compete(name: str, options: SizeOptions) -> int:
     from benchmarks.competitors.common import Start
     from finetune.elue.costs import CostTable, write_table
     from finetune.elue.jobs import encoded_train, jobs_of, subject_of, training_of, write_labels
-    from finetune.elue.results import publish, result_of
+    from finetune.elue.results import publish, reference_of, result_of
     from finetune.elue.submission import MODULES_FILE
     from finetune.train import train
 
     check_output(Path(options.output))
     method = getattr(importlib.import_module(f"benchmarks.competitors.{name}"), name)
-    jobs = jobs_of(options)
+    jobs, reference = jobs_of(options), reference_of(options)
     folder = claim_folder(Path(options.output))
     write_labels(jobs, folder / "labels")
     for job in jobs:
@@ -86,7 +86,7 @@ def compete(name: str, options: SizeOptions) -> int:
                 modules = method(Start(options, job, seed, subject, splits), new)
                 write_table(CostTable(modules), new / MODULES_FILE)
     about = COMPETITORS[name]
-    publish([result_of(name, f"{about.paper}; {about.settings}", jobs, folder)], jobs, folder, None)
+    publish([result_of(name, f"{about.paper}; {about.settings}", jobs, folder)], jobs, folder, reference)
     return 0
 
 

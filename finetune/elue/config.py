@@ -65,7 +65,7 @@ LAST_EXIT = "last exit only"  # in the training of a method, for `exit_layers`: 
 
 @dataclass(kw_only=True)
 class SizeOptions:
-    """What is run on: starting checkpoint, tasks, how many rows, epochs and seeds."""
+    """What is run on: starting checkpoint, tasks, how many rows, epochs and seeds; and what is scored against."""
 
     model: str | None = option(
         None,
@@ -89,6 +89,7 @@ class SizeOptions:
     batch_size: int = option(32, help="rows of one update")
     learning_rate: list[str] = _per_task("learning_rate", "peak learning rate of AdamW")
     eval_batch_size: int = option(64, help="rows in one forward pass of an evaluation")
+    reference: str | None = option(None, help=f"{REFERENCE_HELP} (default: the elasticbert of the folder, else none)")
 
 
 @dataclass(kw_only=True)
@@ -104,4 +105,3 @@ class RunOptions(SizeOptions):
     shares: list[float] = option(
         [1.0, 0.95, 0.9, 0.8, 0.7], help="lengths tried: the share of its tokens that every layer passes on"
     )
-    reference: str | None = option(None, help=f"{REFERENCE_HELP} (default: the run's own elasticbert, else none)")

@@ -4,16 +4,23 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from finetune.elue.config import SizeOptions
 from finetune.elue.costs import load_costs
 from finetune.elue.jobs import Job
 from finetune.elue.leaderboard import leaderboard_of, text, write_board
 from finetune.elue.score import points_of, true_labels
-from finetune.elue.scoring import Point, Result, TaskResult, read_result, write_result
+from finetune.elue.scoring import Point, Result, TaskResult, read_reference, read_result, write_result
 from finetune.elue.submission import MODULES_FILE, files_of
 from finetune.elue.tasks import ELUE_TASKS
 
 RESULTS = "results"
+Reference = tuple[str, dict[str, list[Point]]]  # name, {task: curve}
 REFERENCE = "elasticbert"  # the method whose curve the others are scored against, where no other is given
+
+
+def reference_of(options: SizeOptions) -> Reference | None:
+    """What `--reference` names, read; None where the exits of `elasticbert` are the reference."""
+    return (options.reference, read_reference(Path(options.reference))) if options.reference else None
 
 
 def result_of(name: str, note: str, jobs: list[Job], folder: Path) -> Result:
@@ -49,13 +56,9 @@ def _beside_earlier(results: Mapping[str, Result], jobs: list[Job], folder: Path
     return {name: result for name, result in found.items() if result.tasks}
 
 
-def publish(
-    own: list[Result], jobs: list[Job], folder: Path, reference: tuple[str, dict[str, list[Point]]] | None
-) -> None:
-    """Keep the results of a run, and write and print the leaderboard of all that the folder holds.
-
-    reference: its name and its curve on each task; None: the exits of `elasticbert`, where the folder has them.
-    """
+def publish(own: list[Result], jobs: list[Job], folder: Path, reference: Reference | None) -> None:
+    """Keep the results of a run, and write and print the leaderboard of all that the folder holds, against the
+    reference given, else the exits of `elasticbert`, where the folder has them."""
     (folder / RESULTS).mkdir(exist_ok=True)
     results = _beside_earlier({result.name: result for result in own}, jobs, folder / RESULTS)
     for result in own:  # what others found stays as it is, also at other sizes

@@ -18,8 +18,8 @@ from finetune.elue.costs import CostTable, ModuleCost, table_of, write_table
 from finetune.elue.jobs import Job, check_answers, jobs_of, layers_of, subject_of, training_of, words, write_labels
 from finetune.elue.methods import METHODS, Method, Setting, chosen_methods, constant_share
 from finetune.elue.points import Subject, choose_settings, outputs_of, write_point
-from finetune.elue.results import publish, result_of
-from finetune.elue.scoring import Result, read_reference
+from finetune.elue.results import publish, reference_of, result_of
+from finetune.elue.scoring import Result
 from finetune.elue.submission import MODULES_FILE
 from finetune.elue.tasks import ELUE_TASKS
 from finetune.prepare import load_classifier, weight_files
@@ -122,7 +122,7 @@ def run(options: RunOptions) -> int:
     logging.disable_progress_bar()
     methods, jobs = chosen_methods(words(options.methods)), jobs_of(options)
     _check(options, methods, jobs)
-    reference = (options.reference, read_reference(Path(options.reference))) if options.reference else None
+    reference = reference_of(options)
     folder = claim_folder(Path(options.output))
     write_labels(jobs, folder / "labels")
     for job in jobs:

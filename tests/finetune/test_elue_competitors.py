@@ -122,6 +122,10 @@ def test_a_competitor_from_checkpoint_to_score(name, elue_data, elue_start):
     assert set(tasks) == {"sst2", "stsb"} and read_result(out / "results" / f"{name}.json").tasks == tasks
     board = json.loads((out / "leaderboard.json").read_text())
     assert board["entries"][0]["note"].startswith(COMPETITORS[name].paper) and len(board["notes"]) == 2
+    given = str(elue_data / "scored" / "scores.json")
+    assert run(lambda: _command([name, *flags, "--reference", given])) == 0
+    board = json.loads((out / "leaderboard.json").read_text())
+    assert board["reference"] == given and board["entries"][0]["macro"] == 0.0
     for task in tasks.values():
         assert len(task.points) >= 4
         # so few updates teach PoWER-BERT to drop nothing
