@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from filelock import FileLock
+
 from finetune.elue.config import SizeOptions
 from finetune.elue.costs import load_costs
 from finetune.elue.jobs import Job
@@ -58,14 +60,19 @@ def _beside_earlier(results: Mapping[str, Result], jobs: list[Job], folder: Path
 
 def publish(own: list[Result], jobs: list[Job], folder: Path, reference: Reference | None) -> None:
     """Keep the results of a run, and write and print the leaderboard of all that the folder holds, against the
-    reference given, else the exits of `elasticbert`, where the folder has them."""
-    (folder / RESULTS).mkdir(exist_ok=True)
-    results = _beside_earlier({result.name: result for result in own}, jobs, folder / RESULTS)
-    for result in own:  # what others found stays as it is, also at other sizes
-        write_result(results[result.name], folder / RESULTS / f"{result.name}.json")
-    if reference is None and REFERENCE in results:
-        reference = REFERENCE, {task: one.points for task, one in results[REFERENCE].tasks.items()}
-    name, curves = reference or (None, {})
-    board = leaderboard_of(list(results.values()), curves, name)
-    write_board(board, folder)
+    reference given, else the exits of `elasticbert`, where the folder has them.
+
+    Runs that end together in one folder take turns: each adds to the files that the other has read.
+    """
+    kept = folder / RESULTS
+    kept.mkdir(exist_ok=True)
+    with FileLock(folder / ".lock"):
+        results = _beside_earlier({result.name: result for result in own}, jobs, kept)
+        for result in own:  # what others found stays as it is, also at other sizes
+            write_result(results[result.name], kept / f"{result.name}.json")
+        if reference is None and REFERENCE in results:
+            reference = REFERENCE, {task: one.points for task, one in results[REFERENCE].tasks.items()}
+        name, curves = reference or (None, {})
+        board = leaderboard_of(list(results.values()), curves, name)
+        write_board(board, folder)
     print(text(board))

@@ -6,13 +6,16 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from threading import Thread
 
 import pytest
+from filelock import FileLock
 
 from elastic_model.arguments import run
 from finetune.__main__ import _command
 from finetune.elue.leaderboard import leaderboard_of, text, write_board
 from finetune.elue.published import TABLES, published, split_warnings
+from finetune.elue.results import publish
 from finetune.elue.scoring import (
     Point,
     Result,
@@ -301,3 +304,16 @@ def test_the_page_sorts_in_a_browser(page, tmp_path, link, expected):
     )
     rows = Page(done.stdout).tables["scores"]
     assert [row[0] for row in rows[1:]] == expected
+
+
+def test_runs_that_end_together_in_one_folder_lose_nothing(tmp_path):
+    """A run that publishes while another does waits for it, then adds its tasks to what the other wrote."""
+    own, others = result_of("deebert", REFERENCE), result_of("deebert", REFERENCE, "sst2")
+    (tmp_path / "results").mkdir()
+    with FileLock(tmp_path / ".lock"):
+        late = Thread(target=publish, args=([own], [], tmp_path, None))
+        late.start()
+        late.join(1.0)
+        write_result(others, tmp_path / "results" / "deebert.json")
+    late.join()
+    assert set(read_result(tmp_path / "results" / "deebert.json").tasks) == {"mrpc", "sst2"}
