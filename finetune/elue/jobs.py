@@ -45,13 +45,15 @@ class Job:
     train_rows: int | None
     max_length: int
     learning_rate: float
+    batch_size: int
     seeds: list[int]
 
     @property
     def sizes(self) -> str:
         """The sizes that stand beside its numbers."""
         trained = "all" if self.train_rows is None else f"at most {self.train_rows:,}"
-        fitted = f"{trained} train rows, {self.epochs} epochs a phase, learning rate {self.learning_rate:g}"
+        updates = f"batches of {self.batch_size}, learning rate {self.learning_rate:g}"
+        fitted = f"{trained} train rows, {self.epochs} epochs a phase, {updates}"
         made = fitted if self.checkpoint is None else self.checkpoint
         seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
         return f"{ELUE_TASKS[self.name]}: {made}, {self.max_length} tokens, {len(self.test):,} test rows, {seeds}"
@@ -136,6 +138,7 @@ def jobs_of(options: SizeOptions) -> list[Job]:
                 _count(sizes["train_rows"], name, "train-rows"),
                 _count(sizes["max_length"], name, "max-length") or 0,
                 _rate(sizes["learning_rate"], name),
+                options.batch_size,
                 _seeds(sizes["seeds"], name) if checkpoint is None else [0],
             )
         )
@@ -192,7 +195,7 @@ def training_of(
         train_rows=job.train_rows,
         max_length=job.max_length,
         seed=seed,
-        batch_size=options.batch_size,
+        batch_size=job.batch_size,
         learning_rate=job.learning_rate,
         eval_batch_size=options.eval_batch_size,
         resume=True,
