@@ -52,8 +52,8 @@ class Job:
     def sizes(self) -> str:
         """The sizes that stand beside its numbers."""
         trained = "all" if self.train_rows is None else f"at most {self.train_rows:,}"
-        updates = f"batches of {self.batch_size}, learning rate {self.learning_rate:g}"
-        fitted = f"{trained} train rows, {self.epochs} epochs a phase, {updates}"
+        epochs = f"{self.epochs} epoch{'s' if self.epochs > 1 else ''} a phase"
+        fitted = f"{trained} train rows, {epochs}, batches of {self.batch_size}, learning rate {self.learning_rate:g}"
         made = fitted if self.checkpoint is None else self.checkpoint
         seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
         return f"{ELUE_TASKS[self.name]}: {made}, {self.max_length} tokens, {len(self.test):,} test rows, {seeds}"
