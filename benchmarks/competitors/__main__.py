@@ -33,7 +33,7 @@ COMPETITORS = {
     ),
     "power_bert": Competitor(
         "Goyal et al. 2020, PoWER-BERT: Accelerating BERT Inference via Progressive Word-vector Elimination",
-        "soft-extract, lambda 1e-4 to 3e-3, retention rate 1e-2; mass rounded up; re-trained at the fixed lengths",
+        "lambda 1e-4 to 3e-3, retention rate 1e-2 (3/updates under 300); mass rounded up; re-trained at fixed lengths",
     ),
 }
 

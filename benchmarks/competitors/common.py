@@ -1,5 +1,6 @@
 """What the competitors share: a fine-tuned model with its splits, a training loop, written points."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,11 @@ class Start:
     def problem_type(self) -> str:
         """Of the task."""
         return self.job.kind.problem_type
+
+    @property
+    def updates(self) -> int:
+        """Of a `fit`."""
+        return self.job.epochs * math.ceil(len(self.splits["train"]) / self.options.batch_size)
 
     def train_batches(self, epoch: int) -> Iterable[Batch]:
         """The batches of an epoch, with labels."""

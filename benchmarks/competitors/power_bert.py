@@ -15,6 +15,15 @@ from finetune.elue.costs import ModuleCost
 
 WEIGHTS = (1e-4, 3e-4, 1e-3, 3e-3)  # lambda: section 4.1 tunes it within 1e-4 to 1e-3; one operating point each
 RETENTION_RATE = 1e-2  # learning rate of the retention parameters, which start at 1 (section 4.1: 1e-4 to 1e-2)
+RETENTION_PATH = 1.5  # how far they can move in a run, at least
+
+
+def retention_rate(updates: int) -> float:
+    """The paper's rate; in fewer updates than it takes a retention parameter there from 1 to 0, a higher one.
+
+    AdamW moves a parameter by its rate an update at most, and the schedule's mean is half of its peak.
+    """
+    return max(RETENTION_RATE, 2 * RETENTION_PATH / updates)
 
 
 def soft_extract(model: ElasticBertExitModel, batch: Batch, retention: torch.Tensor) -> torch.Tensor:
@@ -57,7 +66,7 @@ def _search(start: Start, weight: float) -> list[int]:
         loss = exit_task_loss(soft_extract(model, batch, retention), batch["labels"], start.problem_type)
         yield loss + weight * (depth * retention.sum(dim=1)).sum()
 
-    start.fit(model, losses, [retention], RETENTION_RATE)
+    start.fit(model, losses, [retention], retention_rate(start.updates))
     return configuration_of(retention.detach())
 
 

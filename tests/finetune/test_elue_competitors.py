@@ -9,12 +9,13 @@ import torch
 from benchmarks.competitors.__main__ import COMPETITORS, _command
 from benchmarks.competitors.dynabert import widths_of
 from benchmarks.competitors.head_prune import kept_heads
-from benchmarks.competitors.power_bert import configuration_of, soft_extract
+from benchmarks.competitors.power_bert import configuration_of, retention_rate, soft_extract
 from elastic_model import ElasticBertForSequenceClassification
 from elastic_model.arguments import run
 from elastic_model.cost import flops
 from finetune.__main__ import _command as finetune_command
 from finetune.elue.scoring import read_result
+from finetune.train import learning_rate
 from finetune.widths import gated, importance, narrowed
 
 
@@ -74,6 +75,12 @@ def test_importance_is_the_gradient_of_the_gates(model, batch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("updates", [10, 126, 312, 5000])
+def test_retention_can_go_from_1_to_0_in_a_run_of_any_length(updates):
+    moves = (learning_rate(update, updates, retention_rate(updates), warmup=0.1) for update in range(updates))
+    assert sum(moves) > 1
+
+
 def test_soft_extract_keeping_everything_is_the_model(model, batch):
     logits = soft_extract(model, batch, torch.ones(4, 12))
     torch.testing.assert_close(logits, model(**inputs(batch)).logits, atol=1e-5, rtol=0)
