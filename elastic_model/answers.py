@@ -57,11 +57,17 @@ def word_tags(text: Any, windows: Sequence[Any], values: Sequence[Values], label
     return {"label": [tag for _, tag, _ in tags], "score": [score for *_, score in tags], "words": words}
 
 
-def best_span(text: Any, windows: Sequence[Any], values: Sequence[Values], labels: Sequence[str]) -> dict[str, Any]:
+def best_span(
+    text: Any,
+    windows: Sequence[Any],
+    values: Sequence[Values],
+    labels: Sequence[str],
+    no_answer_threshold: float | None = None,
+) -> dict[str, Any]:
     """The answer to a (question, context): {"label": its text, "score", "start", "end"}, characters of the context.
 
     score: the start logit of its first token plus the end logit of its last (Devlin et al. 2019), minus that of [CLS],
-    which stands for no answer.
+    which stands for no answer: "" where the score is not above `no_answer_threshold`.
     """
     longest = max(len(window.ids) for window in windows)
     start, end = (np.zeros((len(windows), longest), np.float32) for _ in range(2))
@@ -71,7 +77,9 @@ def best_span(text: Any, windows: Sequence[Any], values: Sequence[Values], label
         start[number, :size], end[number, :size] = value["start_logits"], value["end_logits"]
         offsets[number, :size] = window.offsets
         in_context[number, :size] = [sequence == 1 for sequence in window.sequence_ids]
-    found = best_answer(text[1], start, end, offsets, in_context, max_tokens=LONGEST_ANSWER)
+    found = best_answer(
+        text[1], start, end, offsets, in_context, max_tokens=LONGEST_ANSWER, no_answer_threshold=no_answer_threshold
+    )
     return {
         "label": found.text,
         "score": found.score - found.no_answer_score,

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
 
-from elastic_model.answers import PER_TOKEN, label_and_score
+from elastic_model.answers import PER_TOKEN, best_span, label_and_score
 from elastic_model.checks import LengthConfig, shares_and_mass
 from elastic_model.operating_points import FILE, OperatingPoint, OperatingPoints
 from elastic_model.processor import ONNX_FILES, available_cores, cpu_flags, fitting_files
@@ -29,6 +29,7 @@ CHUNK_CHARACTERS = 4_000_000
 BATCH_TOKENS = 512
 STRIDE = 128  # tokens that neighbouring windows of a long text share
 
+QUESTION_TOKENS = 64  # of a question, at most, as in fine-tuning (Devlin et al. 2019's code)
 # thresholds at which no row leaves: nothing is below an entropy of 0 or above a probability of 1; counts elsewhere
 _NEVER = {"entropy": 0.0, "learned": 0.0, "confidence": 1.0, "margin": 1.0, "patience": 1e9, "voting": 1e9}
 
@@ -65,11 +66,12 @@ class ElasticSession:
         self.lengths: LengthConfig = metadata["length_config"]
         self.max_tokens: int = metadata["max_tokens"]
         self._flops: list[dict[str, float]] = metadata["flops"]
-        # |y_i - y_(i-1)| is never below 0
-        nobody = 0.0 if self.policy is None or self.problem_type == "regression" else _NEVER[self.policy["name"]]
-        self.never = [nobody] * len(self.thresholds)  # thresholds at which no row leaves before the last exit
+        self.no_answer_threshold: float | None = metadata["no_answer_threshold"]
+        self.never = never(self.policy, self.problem_type, len(self.thresholds))
         self.points = points
         self.tokenizer = load_tokenizer(tokenizer, self.max_tokens, self.problem_type)
+        self._questions = Tokenizer.from_str(self.tokenizer.to_str())
+        self._questions.no_truncation()
         defaulted = self.session.get_overridable_initializers()
         self.inputs = {one.name for one in [*self.session.get_inputs(), *defaulted]}
         self.outputs = [one.name for one in self.session.get_outputs()]
@@ -123,9 +125,10 @@ class ElasticSession:
         Tags of words are lists in "label" and "score", the words in "words"; a text may be a list of words. The answer
         to a (question, context) is the "label", its characters "start" and "end". The bare model answers "embedding".
         budget: an operating point's name or {"speedup" | "latency_ms" | "flops" | "max_drop": x}, default the file's
-        own; max_layer: no row goes above it; batch_size: rows at a time, fewer where they are long; cost: adds
-        "flops", what the row cost; progress: called with the number of texts answered so far. Texts longer than the
-        model are cut, or read window by window where the task answers per token; an empty one is a ValueError.
+        own; max_layer: no row goes above it, default the last, or without a budget the file's own; batch_size: rows
+        at a time, fewer where they are long; cost: adds "flops", what the row cost; progress: called with the number
+        of texts answered so far. Texts longer than the model are cut, or read window by window where the task answers
+        per token (a question is cut, to `QUESTION_TOKENS` or half of the model's); an empty one is a ValueError.
         """
         point = None if budget is None else self.point(budget)
         if max_layer is not None:
@@ -145,15 +148,14 @@ class ElasticSession:
         progress: Callable[[int], None] | None,
     ) -> Iterator[dict[str, Any]]:
         name = self.default_point() if point is None else point.name
-        thresholds = None if point is None else point.thresholds
-        lengths = None if point is None else point.length_config or [1.0] * self.layers
+        given = self.arguments(point) | ({} if max_layer is None else {"max_layer": max_layer})
         done = 0
         for chunk in self._chunks(texts):
             windows = self._windows(chunk)
             found: list[list[dict[str, np.ndarray]]] = [[] for _ in chunk]
             of_text: list[list[Any]] = [[] for _ in chunk]
             values: list[dict[str, np.ndarray]] = [{} for _ in windows]
-            for places, outputs in self._batches(windows, thresholds, max_layer, lengths, batch_size):
+            for places, outputs in self._batches(windows, batch_size, **given):
                 for row, place in enumerate(places):
                     values[place] = self._row(outputs, row, len(windows[place].encoding.ids))
             for window, value in zip(windows, values, strict=True):
@@ -180,11 +182,12 @@ class ElasticSession:
         """
         if self.problem_type == "embedding":
             raise ValueError(f"{self.file}: the bare model has no exits with logits")
+        full = {"thresholds": self.never, "max_layer": self.exit_layers[-1], "length_config": length_config}
         parts = []
         for chunk in self._chunks(self._many(texts)):
             windows = self._windows(chunk)
             rows: list[np.ndarray] = [np.empty(0)] * len(windows)
-            for places, outputs in self._batches(windows, self.never, self.exit_layers[-1], length_config, batch_size):
+            for places, outputs in self._batches(windows, batch_size, **full):
                 every = exit_values(outputs)
                 for row, place in enumerate(places):
                     rows[place] = (
@@ -210,6 +213,16 @@ class ElasticSession:
                 f"budget {budget!r}: {self.file.parent.parent} has no {FILE}; export a checkpoint that has one"
             )
         return self.points.at(budget)
+
+    def arguments(self, point: OperatingPoint | None) -> dict[str, Any]:
+        """What `run` takes beside the rows for an operating point; None: nothing, the file's own default."""
+        if point is None:
+            return {}
+        return {
+            "thresholds": point.thresholds,
+            "max_layer": self.exit_layers[-1],  # the default may lie lower
+            "length_config": point.length_config or [1.0] * self.layers,
+        }
 
     def default_point(self) -> str:
         """The name of the operating point at which the file runs by itself."""
@@ -302,6 +315,8 @@ class ElasticSession:
                 self.tokenizer.encode(text, is_pretokenized=split) for text, split in zip(texts, words, strict=True)
             ]
         else:
+            if self.problem_type == "question_answering":
+                texts = self._with_short_questions(texts)
             encodings = self.tokenizer.encode_batch(texts)
         windows = [_Window(number, encoding) for number, encoding in enumerate(encodings)]
         if self.problem_type not in ("token_classification", "question_answering"):
@@ -310,15 +325,22 @@ class ElasticSession:
             _Window(one.text, encoding) for one in windows for encoding in (one.encoding, *one.encoding.overflowing)
         ]
 
+    def _with_short_questions(self, texts: list[Any]) -> list[Text]:
+        """(question, context) pairs whose question leaves room for the context: cut as fine-tuning cuts it."""
+        most = min(QUESTION_TOKENS, self.max_tokens // 2 - 4)
+        questions = self._questions.encode_batch([question for question, _ in texts], add_special_tokens=False)
+        return [
+            (question if len(one.ids) <= most else question[: one.offsets[most - 1][1]], context)
+            for (question, context), one in zip(texts, questions, strict=True)
+        ]
+
     def _batches(
         self,
         windows: Sequence[_Window],
-        thresholds: Sequence[float] | None,
-        max_layer: int | None,
-        lengths: LengthConfig | None,
         batch_size: int,
+        **given: Any,
     ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        """Places and outputs batch by batch, rows of like length together."""
+        """Places and outputs batch by batch, rows of like length together; given: what `run` takes."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         sizes = np.array([len(window.encoding.ids) for window in windows], int)
@@ -329,7 +351,7 @@ class ElasticSession:
             while stop < min(start + batch_size, len(order)) and sizes[order[stop]] * (stop + 1 - start) <= tokens:
                 stop += 1
             places = order[start:stop]
-            yield places, self.run([windows[place].encoding for place in places], thresholds, max_layer, lengths)
+            yield places, self.run([windows[place].encoding for place in places], **given)
             start = stop
 
     def _row(self, outputs: dict[str, np.ndarray], row: int, tokens: int) -> dict[str, np.ndarray]:
@@ -342,6 +364,8 @@ class ElasticSession:
         return values
 
     def _answer(self, text: Text, encodings: list[Any], rows: list[dict[str, np.ndarray]]) -> dict[str, Any]:
+        if self.problem_type == "question_answering":
+            return best_span(text, encodings, rows, self.labels, self.no_answer_threshold)
         if self.problem_type in PER_TOKEN:
             return PER_TOKEN[self.problem_type](text, encodings, rows, self.labels)
         return label_and_score(rows[0]["logits"], self.labels, self.problem_type)
@@ -363,9 +387,20 @@ class ElasticSession:
         return {"length_config": np.array(shares, np.float32), "length_mass": np.array(mass, np.float32)}
 
     def _checked_layer(self, max_layer: int) -> int:
-        if isinstance(max_layer, bool) or not isinstance(max_layer, int) or not 1 <= max_layer <= self.exit_layers[-1]:
-            raise ValueError(f"max_layer must be a layer from 1 to {self.exit_layers[-1]}, got {max_layer!r}")
-        return max_layer
+        lowest, last = self.exit_layers[0], self.exit_layers[-1]
+        whole = isinstance(max_layer, int | np.integer) and not isinstance(max_layer, bool)
+        if not whole or not lowest <= max_layer <= last:
+            raise ValueError(f"max_layer must be a layer from {lowest} to {last}, got {max_layer!r}")
+        if "max_layer" not in self.inputs and max_layer < last:
+            raise ValueError(f"{self.file} has no input max_layer: every row runs to layer {last}, got {max_layer}")
+        return int(max_layer)
+
+
+def never(policy: dict[str, Any] | None, problem_type: str, exits: int) -> list[float]:
+    """Thresholds of a policy at which no row leaves before the last exit, one per exit."""
+    # of a regression: |y_i - y_(i-1)| is never below 0
+    nobody = 0.0 if policy is None or problem_type == "regression" else _NEVER[policy["name"]]
+    return [nobody] * exits
 
 
 def exit_values(outputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -377,8 +412,8 @@ def exit_values(outputs: dict[str, np.ndarray]) -> np.ndarray:
 
 def _check_text(text: Any, number: int, problem_type: str) -> None:
     words = problem_type == "token_classification" and isinstance(text, list)
-    parts = text if isinstance(text, tuple | list) else (text,)
-    if not all(isinstance(part, str) for part in parts) or not (words or len(parts) in (1, 2)):
+    parts = (text,) if isinstance(text, str) else text if isinstance(text, tuple | list) else ()
+    if not all(isinstance(part, str) for part in parts) or not (words or isinstance(text, str) or len(parts) == 2):
         raise ValueError(f"text {number} must be a string or a pair of strings, got {_shown(text)}")
     if problem_type == "question_answering" and len(parts) != 2:
         raise ValueError(f"text {number} must be a pair of question and context, got {_shown(text)}")
@@ -386,6 +421,11 @@ def _check_text(text: Any, number: int, problem_type: str) -> None:
         raise ValueError(f"text {number} must be a string or a list of words, got {_shown(text)}")
     if not parts or not all(part.strip() for part in parts):
         raise ValueError(f"text {number} is empty ({_shown(text)}); leave such rows out")
+    for part in parts:
+        try:
+            part.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text {number} is no Unicode text: {error}; read its file as UTF-8") from error
 
 
 def _shown(text: Any) -> str:
@@ -410,12 +450,23 @@ def _pad(encodings: Sequence[Any]) -> dict[str, np.ndarray]:
 
 def _download(name: str, file: str | None, revision: str | None) -> Path:
     """The folder in the hub's cache with what a session needs of a repository, the ONNX file for this CPU alone."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     def fetch(path: str, revision: str | None) -> Path | None:
         try:
             return Path(hf_hub_download(name, path, revision=revision))
+        except LocalEntryNotFoundError:  # no connection: whether the repository has the file is not known
+            absent = try_to_load_from_cache(name, path, revision=revision) is _CACHED_NO_EXIST
+            if not (absent or constants.HF_HUB_OFFLINE):
+                raise
+            return None
         except EntryNotFoundError:
             return None
 
@@ -489,7 +540,8 @@ def _metadata(session: onnxruntime.InferenceSession, model: Path) -> dict[str, A
         written = json.loads(found["elastic_format"])
         if written != FORMAT:
             raise ValueError(f"{model}: written in format {written}, this version reads format {FORMAT}")
-        return {name: json.loads(found[f"elastic_{name}"]) for name in (*names, "flops")}
+        values = {name: json.loads(found[f"elastic_{name}"]) for name in (*names, "flops")}
+        return {**values, "no_answer_threshold": json.loads(found.get("elastic_no_answer_threshold", "null"))}
     except KeyError as error:
         raise ValueError(
             f"{model}: not a file that `python -m export` of this version wrote: no elastic metadata ({error})"
@@ -498,8 +550,13 @@ def _metadata(session: onnxruntime.InferenceSession, model: Path) -> dict[str, A
 
 def _check_points(points: OperatingPoints | None, session: ElasticSession) -> None:
     """ValueError where the operating points are not this file's."""
+    file = session.file.parent.parent / FILE
+    if points and session.policy and _kind(points.policy) != _kind(session.policy):
+        raise ValueError(
+            f"{file} was measured with the exit policy {points.policy}, {session.file.name} has {session.policy}; "
+            "export the checkpoint again"
+        )
     for point in points.points if points else []:
-        file = session.file.parent.parent / FILE
         if len(point.thresholds) != len(session.thresholds):
             raise ValueError(
                 f"{file}: {len(point.thresholds)} thresholds per point for the {len(session.thresholds)} exits of "
@@ -512,6 +569,11 @@ def _check_points(points: OperatingPoints | None, session: ElasticSession) -> No
                 f"{file}: point {point.name!r} has {len(given)} lengths for the {session.layers} layers "
                 f"of {session.file.name}; export the checkpoint again"
             )
+
+
+def _kind(policy: dict[str, Any]) -> tuple[Any, ...]:
+    """What of a policy is built into a file: the name, and beside thresholds a patience."""
+    return policy.get("name"), policy.get("patience") if "threshold" in policy else None
 
 
 def load_tokenizer(file: Path, max_tokens: int, problem_type: str) -> Tokenizer:

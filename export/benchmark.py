@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -52,14 +53,15 @@ def time_session(
     session: ElasticSession, texts: list, threads: int, batch_sizes: list[int], seconds: float
 ) -> list[Timing]:
     """One session at every operating point and batch size."""
-    points = {"full": session.never, "default": session.thresholds}
-    points |= {point.name: point.thresholds for point in (session.points.points if session.points else [])}
+    measured = session.points.points if session.points else []
+    points = {point.name: session.arguments(point) for point in [session.point("full"), *measured]}
+    points["default"] = session.arguments(None)
     encodings = session.tokenizer.encode_batch(texts)
     timings = []
-    for name, thresholds in points.items():
+    for name, given in points.items():
         for batch in batch_sizes:
             batches = [encodings[start : start + batch] for start in range(0, len(encodings), batch)]
-            spent, layers = _passes(session, batches, thresholds, seconds)
+            spent, layers = _passes(session, batches, given, seconds)
             p50, p95 = np.percentile(spent, [50, 95]) * 1e3
             rate = len(encodings) * (len(spent) // len(batches)) / sum(spent)
             timings.append(Timing(session.file.stem, name, threads, batch, float(p50), float(p95), rate, layers))
@@ -67,15 +69,16 @@ def time_session(
 
 
 def _passes(
-    session: ElasticSession, batches: list, thresholds: list[float], seconds: float
+    session: ElasticSession, batches: list, given: dict[str, Any], seconds: float
 ) -> tuple[list[float], float]:
-    """Seconds of each batch over whole passes through the rows, after one unmeasured; mean exit layer."""
-    layers = float(np.concatenate([session.run(batch, thresholds)["exit_layer"] for batch in batches]).mean())
+    """Seconds of each batch over whole passes through the rows, after one unmeasured; mean exit layer. given: what
+    `run` takes beside the rows."""
+    layers = float(np.concatenate([session.run(batch, **given)["exit_layer"] for batch in batches]).mean())
     spent: list[float] = []
     end = time.perf_counter() + seconds
     while not spent or time.perf_counter() < end:
         for batch in batches:
             start = time.perf_counter()
-            session.run(batch, thresholds)
+            session.run(batch, **given)
             spent.append(time.perf_counter() - start)
     return spent, layers

@@ -304,7 +304,7 @@ def quality(session: ElasticSession, answers: Answers, labels: list[str]) -> dic
     }
     if session.problem_type == SINGLE_LABEL:
         places = {label: place for place, label in enumerate(session.labels)}
-        right = np.array([places.get(label, -1) for label in labels])
+        right = np.array([places[label] for label in labels])
         return {name: float((logits.argmax(axis=-1) == right).mean()) for name, logits in said.items()}
     values = np.array([float(label) for label in labels])
     return {name: float(np.corrcoef(logits[:, 0], values)[0, 1]) for name, logits in said.items()}

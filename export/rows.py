@@ -2,6 +2,7 @@
 
 import gzip
 import lzma
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -9,6 +10,7 @@ from typing import IO, Any
 from elastic_model.folders import shipped
 from elastic_model.session import Text
 
+OTHERS = {".csv", ".json", ".jsonl", ".parquet", ".xlsx"}  # tables whose lines are no texts
 OPENERS: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".xz": lzma.open}
 
 
@@ -17,6 +19,8 @@ def read_texts(file: Path, text: str, pair: str | None = None, limit: int | None
 
     Raises ValueError for a missing column, a line with too few cells, text that is not UTF-8, or a file without texts.
     """
+    if OTHERS & set(file.suffixes):
+        raise ValueError(f"{file}: a .txt (a text a line) or a .tsv (columns under a header) is read, not this kind")
     lines = _lines(file)
     plain = ".tsv" not in file.suffixes
     texts: list[Text] = [line for line in lines if line.strip()] if plain else _columns(file, lines, text, pair)
@@ -36,7 +40,7 @@ def _lines(file: Path) -> list[str]:
     try:
         with OPENERS.get(file.suffix, open)(shipped(file), "rt", encoding="utf-8", newline="\n") as content:
             return [line.rstrip("\r\n") for line in content]
-    except (UnicodeDecodeError, lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
+    except (UnicodeDecodeError, lzma.LZMAError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{file}: not readable as UTF-8 text: {error}") from error
 
 

@@ -10,6 +10,7 @@ from transformers import BertConfig, PreTrainedModel
 from elastic_model import ElasticBertConfig
 from export.check import random_rows
 from export.checkpoint import Checkpoint
+from export.task import HEADS
 
 TOLERANCE = 1e-5
 # class of ours -> BERT's, and the name of its head; the bare model has none
@@ -40,7 +41,7 @@ CARRIED_FIELDS = (
 def write_stock(checkpoint: Checkpoint, layer: int, folder: Path) -> float:
     """Write config.json and model.safetensors of the stock model into a folder and return the largest difference of
     its logits from those of the exit after `layer`; ValueError where BERT has no such model."""
-    config = stock_config(checkpoint.config, layer)
+    config = stock_config(checkpoint.config, layer, checkpoint.architecture)
     name, head = STOCK[checkpoint.architecture]
     if head == "qa_outputs":
         config.num_labels = 2  # start and end
@@ -57,7 +58,7 @@ def write_stock(checkpoint: Checkpoint, layer: int, folder: Path) -> float:
     return difference
 
 
-def stock_config(config: ElasticBertConfig, layer: int) -> BertConfig:
+def stock_config(config: ElasticBertConfig, layer: int, architecture: str) -> BertConfig:
     """BERT's configuration of the layers up to `layer`; ValueError where BERT cannot be so."""
     inner = (config.intermediate_size_per_layer or [])[:layer]
     heads = (config.num_attention_heads_per_layer or [])[:layer]
@@ -67,12 +68,13 @@ def stock_config(config: ElasticBertConfig, layer: int) -> BertConfig:
             f"--to bert: a stock BERT has the same heads and FFN width in every layer, here are {heads} heads of "
             f"{config.attention_head_size} and widths {inner}; write a plain ONNX file with --exit {layer} instead"
         )
-    if config.exit_pooling[layer - 1] != "cls":
+    pools = architecture == "ElasticBertModel" or HEADS[architecture].pools  # heads on every token read no pooler
+    if pools and config.exit_pooling[layer - 1] != "cls":
         raise ValueError(
             f"--to bert: BERT's pooler reads [CLS], that of exit {layer} the mean of the tokens; write a plain ONNX "
             f"file with --exit {layer} instead, or train the exits with --exit_pooling cls"
         )
-    if config.pooler_act != "tanh":
+    if pools and config.pooler_act != "tanh":
         raise ValueError(f"--to bert: BERT's pooler has a tanh, this model's has {config.pooler_act!r}")
     return BertConfig(
         **{name: getattr(config, name) for name in CARRIED_FIELDS},

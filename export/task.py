@@ -7,7 +7,7 @@ from typing import Any
 
 from elastic_model import ElasticBertConfig
 from elastic_model.checks import LengthConfig, check_exit_policy, shares_and_mass, thresholds_of
-from elastic_model.session import FORMAT
+from elastic_model.session import FORMAT, never
 
 EMBEDDING, QUESTIONS, TOKENS = "embedding", "question_answering", "token_classification"
 REGRESSION, MULTI_LABEL, SINGLE_LABEL = "regression", "multi_label_classification", "single_label_classification"
@@ -69,8 +69,8 @@ def task_of(config: ElasticBertConfig, measured: dict[str, Any] | None = None, a
     """The task and the default operating point of a configuration.
 
     measured: the policy of the checkpoint's operating points. Where the configuration names none, that one is built
-    in, or without points one whose default threshold lets nobody leave. ValueError where the two are of different
-    kinds, and for lengths in tokens, which mean another share for every text.
+    in, or without points entropy, with default thresholds that let nobody leave, as in PyTorch. ValueError where the
+    two are of different kinds, and for lengths in tokens, which mean another share for every text.
     """
     head, exits = HEADS[architecture], config.exit_layers
     problem_type = head.problem_type or config.problem_type or (REGRESSION if config.num_labels == 1 else SINGLE_LABEL)
@@ -94,6 +94,7 @@ def _policy_of(config, measured: dict[str, Any] | None, problem_type: str) -> tu
         max_layer, policy = policy["layer"], None
     if policy is None:
         policy = measured or (STAY_REGRESSION if problem_type == REGRESSION else STAY)
+        return policy, never(policy, problem_type, len(exits)), max_layer
     if measured and measured.get("name") != policy["name"]:
         raise ValueError(
             f"the configuration's exit policy is {policy['name']!r}, but the operating points were measured with "
@@ -127,6 +128,7 @@ def metadata(
         "length_config": task.lengths if plain is None else [1.0] * plain,
         "max_layer": task.max_layer if plain is None else plain,
         "max_tokens": max_tokens,
+        "no_answer_threshold": config.no_answer_threshold,
         "flops": [_flops(config, task, layer) for layer in range(1, config.num_hidden_layers + 1)],
         "requires": requires,
         "versions": versions,

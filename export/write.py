@@ -5,6 +5,7 @@ import ctypes
 import gc
 import hashlib
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -14,7 +15,7 @@ from typing import Any
 import onnx
 from tokenizers import Tokenizer
 
-from elastic_model import ElasticBertConfig
+from elastic_model import ElasticBertConfig, ElasticBertModel
 from elastic_model.card import write_card
 from elastic_model.folders import check_output, new_folder
 from elastic_model.operating_points import FILE, OperatingPoints
@@ -70,6 +71,9 @@ def export_checkpoint(options: ExportOptions) -> dict[str, Any]:
     """Write the artefact of a checkpoint to `options.output` and return its report; ValueError, and nothing written,
     where an option or a check fails."""
     check_output(options.output)
+    output, source = options.output.resolve(), options.checkpoint.resolve()
+    if output == source or output in source.parents:
+        raise ValueError(f"output {output} would replace the checkpoint {source}; choose another folder")
     files = chosen_files(options)
     sample = read_sample(options)
     with new_folder(options.output) as folder:
@@ -141,6 +145,8 @@ def write_all(
     task = task_of(config, points.policy if points else None, checkpoint.architecture)
     if sample and sample.labels and task.problem_type not in (SINGLE_LABEL, REGRESSION):
         raise ValueError(f"--label: quality is measured for classification and regression, not {task.problem_type}")
+    if sample and sample.labels:
+        check_labels(sample.labels, task, config)
     report = {"activations": options.activations, **write_checkpoint(options, checkpoint, plain, folder)}
     if points is not None and plain is None:
         points.save(folder)
@@ -155,6 +161,26 @@ def write_all(
     return Written(task, expected, rows, products), report
 
 
+def check_labels(labels: list[str], task: Task, config: ElasticBertConfig) -> None:
+    """ValueError for labels of the rows that the model cannot answer."""
+    if task.problem_type == SINGLE_LABEL:
+        names = set((config.id2label or {}).values())
+        unknown = sorted(set(labels) - names)
+        expected = f"its labels are {', '.join(sorted(names))}"
+    else:
+        unknown = sorted({label for label in labels if not _is_number(label)})
+        expected = "a regression's are numbers"
+    if unknown:
+        raise ValueError(f"--label: the model answers no {', '.join(map(repr, unknown[:5]))}; {expected}")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 def write_checkpoint(
     options: ExportOptions, checkpoint: Checkpoint, plain: int | None, folder: Path
 ) -> dict[str, Any]:
@@ -164,6 +190,9 @@ def write_checkpoint(
             shutil.copyfile(file, folder / file.name)
     if options.to is not None and plain is not None:
         return {"exit": plain, "stock_difference": write_stock(checkpoint, plain, folder)}
+    if plain is not None and checkpoint.architecture == "ElasticBertModel":
+        cut_encoder(checkpoint, plain).save_pretrained(folder)
+        return {"exit": plain}
     if plain is not None:
         patch_config(folder, {"exit_policy": {"name": "constant", "layer": plain}, "length_config": None})
         return {"exit": plain}
@@ -172,6 +201,14 @@ def write_checkpoint(
         patch_config(folder, chosen)
         return {"at": options.at}
     return {}
+
+
+def cut_encoder(checkpoint: Checkpoint, layer: int) -> ElasticBertModel:
+    """The bare model's layers up to an exit: it has no policy that would end there."""
+    model = ElasticBertModel(cut_config(checkpoint.config, layer))
+    weights = checkpoint.model.state_dict()
+    model.load_state_dict({name: weights[name] for name in model.state_dict()})
+    return model
 
 
 def write_graph(

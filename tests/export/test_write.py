@@ -248,6 +248,8 @@ def test_the_commands_end_to_end(tiny_checkpoint, tmp_path, run_export):
         ("rows.txt", b"\xff\xfe\n", "not readable as UTF-8"),
         ("rows.txt", b"\n\n", "has no texts"),
         ("rows.txt.xz", b"not xz", "not readable"),
+        ("rows.txt.gz", b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\xff\xff\xff\xff\xff", "not readable"),
+        ("rows.csv", b"text,label\nx,y\n", "a .txt .* or a .tsv"),
     ],
 )
 def test_a_file_of_texts_that_is_not_one(tmp_path, name, content, says):
