@@ -80,7 +80,7 @@ def load(options: TrainOptions, labels: Labels) -> Any:
 def train(options: TrainOptions) -> None:
     """Fine-tune and write the best checkpoint as the output."""
     logging.set_verbosity_error()
-    check_output(Path(options.output))
+    check_output(Path(options.output), options.model)
     task, tokenizer = chosen_task(options), load_tokenizer(Path(options.model))
     examples = {
         "train": some_rows(read_examples(task, "train"), options.train_rows, options.seed),

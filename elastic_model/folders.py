@@ -34,9 +34,15 @@ def is_ours(path: Path) -> bool:
     return (Path(path) / MARKER).is_file()
 
 
-def check_output(path: Path) -> None:
-    """ValueError unless `path` is free: absent, an empty folder, or a folder of ours."""
+def check_output(path: Path, *read: Path | str | None) -> None:
+    """ValueError unless `path` is free: absent, an empty folder, or a folder of ours.
+
+    read: folders and files that the job reads: `new_folder` would remove them with a folder of ours that holds them.
+    """
     path = Path(path)
+    for source in (Path(one) for one in read if one is not None):
+        if source.exists() and path.resolve() in (source.resolve(), *source.resolve().parents):
+            raise ValueError(f"output {path} would replace {source}, which is read; choose another output")
     if not path.exists() and not path.is_symlink():
         return
     if not path.is_dir():

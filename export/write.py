@@ -70,10 +70,7 @@ class Written:
 def export_checkpoint(options: ExportOptions) -> dict[str, Any]:
     """Write the artefact of a checkpoint to `options.output` and return its report; ValueError, and nothing written,
     where an option or a check fails."""
-    check_output(options.output)
-    output, source = options.output.resolve(), options.checkpoint.resolve()
-    if output == source or output in source.parents:
-        raise ValueError(f"output {output} would replace the checkpoint {source}; choose another folder")
+    check_output(options.output, options.checkpoint, options.rows)
     files = chosen_files(options)
     sample = read_sample(options)
     with new_folder(options.output) as folder:

@@ -196,7 +196,7 @@ def prepare(options: ElastifyOptions, accelerator: Accelerator) -> ElastifyRun:
     """Everything read and checked; nothing is written yet."""
     phases = phases_of(options)
     check_numbers(options, phases)
-    check_output(Path(options.output))
+    check_output(Path(options.output), options.model, options.texts)
     if not Path(options.texts).is_file():
         raise ValueError(f"texts {options.texts} is not a file")
     check_name(options.model)

@@ -331,7 +331,7 @@ def evaluate(options: EvaluateOptions) -> None:
     if options.rows is not None and options.rows < 1:
         raise ValueError(f"rows must be at least 1, got {options.rows}")
     if options.output:
-        check_output(Path(options.output))
+        check_output(Path(options.output), options.model)
     accelerator = Accelerator()
     model = load_classifier(Path(options.model), options.max_length).to(accelerator.device)
     task, tokenizer = chosen_task(options), load_tokenizer(Path(options.model))

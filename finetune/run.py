@@ -266,7 +266,7 @@ def prepare(
     """Everything read and checked, the model as `load` has it; nothing is written yet."""
     phases = find_recipe(options.recipe).phases
     check_numbers(options, phases)
-    check_output(Path(options.output))
+    check_output(Path(options.output), options.model, options.teacher)
     task, tokenizer = chosen_task(options), load_tokenizer(Path(options.model))
     train = some_rows(read_examples(task, "train"), options.train_rows, options.seed)
     if len(train) < options.batch_size:

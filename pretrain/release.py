@@ -28,7 +28,7 @@ TOLERANCE = 1e-5  # of what a model answers in another process: it is the same c
 
 def release(config: ReleaseConfig) -> int:
     """Write `config.output`, or nothing where the checkpoint is not complete; upload it with `config.push` only."""
-    check_output(config.output)
+    check_output(config.output, config.model)
     facts = read_facts(config.model)
     if not facts.has_tokenizer:
         raise ValueError(f"{config.model} holds no tokenizer; save it there first (tokenizer.save_pretrained)")

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic_model.folders import new_file, new_folder
+from elastic_model.folders import check_output, new_file, new_folder
 from elastic_model.front import pareto_front
 from finetune.elue.config import LeaderboardOptions
 from finetune.elue.page import page
@@ -254,6 +254,8 @@ def _series(task: TaskScore) -> list[tuple[str, float, float, bool]]:
 
 def leaderboard(options: LeaderboardOptions) -> None:
     """Put scored submissions side by side, against one reference."""
+    if options.output:
+        check_output(Path(options.output), options.reference, *options.results)
     results = [read_result(Path(path)) for path in options.results]
     names = [result.name for result in results]
     doubled = next((name for name in names if names.count(name) > 1), None)

@@ -84,7 +84,7 @@ def score_submission(options: ScoreOptions) -> Result:
 def score(options: ScoreOptions) -> None:
     """Print (with --output also write) the points of a submission and, with a reference, its scores."""
     if options.output:
-        check_output(Path(options.output))
+        check_output(Path(options.output), options.submission, options.labels, options.reference, options.model_file)
     reference = read_reference(Path(options.reference)) if options.reference else {}
     result = score_submission(options)
     board = leaderboard_of([result], reference, options.reference)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from elastic_model import folders
-from elastic_model.folders import MARKER, claim_folder, is_ours, new_file, new_folder, shipped
+from elastic_model.folders import MARKER, check_output, claim_folder, is_ours, new_file, new_folder, shipped
 
 
 def contents(folder: Path) -> set[str]:
@@ -55,6 +55,19 @@ def test_what_is_not_ours_is_not_touched(tmp_path, make):
         with make(foreign / "chapter"):
             pass
     assert contents(foreign) == {"chapter"} and (foreign / "chapter").read_text() == "years of work"
+
+
+def test_what_a_job_reads_is_not_replaced_by_what_it_writes(tmp_path):
+    with new_folder(tmp_path / "model") as folder:
+        (folder / "weights").write_text("1")
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    for output in ("model", "model/../model", "link", "."):
+        with pytest.raises(ValueError, match=r"would replace .*, which is read; choose another output"):
+            check_output(tmp_path / output, tmp_path / "model", None)
+    with pytest.raises(ValueError, match="would replace .*weights, which is read"):
+        check_output(tmp_path / "model", "org/model", tmp_path / "model" / "weights")
+    check_output(tmp_path / "model" / "onnx", tmp_path / "model")
+    check_output(tmp_path / "other", tmp_path / "model", "org/model")
 
 
 def test_an_empty_folder_is_nobodys(tmp_path):

@@ -36,6 +36,17 @@ def error_of(capsys, *argv):
     return lines[0]
 
 
+def test_no_command_replaces_the_checkpoint_that_it_reads(options, capsys):
+    """The folder is ours: nothing else protects it."""
+    train = options()
+    model = Path(train.model)
+    (model / ".elastic-model").touch()
+    before = (model / "model.safetensors").read_bytes()
+    for command in (["train", *flags_of(train)], ["evaluate", str(model)]):
+        assert "would replace" in error_of(capsys, *command, "--output", str(model))
+    assert (model / "model.safetensors").read_bytes() == before
+
+
 def changed(options, **changes):
     return ["train", *flags_of(options(**changes))]
 
