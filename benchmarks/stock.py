@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from elastic_model.arguments import parse, run
-from elastic_model.folders import check_output, new_folder
+from elastic_model.folders import check_replaceable, new_folder
 from finetune.config import TrainOptions
 from finetune.data import Encoded
 from finetune.evaluate import answers_of, quality
@@ -80,7 +80,7 @@ def load(options: TrainOptions, labels: Labels) -> Any:
 def train(options: TrainOptions) -> None:
     """Fine-tune and write the best checkpoint as the output."""
     logging.set_verbosity_error()
-    check_output(Path(options.output), options.model)
+    check_replaceable(Path(options.output), options.model)
     task, tokenizer = chosen_task(options), load_tokenizer(Path(options.model))
     examples = {
         "train": some_rows(read_examples(task, "train"), options.train_rows, options.seed),

@@ -94,6 +94,17 @@ class ElasticBertConfig(PreTrainedConfig):
         resolve = _RESOLVED.get(name)
         return value if resolve is None else resolve(self, value)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers; where fewer exits are asked for, an exit policy of the checkpoint loses theirs."""
+        asked = {name: kwargs[name] for name in _EXIT_FIELDS if name in kwargs}
+        policy = config_dict.get("exit_policy")
+        if asked and policy and "exit_policy" not in kwargs and config_dict.get("model_type") == cls.model_type:
+            plain = {**config_dict, "exit_policy": None, "length_config": None}
+            before, after = (list(cls(**fields).exit_layers or ()) for fields in (plain, {**plain, **asked}))
+            kwargs = {**kwargs, "exit_policy": _policy_of_fewer(policy, before, after)}
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def head_sizes(self) -> list[int]:
         """Width of all heads together, for each layer."""
@@ -152,10 +163,25 @@ def pooling_with_new_exits(config, new: str = "mean", keeps_last: bool = True) -
     return [has.get(layer, new) for layer in range(1, layers + 1)]
 
 
+_EXIT_FIELDS = ("num_hidden_layers", "exit_layers", "num_output_layers", "max_output_layers")
+
+
+def _policy_of_fewer(policy: dict, before: list[int], after: list[int]) -> dict:
+    """A policy of the exits `before` where only `after` are left: their thresholds, a constant layer that is there."""
+    thresholds = policy.get("threshold")
+    if isinstance(thresholds, list) and len(thresholds) == len(before) and set(after) <= set(before):
+        return {**policy, "threshold": [thresholds[before.index(layer)] for layer in after]}
+    if policy.get("name") == "constant" and policy.get("layer") not in after:
+        return {**policy, "layer": max([layer for layer in after if layer <= policy["layer"]], default=after[0])}
+    return policy
+
+
 def _exit_layers(config, given):
     layers = config.num_hidden_layers
     if given is None:
         return list(range(max(0, layers - (config.num_output_layers or layers)) + 1, layers + 1))
+    if config.num_output_layers == 1:  # static use: one exit, after the last layer
+        return [layers]
     below = [layer for layer in given if layer < layers]
     return list(given) if not given or max(given) <= layers else [*below, layers]
 

@@ -34,21 +34,28 @@ def is_ours(path: Path) -> bool:
     return (Path(path) / MARKER).is_file()
 
 
-def check_output(path: Path, *read: Path | str | None) -> None:
-    """ValueError unless `path` is free: absent, an empty folder, or a folder of ours.
-
-    read: folders and files that the job reads: `new_folder` would remove them with a folder of ours that holds them.
-    """
+def check_output(path: Path) -> None:
+    """ValueError unless `path` is free: absent, an empty folder, or a folder of ours."""
     path = Path(path)
-    for source in (Path(one) for one in read if one is not None):
-        if source.exists() and path.resolve() in (source.resolve(), *source.resolve().parents):
-            raise ValueError(f"output {path} would replace {source}, which is read; choose another output")
     if not path.exists() and not path.is_symlink():
         return
     if not path.is_dir():
         raise ValueError(f"output {path} exists and is not a folder; choose another output")
     if not is_ours(path) and any(path.iterdir()):
         raise ValueError(f"output folder {path} exists and was not made by elastic-model; choose another output")
+
+
+def check_replaceable(path: Path, *read: Path | str | None) -> None:
+    """As `check_output`, of what `new_folder` will replace: ValueError also for a folder of ours that holds the
+    folders of other jobs, or what this one reads."""
+    path = Path(path)
+    for source in (Path(one) for one in read if one is not None):
+        if source.exists() and path.resolve() in (source.resolve(), *source.resolve().parents):
+            raise ValueError(f"output {path} would replace {source}, which is read; choose another output")
+    check_output(path)
+    inner = next((one.parent for one in sorted(path.rglob(MARKER)) if one.parent != path), None)
+    if inner is not None:
+        raise ValueError(f"output {path} would replace what other jobs made there, as {inner}; choose another output")
 
 
 def claim_folder(path: Path) -> Path:
@@ -65,11 +72,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends: all of it or nothing.
 
     On success every file is fsynced and the folder renamed; a folder of ours already there is exchanged for it in one
-    step and removed. A folder that is not ours: ValueError, before anything is written. On an error inside the block
-    the temporary folder is removed and `path` stays as it was.
+    step and removed. A folder that is not ours, or holds other jobs' folders: ValueError, before anything is written.
+    On an error inside the block the temporary folder is removed and `path` stays as it was.
     """
     target = Path(os.path.abspath(path))
-    check_output(target)
+    check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(target)
     temporary.mkdir()

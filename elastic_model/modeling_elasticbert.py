@@ -5,6 +5,7 @@ Legend of shapes: rows, tokens, width, labels, vocabulary. "Real" tokens are tho
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -185,6 +186,10 @@ class ElasticBertModel(ElasticBertPreTrainedModel):
             raise ValueError(
                 f"exit_policy {policy['name']!r} needs a task head; the bare model knows never and constant."
             )
+        if policy is not None and policy["layer"] not in self.encoder.exit_layers:
+            raise ValueError(
+                f"exit_policy 'constant': layer must be one of {self.encoder.exit_layers}, got {policy['layer']}."
+            )
         lowest = self.encoder.exit_layers[-1] if policy is None else policy["layer"]
         wanted = [layer for layer in self.encoder.exit_layers if layer >= lowest]
         ids = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
@@ -212,7 +217,7 @@ class ElasticBertTaskModel(ElasticBertPreTrainedModel):
     def walk(self, inputs: tuple, exits: list[int] | None, kwargs: Mapping[str, Any]) -> Iterator[Exit]:
         """The encoder's exits for one forward: inputs as `ElasticBertModel.exits` takes them; exits: those
         to compute, by layer, None = all. While training, with gradient equilibrium as configured."""
-        exits = self.exit_layers if exits is None else list(exits)
+        exits = self.exit_layers if exits is None else sorted(set(exits))
         if not exits or not set(exits) <= set(self.exit_layers):
             raise ValueError(f"exits must be some of the exit layers {self.exit_layers}, got {exits}.")
         weighted = all(exit_weights(self.config.exit_loss, exits))  # an exit without weight is not trained
@@ -268,16 +273,22 @@ def _in_batch(values: torch.Tensor, rows: torch.Tensor | None, batch: int) -> to
 
 
 def gather_answers(walk, head, policy, problem_type, exit_layers, mask=None, choices=1) -> Answers:
-    """Ask `head` at every exit of `walk` and let rows leave as `policy` says.
+    """Ask `head` at every exit of `walk()` and let rows leave as `policy` says.
 
+    With a policy this is not compiled: rows that leave change what the walk goes on with, which no compiler follows.
     head(exit) -> logits (rows inside, ...) and the learned uncertainty (rows inside,) or None. mask (rows, tokens)
     for tasks that answer per token. choices: how many consecutive rows make one question (multiple choice) and leave
     together.
     """
+    gather = _gather if policy is None else torch.compiler.disable(_gather)
+    return gather(walk, head, policy, problem_type, exit_layers, mask, choices)
+
+
+def _gather(walk, head, policy, problem_type, exit_layers, mask, choices) -> Answers:
     answers: Answers | None = None
     history: list[Prediction] = []
     positions: list[int] = []
-    for exit in walk:
+    for exit in walk():
         logits, doubt = head(exit)
         rows = exit.flow.rows if exit.flow.rows is None or choices == 1 else exit.flow.rows[::choices] // choices
         if answers is None:
@@ -303,6 +314,11 @@ def gather_answers(walk, head, policy, problem_type, exit_layers, mask=None, cho
             history = [prediction.select(~leaves) for prediction in history]
     assert answers is not None  # the last exit always answers
     return answers
+
+
+def _share(labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor | float:
+    """Of an update's labels, the share that is in this batch; None: all."""
+    return 1.0 if num_items is None else (labels != -100).sum() / num_items
 
 
 def _check_labels(labels: torch.Tensor, classes: int) -> None:
@@ -365,9 +381,11 @@ class ElasticBertExitModel(ElasticBertTaskModel):
             exit_uncertainty=answers.uncertainties(self.exit_layers),
         )
 
-    def exits_loss(self, answers: Answers, loss_of: Callable, wrong: Callable) -> tuple[torch.Tensor, tuple]:
+    def exits_loss(
+        self, answers: Answers, loss_of: Callable, wrong: Callable, share: torch.Tensor | float = 1.0
+    ) -> tuple[torch.Tensor, tuple]:
         """The weighted loss over the exits computed, and the loss of each; loss_of(logits) -> scalar, wrong(logits)
-        -> (rows,).
+        -> (rows,); share: of the update's items that are in this batch, where `loss_of` divides by all of them.
 
         With a learned exit head its squared error, averaged over the exits below the last (the only ones it is asked
         at), is added.
@@ -377,7 +395,7 @@ class ElasticBertExitModel(ElasticBertTaskModel):
         below = [layer for layer in answers.uncertainty if layer != self.exit_layers[-1]]
         if below:
             terms = [uncertainty_loss(answers.uncertainty[layer], wrong(answers.logits[layer])) for layer in below]
-            loss = loss + sum(terms) / len(terms)
+            loss = loss + share * sum(terms) / len(terms)
         elif answers.uncertainty:
             loss = loss + 0.0 * sum(doubt.sum() for doubt in answers.uncertainty.values())
         trained = trained_exits(self.config.exit_loss, list(answers.logits))
@@ -420,7 +438,8 @@ class ElasticBertForSequenceClassification(ElasticBertExitModel):
         problem_type = self.problem(labels)
         policy = self.policy_for(exit_policy, labels, problem_type)
         ids = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        answers = self.answer(self.walk((*ids, length_config, layer_config), exits, kwargs), policy, problem_type)
+        walk = partial(self.walk, (*ids, length_config, layer_config), exits, kwargs)
+        answers = self.answer(walk, policy, problem_type)
         loss = losses = None
         if labels is not None:
             if problem_type == "single_label_classification":
@@ -431,6 +450,7 @@ class ElasticBertForSequenceClassification(ElasticBertExitModel):
                 answers,
                 lambda logits: exit_task_loss(logits, labels, problem_type, num_items_in_batch),
                 lambda logits: wrong_answers(logits, labels, problem_type),
+                _share(labels, num_items_in_batch),
             )
         return self.output(answers, loss, losses)
 
@@ -459,7 +479,7 @@ class ElasticBertForTokenClassification(ElasticBertExitModel):
         """labels (rows, tokens), -100 where a token has none; the rest as in sequence classification."""
         policy = self.policy_for(exit_policy, labels, "token_classification")
         ids = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        walk = self.walk((*ids, length_config, layer_config), exits, kwargs)
+        walk = partial(self.walk, (*ids, length_config, layer_config), exits, kwargs)
         mask = None if attention_mask is None else attention_mask.bool()
         answers = self.answer(walk, policy, "token_classification", mask)
         loss = losses = None
@@ -469,6 +489,7 @@ class ElasticBertForTokenClassification(ElasticBertExitModel):
                 answers,
                 lambda logits: cross_entropy(logits, labels, num_items_in_batch),
                 lambda logits: wrong_answers(logits, labels, "token_classification"),
+                _share(labels, num_items_in_batch),
             )
         return self.output(answers, loss, losses)
 
@@ -506,7 +527,7 @@ class ElasticBertForMultipleChoice(ElasticBertExitModel):
         policy = self.policy_for(exit_policy, labels, "single_label_classification")
         ids = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         flat = tuple(None if one is None else one.flatten(0, 1) for one in ids)
-        walk = self.walk((*flat, length_config, layer_config), exits, kwargs)
+        walk = partial(self.walk, (*flat, length_config, layer_config), exits, kwargs)
 
         def head(exit):
             scores, doubt = self.head(exit)
@@ -520,6 +541,7 @@ class ElasticBertForMultipleChoice(ElasticBertExitModel):
                 answers,
                 lambda logits: cross_entropy(logits, labels, num_items_in_batch),
                 lambda logits: wrong_answers(logits, labels, "single_label_classification"),
+                _share(labels, num_items_in_batch),
             )
         return self.output(answers, loss, losses)
 
@@ -553,7 +575,7 @@ class ElasticBertForQuestionAnswering(ElasticBertExitModel):
         labels = None if start_positions is None or end_positions is None else (start_positions, end_positions)
         policy = self.policy_for(exit_policy, labels, "question_answering")
         ids = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        walk = self.walk((*ids, length_config, layer_config), exits, kwargs)
+        walk = partial(self.walk, (*ids, length_config, layer_config), exits, kwargs)
         mask = None if attention_mask is None else attention_mask.bool()
         answers = self.answer(walk, policy, "question_answering", mask)
         loss = losses = None
@@ -678,7 +700,7 @@ class ElasticBertForMaskedLM(ElasticBertMaskedModel):
         """
         policy = self.policy_for(exit_policy, labels, "token_classification")
         ids = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        walk = self.walk((*ids, length_config, layer_config), exits, kwargs)
+        walk = partial(self.walk, (*ids, length_config, layer_config), exits, kwargs)
         if labels is None:
             mask = None if attention_mask is None else attention_mask.bool()
             answers = gather_answers(walk, self.head, policy, "token_classification", self.exit_layers, mask)
@@ -687,7 +709,7 @@ class ElasticBertForMaskedLM(ElasticBertMaskedModel):
             )
         _check_labels(labels, self.config.vocab_size)
         losses, logits = {}, None
-        for exit in walk:
+        for exit in walk():
             losses[exit.layer], _ = self.masked_loss(exit, labels, num_items_in_batch, recompute=not exit.is_last)
             if exit.is_last and not self.training:
                 logits = self.head(exit)[0]

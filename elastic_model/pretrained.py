@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
@@ -139,11 +139,24 @@ def load_foreign(model_class, name, kwargs: dict) -> tuple[PreTrainedConfig, dic
         raise ValueError(
             f"model_type of {name} must be one of {allowed} to become an elastic model, got {model_type!r}."
         )
-    if model_type == "elasticbert" and kwargs.get("num_output_layers") != 1:
+    config = kwargs.get("config")
+    if isinstance(config, str | Path):
+        ours = PreTrainedConfig.get_config_dict(config)[0].get("model_type") == "elasticbert"
+        reader = model_class.config_class if ours else AutoConfig
+        del kwargs["config"]
+        config, kwargs = reader.from_pretrained(config, return_unused_kwargs=True, **kwargs)
+        kwargs["config"] = config
+    static = 1 in (kwargs.get("num_output_layers"), getattr(config, "num_output_layers", None))
+    if model_type == "elasticbert" and (not static or stock.get("num_output_layers") == 1):
         return None
     kwargs = {key: value for key, value in kwargs.items() if key not in _HUB_ARGUMENTS}
     tensors = _read_weights(name, hub)
     config = kwargs.pop("config", None)
+    if kwargs.get("dtype", kwargs.get("torch_dtype")) == "auto":  # the stored one, as without it
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("dtype", "torch_dtype")}
+    if config is not None and config.model_type in _KEYS and config.model_type != "elasticbert":
+        fields = elastic_config(config.to_dict())
+        config, kwargs = model_class.config_class.from_dict(fields, return_unused_kwargs=True, **kwargs)
     if config is None:
         fields = stock if model_type == "elasticbert" else elastic_config(stock)
         if "pre_classifier.weight" in tensors:  # DistilBERT's classifiers pool with a ReLU

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from elastic_model import ElasticBertConfig, ElasticBertModel
 from elastic_model.card import write_card
-from elastic_model.folders import check_output, new_folder
+from elastic_model.folders import check_replaceable, new_folder
 from elastic_model.operating_points import FILE, OperatingPoints
 from elastic_model.processor import ONNX_FILES, cpu_flags, fitting_files
 from elastic_model.provenance import append_stage
@@ -70,7 +70,7 @@ class Written:
 def export_checkpoint(options: ExportOptions) -> dict[str, Any]:
     """Write the artefact of a checkpoint to `options.output` and return its report; ValueError, and nothing written,
     where an option or a check fails."""
-    check_output(options.output, options.checkpoint, options.rows)
+    check_replaceable(options.output, options.checkpoint, options.rows)
     files = chosen_files(options)
     sample = read_sample(options)
     with new_folder(options.output) as folder:

@@ -18,7 +18,7 @@ from elastic_model.arguments import to_yaml
 from elastic_model.card import write_card
 from elastic_model.configuration_elasticbert import pooling_with_new_exits
 from elastic_model.cost import mean_flops
-from elastic_model.folders import check_output, new_folder
+from elastic_model.folders import check_replaceable, new_folder
 from elastic_model.provenance import Metric, append_stage, describe_data, file_hash
 from finetune.checkpoint import REPORT, SETTINGS
 from finetune.config import ElastifyOptions
@@ -196,7 +196,7 @@ def prepare(options: ElastifyOptions, accelerator: Accelerator) -> ElastifyRun:
     """Everything read and checked; nothing is written yet."""
     phases = phases_of(options)
     check_numbers(options, phases)
-    check_output(Path(options.output), options.model, options.texts)
+    check_replaceable(Path(options.output), options.model, options.texts)
     if not Path(options.texts).is_file():
         raise ValueError(f"texts {options.texts} is not a file")
     check_name(options.model)

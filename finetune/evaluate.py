@@ -17,7 +17,7 @@ from elastic_model import ElasticBertConfig
 from elastic_model.checks import check_length_config
 from elastic_model.cost import exit_flops, mean_flops
 from elastic_model.exit_policies import simulate
-from elastic_model.folders import check_output, new_folder
+from elastic_model.folders import check_replaceable, new_folder
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from finetune.by_row import explore_by_row
 from finetune.config import EvaluateOptions
@@ -331,7 +331,7 @@ def evaluate(options: EvaluateOptions) -> None:
     if options.rows is not None and options.rows < 1:
         raise ValueError(f"rows must be at least 1, got {options.rows}")
     if options.output:
-        check_output(Path(options.output), options.model)
+        check_replaceable(Path(options.output), options.model)
     accelerator = Accelerator()
     model = load_classifier(Path(options.model), options.max_length).to(accelerator.device)
     task, tokenizer = chosen_task(options), load_tokenizer(Path(options.model))

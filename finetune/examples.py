@@ -96,7 +96,7 @@ def check_shape(examples: Examples, problem_type: ProblemType) -> None:
     if isinstance(examples.labels[0], dict) != (problem_type == "question_answering"):
         expected = "answers as SQuAD has them" if problem_type == "question_answering" else "labels"
         raise ValueError(f"{examples.places[0]}: {problem_type} needs {expected}, got {examples.labels[0]!r:.80}")
-    if problem_type == "single_label_classification":
+    if problem_type in ("single_label_classification", "multi_label_classification"):
         for label, place in zip(examples.labels, examples.places, strict=True):
             if label is None or label != label or not str(label).strip():
                 raise ValueError(f"{place}: the row has no label (its value: {label!r}); remove it")

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from elastic_model import distributed
-from elastic_model.folders import check_output
+from elastic_model.folders import check_replaceable
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from finetune.config import LabelledOptions, LoopOptions
 from finetune.data import Encoded, encode, shuffled_batches
@@ -266,7 +266,7 @@ def prepare(
     """Everything read and checked, the model as `load` has it; nothing is written yet."""
     phases = find_recipe(options.recipe).phases
     check_numbers(options, phases)
-    check_output(Path(options.output), options.model, options.teacher)
+    check_replaceable(Path(options.output), options.model, options.teacher)
     task, tokenizer = chosen_task(options), load_tokenizer(Path(options.model))
     train = some_rows(read_examples(task, "train"), options.train_rows, options.seed)
     if len(train) < options.batch_size:

@@ -37,6 +37,9 @@ def _tab_separated(lines: IO[str]) -> Iterator[list[str]]:
 def _separated(cells: Iterator[list[str]], columns: tuple[str, ...] | None, file: Path) -> Iterator[Row]:
     """Rows under the file's own header, or under `columns` where it has none (further cells are then ignored)."""
     header = list(columns) if columns else next(cells, [])
+    doubled = next((name for name in header if header.count(name) > 1), None)
+    if doubled is not None:
+        raise ValueError(f"{file}: the column {doubled!r} is there twice ({', '.join(header)}); name each once")
     for number, row in enumerate(cells, start=1 if columns else 2):
         if not row or row == [""]:
             continue
@@ -112,7 +115,7 @@ WHOLE: dict[str, Callable[[IO[str], Path], Iterator[Row]]] = {
 def _rows(lines: IO[str], form: str, columns: tuple[str, ...] | None, file: Path) -> Iterator[Row]:
     if form in WHOLE:
         return WHOLE[form](lines, file)
-    return _separated(csv.reader(lines) if form == "csv" else _tab_separated(lines), columns, file)
+    return _separated(csv.reader(lines, strict=True) if form == "csv" else _tab_separated(lines), columns, file)
 
 
 def form_of(file: Path) -> str:

@@ -68,10 +68,10 @@ def label_order(name: str, names: list[str], problem_type: str) -> list[int] | N
 
 
 def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """ValueError where a teacher that answers per token cuts texts into other tokens."""
+    """ValueError where a model that must read the same tokens cuts texts into others."""
     if AutoTokenizer.from_pretrained(name).get_vocab() != tokenizer.get_vocab():
         raise ValueError(
-            f"teacher {name} has another vocabulary: one that answers per token must share the student's tokenizer"
+            f"{name} has another vocabulary: a student, and a teacher that answers per token, must share the tokenizer"
         )
 
 

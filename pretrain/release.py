@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import elastic_model.auto  # noqa: F401 - registers our classes with the Auto classes
 from elastic_model.card import CARD, is_ours, read_facts, statements, write_card
-from elastic_model.folders import MARKER, check_output, new_folder
+from elastic_model.folders import MARKER, check_replaceable, new_folder
 from elastic_model.hub import carry_records
 from elastic_model.provenance import file_hash
 from pretrain import loads_alone
@@ -28,7 +28,7 @@ TOLERANCE = 1e-5  # of what a model answers in another process: it is the same c
 
 def release(config: ReleaseConfig) -> int:
     """Write `config.output`, or nothing where the checkpoint is not complete; upload it with `config.push` only."""
-    check_output(config.output, config.model)
+    check_replaceable(config.output, config.model)
     facts = read_facts(config.model)
     if not facts.has_tokenizer:
         raise ValueError(f"{config.model} holds no tokenizer; save it there first (tokenizer.save_pretrained)")

@@ -231,6 +231,8 @@ def _module(name: str, value: Any, where: str) -> ModuleCost:
     if shape is not None and not SHAPE.fullmatch(str(shape)):
         raise ValueError(f"model file {where}: module {name!r} has the input {shape!r}; write it as (n,768)")
     numbers = {key: _count(fields[key], name, key, where) for key in allowed[1:] if fields.get(key) is not None}
+    if not any(key.startswith("flops") for key in numbers):
+        raise ValueError(f"model file {where}: module {name!r} has no cost; give one of {', '.join(allowed[1:4])}")
     return ModuleCost(input=shape, **numbers)
 
 
@@ -258,7 +260,7 @@ class CodeCosts:
         try:
             spec.loader.exec_module(code)
             self.modules: dict[str, torch.nn.Module] = dict(code.module_list)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(
                 f"model file {path}: it must define module_list, pairs of a name and a torch module; running it gave "
                 f"{type(error).__name__}: {error}"

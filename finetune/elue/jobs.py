@@ -1,5 +1,6 @@
 """The jobs of an ELUE run: tasks with their sizes and rows, how a checkpoint is made, what is then measured."""
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from transformers import AutoConfig
 from elastic_model import ElasticBertConfig, ElasticBertModel
 from elastic_model.configuration_elasticbert import pooling_with_new_exits
 from elastic_model.folders import new_file, new_folder
+from elastic_model.provenance import file_hash
 from finetune.config import TaskOptions, TrainOptions
 from finetune.data import Encoded
 from finetune.elue.config import LAST_EXIT, SIZES, SizeOptions
@@ -26,6 +28,7 @@ from finetune.prepare import (
     load_classifier,
     load_tokenizer,
     some_rows,
+    weight_files,
 )
 from finetune.recipe import find_recipe
 from finetune.tasks import Task
@@ -154,7 +157,9 @@ def layers_of(folder: str) -> int:
 
 def _cut(options: SizeOptions, depth: int) -> str:
     """The starting checkpoint cut to its first layers."""
-    whole, folder = Path(options.model or ""), Path(options.output) / "starts" / f"layers-{depth}"
+    whole = Path(options.model or "")
+    weights = hashlib.sha256("".join(file_hash(file) for file in weight_files(whole)).encode()).hexdigest()
+    folder = Path(options.output) / "starts" / f"{weights[:12]}-layers-{depth}"
     if not folder.exists():
         with new_folder(folder) as new:
             pooling = pooling_with_new_exits(AutoConfig.from_pretrained(whole, local_files_only=True))

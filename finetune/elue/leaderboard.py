@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic_model.folders import check_output, new_file, new_folder
+from elastic_model.folders import check_replaceable, new_file, new_folder
 from elastic_model.front import pareto_front
 from finetune.elue.config import LeaderboardOptions
 from finetune.elue.page import page
@@ -87,6 +87,8 @@ def leaderboard_of(
                     f"{result.name} has {one.rows} test rows of {task}, others have {rows[task]}: they do not compare"
                 )
     tasks = [task for task in ELUE_TASKS if task in rows]
+    if reference and tasks and not set(tasks) & set(reference):
+        raise ValueError(f"the reference has none of the tasks {', '.join(tasks)}; it has {', '.join(reference)}")
     entries = [_entry(result, reference, tasks) for result in results]
     entries.sort(key=lambda entry: (entry.macro is None, -(entry.macro or 0.0), entry.name))
     return Leaderboard(tasks, {task: rows[task] for task in tasks}, reference_name, entries, _sizes(results, tasks))
@@ -255,7 +257,7 @@ def _series(task: TaskScore) -> list[tuple[str, float, float, bool]]:
 def leaderboard(options: LeaderboardOptions) -> None:
     """Put scored submissions side by side, against one reference."""
     if options.output:
-        check_output(Path(options.output), options.reference, *options.results)
+        check_replaceable(Path(options.output), options.reference, *options.results)
     results = [read_result(Path(path)) for path in options.results]
     names = [result.name for result in results]
     doubled = next((name for name in names if names.count(name) > 1), None)

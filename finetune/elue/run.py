@@ -3,13 +3,14 @@
 A stage that is there is not made again: checkpoints/METHOD/TASK/seed-N, submissions/METHOD/seed-N/TASK, results.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import logging
+from transformers import AutoConfig, logging
 
 from elastic_model.folders import check_output, claim_folder, new_folder
 from elastic_model.provenance import file_hash
@@ -22,7 +23,8 @@ from finetune.elue.results import publish, reference_of, result_of
 from finetune.elue.scoring import Result
 from finetune.elue.submission import MODULES_FILE
 from finetune.elue.tasks import ELUE_TASKS
-from finetune.prepare import load_classifier, weight_files
+from finetune.examples import read_examples
+from finetune.prepare import check_length, load_classifier, some_rows, weight_files
 from finetune.train import train
 
 SETTINGS = "settings.json"  # what makes two stages the same
@@ -39,7 +41,7 @@ def _check(options: RunOptions, methods: Mapping[str, Method], jobs: list[Job]) 
         raise ValueError(f"shares must lie in (0, 1], got {options.shares}")
     for job in jobs:
         if job.checkpoint is not None:
-            config = load_classifier(Path(job.checkpoint), job.max_length).config
+            config = load_classifier(Path(job.checkpoint), job.max_length).config  # checks the length
             check_answers(job, config, Path(job.checkpoint))
             for name, method in methods.items():
                 if method.depths:
@@ -49,6 +51,15 @@ def _check(options: RunOptions, methods: Mapping[str, Method], jobs: list[Job]) 
     if options.model is not None and any(job.checkpoint is None for job in jobs):
         weight_files(Path(options.model))
         _depths(options)
+        config = AutoConfig.from_pretrained(options.model, local_files_only=True)
+        for job in (job for job in jobs if job.checkpoint is None):
+            try:
+                check_length(config, job.max_length)
+            except ValueError as error:
+                raise ValueError(f"{job.name}: {error}") from None
+            rows = len(some_rows(read_examples(job.task, "train"), job.train_rows, seed=0))
+            if rows < options.batch_size:
+                raise ValueError(f"{job.name}: {rows} train rows are fewer than a batch ({options.batch_size})")
 
 
 def _depths(options: RunOptions) -> list[int]:
@@ -69,7 +80,7 @@ def _settings(options: RunOptions, job: Job, method: Method, checkpoints: list[P
         "lengths_and_depths": method.lengths_and_depths,
         "points": options.points,
         "shares": options.shares,
-        "test rows": len(job.test),
+        "test rows": hashlib.sha256(repr((job.test.texts, job.test.pairs, job.test.labels)).encode()).hexdigest(),
         "max_length": job.max_length,
     }
 

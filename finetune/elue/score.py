@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from elastic_model.folders import check_output, new_folder
+from elastic_model.folders import check_replaceable, new_folder
 from finetune.elue.config import ScoreOptions
 from finetune.elue.costs import Costs, load_costs
 from finetune.elue.leaderboard import leaderboard_of, text, write_board
@@ -84,7 +84,8 @@ def score_submission(options: ScoreOptions) -> Result:
 def score(options: ScoreOptions) -> None:
     """Print (with --output also write) the points of a submission and, with a reference, its scores."""
     if options.output:
-        check_output(Path(options.output), options.submission, options.labels, options.reference, options.model_file)
+        read = (options.submission, options.labels, options.reference, options.model_file)
+        check_replaceable(Path(options.output), *read)
     reference = read_reference(Path(options.reference)) if options.reference else {}
     result = score_submission(options)
     board = leaderboard_of([result], reference, options.reference)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from elastic_model.folders import new_file
+from finetune.elue.tasks import task_called
 
 FORMAT = 1
 SCORES_FILE = "scores.json"
@@ -27,6 +28,8 @@ class Point:
     parameters: int | None = None
 
     def __post_init__(self) -> None:
+        if self.parameters is not None and not (isinstance(self.parameters, int) and self.parameters >= 0):
+            raise ValueError(f"point {self.name!r}: parameters must be a whole number from 0, got {self.parameters!r}")
         if not (math.isfinite(self.flops) and math.isfinite(self.quality) and self.flops >= 0):
             raise ValueError(
                 f"point {self.name!r}: flops must be finite and at least 0, quality finite, got {self.flops} and "
@@ -166,6 +169,8 @@ def read_result(path: Path) -> Result:
         content = json.loads(file.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r}, this version reads {FORMAT}")
+        if not isinstance(content["name"], str):
+            raise ValueError(f"its name is {content['name']!r}, not text")
         tasks = {
             name: TaskResult(
                 task["metric"], task["rows"], [[Point(**point) for point in points] for points in task["seeds"]]
@@ -189,7 +194,9 @@ def read_reference(path: Path) -> dict[str, list[Point]]:
     for number, line in enumerate(lines[1:], start=2):
         try:
             task, flops, quality = line.split("\t")
-            curves.setdefault(task, []).append(Point(f"line {number}", float(flops), float(quality)))
+            curves.setdefault(task_called(task), []).append(Point(f"line {number}", float(flops), float(quality)))
         except ValueError as error:
             raise ValueError(f"reference {path}, line {number}: expected task, flops, quality ({error})") from None
+    if not curves:
+        raise ValueError(f"reference {path} has no rows")
     return curves

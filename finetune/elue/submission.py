@@ -201,7 +201,8 @@ def flops_of(predictions: Predictions, flops: Callable[[Step], int]) -> tuple[np
         try:
             steps = parse_modules(path)
             known[path] = sum(flops(step) for step in steps)
-        except ValueError as error:
+            float(known[path])
+        except (ValueError, OverflowError) as error:
             raise ValueError(f"{predictions.file}, line {line}: {error}") from None
         names |= dict.fromkeys(step.name for step in steps)
     return np.array([known[path] for path in predictions.paths], dtype=np.float64), list(names)

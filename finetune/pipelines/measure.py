@@ -8,6 +8,7 @@ is timed; the time of all others follows from a straight line in their tokens, s
 no more than one. Quality is read from the answers that the stages have kept: only the timed rows are run.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,12 +21,11 @@ import torch
 from elastic_model import ElasticBertConfig
 from elastic_model.cost import mean_flops
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
-from elastic_model.operating_points import checkpoint_hash
 from elastic_model.session import ElasticSession
 from finetune.evaluate import outcome
 from finetune.pipelines.answers import Row, read_answers, rows_of
-from finetune.pipelines.letters import checkpoint_of, letters_of, name_of, prefixes, stage_of
-from finetune.pipelines.stages import settings_of
+from finetune.pipelines.letters import checkpoint_of, letters_of, name_of, parse, prefixes, stage_of
+from finetune.pipelines.stages import settings_of, stage_hash
 from finetune.pipelines.work import Work
 from finetune.policies import Policy, candidates, choose, never
 from finetune.prepare import load_classifier, weight_files
@@ -51,7 +51,7 @@ class Point:
 class Measurement:
     """A pipeline measured.
 
-    checkpoint: hash of its weights; quality, ms, flops, mean_exit_layer: at its operating point; full_quality: at
+    checkpoint: its `stage_hash`; quality, ms, flops, mean_exit_layer: at its operating point; full_quality: at
     full depth; bytes: on the disk; exit_ms: mean time of leaving at each exit; doubled_ms: at full depth with rows
     padded to twice the length (None with L, or where the model has no such positions); curve: from strict to loose,
     one point where there are no exits; settings: what its operators were given.
@@ -75,8 +75,19 @@ class Measurement:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Measurement":
-        """From what `to_dict` gives."""
-        return cls(**{**content, "curve": [Point(**point) for point in content["curve"]]})
+        """From what `to_dict` gives; ValueError where it is no measurement."""
+        one = cls(**{**content, "curve": [Point(**point) for point in content["curve"]]})
+        parse(one.pipeline)
+        times = [one.ms, *one.exit_ms, *(point.ms for point in one.curve)]
+        shares = [one.quality, one.full_quality, *(point.quality for point in one.curve)]
+        numbers = all(
+            isinstance(value, int | float) and math.isfinite(value) for value in (*times, *shares, one.flops)
+        )
+        if not numbers or min(times) <= 0 or not all(-1 <= value <= 1 for value in shares):
+            raise ValueError(f"{one.pipeline}: times must be above 0 and qualities shares of 1, got {times}, {shares}")
+        if not one.exit_ms or not one.curve or not isinstance(one.seed, int) or not isinstance(one.settings, dict):
+            raise ValueError(f"{one.pipeline}: exit_ms and curve must hold points, seed a number, settings names")
+        return one
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -239,7 +250,7 @@ def _measurement(work: Work, subject: Subject, spent: np.ndarray) -> Measurement
     return Measurement(
         pipeline=name_of(letters),
         seed=work.options.seed,
-        checkpoint=checkpoint_hash(work.folder(checkpoint_of(letters))),
+        checkpoint=stage_hash(work.folder(checkpoint_of(letters))),
         metric=work.labels.metrics[0],
         quality=chosen.quality,
         full_quality=curve[0].quality,
@@ -276,4 +287,4 @@ def is_current(work: Work, one: Measurement) -> bool:
     letters = letters_of(one.pipeline)
     folder = work.folder(checkpoint_of(letters))
     there = folder.is_dir() and work.folder(stage_of(letters)).is_dir()
-    return there and one.checkpoint == checkpoint_hash(folder)
+    return there and one.checkpoint == stage_hash(folder)

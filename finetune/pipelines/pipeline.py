@@ -31,7 +31,15 @@ def read_measured(file: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}, this version reads format {FORMAT}")
-        content["measurements"] = [Measurement.from_dict(one) for one in content["measurements"]]
+        found = [Measurement.from_dict(one) for one in content["measurements"]]
+        keys = [(one.pipeline, one.seed) for one in found]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{twice[0]} of seed {twice[1]} is there twice")
+        other = next((one for one in found if one.metric != content["metric"]), None)
+        if other is not None:
+            raise ValueError(f"{other.pipeline} was measured by {other.metric!r}, the file by {content['metric']!r}")
+        content["measurements"] = found
         return {name: content[name] for name in ("task", "metric", "dev", "settings", "machine", "measurements")}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: not measurements of pipelines ({error})") from error

@@ -1,5 +1,6 @@
 """The stages of a pipeline: each a job of its own on the checkpoint of the one before, carried out once, kept."""
 
+import hashlib
 import importlib
 import json
 import shutil
@@ -125,6 +126,13 @@ def _parent(work: Work, stage: str) -> Path:
     return work.folder(stage[:-1]) if stage else Path(work.options.model)
 
 
+def stage_hash(folder: Path) -> str:
+    """sha256 of a stage's weights and, where S has chosen lengths, of these too: they are its configuration's."""
+    weights = checkpoint_hash(folder)
+    lengths = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("length_config")
+    return weights if lengths is None else hashlib.sha256(f"{weights} {json.dumps(lengths)}".encode()).hexdigest()
+
+
 def read_record(work: Work, stage: str) -> dict[str, Any] | None:
     """The record of a stage that was carried out; None where it was not, or its parent has been made anew since.
 
@@ -148,7 +156,7 @@ def read_record(work: Work, stage: str) -> dict[str, Any] | None:
     for name, value in settings_of(work, stage).items():
         if found.get(name) != value:
             raise ValueError(f"stage {folder} was made with {name} = {found.get(name)!r}, not {value!r}; {remedy}")
-    if parent != checkpoint_hash(_parent(work, stage)):
+    if parent != stage_hash(_parent(work, stage)):
         if not stage:
             raise ValueError(f"stage {folder} was made from other weights than {work.options.model} has; {remedy}")
         return None
@@ -168,12 +176,18 @@ def carry_out(work: Work, stage: str) -> int:
         shutil.rmtree(running, ignore_errors=True)
     print(f"stage {name_of(stage)}: {OPERATORS.get(stage[-1:], 'fine-tuned')}", flush=True)
     began = time.monotonic()
-    if code := JOBS[stage[-1:]](work, stage, parent, folder):
+    try:
+        code = JOBS[stage[-1:]](work, stage, parent, folder)
+    except ValueError as error:
+        if not running.is_dir():
+            raise
+        raise ValueError(f"{error} (of a pipeline: remove {running} to begin the stage anew)") from error
+    if code:
         return code
     record = {
         "stage": name_of(stage),
-        "parent": {"name": name_of(stage[:-1]) if stage else parent.name, "sha256": checkpoint_hash(parent)},
-        "checkpoint": checkpoint_hash(folder),
+        "parent": {"name": name_of(stage[:-1]) if stage else parent.name, "sha256": stage_hash(parent)},
+        "checkpoint": stage_hash(folder),
         "data": work.data,
         "task": work.options.task,
         "seed": work.options.seed,

@@ -27,6 +27,7 @@ from finetune.prepare import (
 )
 from finetune.recipe import find_recipe
 from finetune.run import check_numbers
+from finetune.teacher import check_tokenizer
 
 OF_TRAINING = ("epochs", "batch_size", "learning_rate", "train_rows")
 NUMBERS = ("rounds", "importance_rows", "multiple_of", "timed_rows", "search_iterations")
@@ -110,19 +111,28 @@ def narrowest(config: ElasticBertConfig) -> tuple[int, int]:
     return min(config.num_attention_heads_per_layer or ()), min(config.intermediate_size_per_layer or ())
 
 
+def _elastic(folder: str, max_length: int) -> ElasticBertConfig:
+    """The configuration of a checkpoint as one of ours; ValueError where rows would be longer than it reads."""
+    given = AutoConfig.from_pretrained(folder, local_files_only=True)
+    check_length(given, max_length)
+    elastic = given.model_type == ElasticBertConfig.model_type
+    return given if elastic else ElasticBertConfig(**elastic_config(given.to_dict()))
+
+
 def _check_targets(options: OperatorOptions, letters: str) -> None:
     """ValueError where D or P would not make the model smaller, or rows would be longer than it reads."""
-    given = AutoConfig.from_pretrained(options.model, local_files_only=True)
-    check_length(given, options.max_length)
-    elastic = given.model_type == ElasticBertConfig.model_type
-    config = given if elastic else ElasticBertConfig(**elastic_config(given.to_dict()))
+    config = _elastic(options.model, options.max_length)
     layers = config.num_hidden_layers
     if "D" in letters and options.student is not None:
         weight_files(Path(options.student))
-        other = AutoConfig.from_pretrained(options.student, local_files_only=True)
-        check_length(other, options.max_length)
-        layer_map(other.num_hidden_layers, layers)
+        check_tokenizer(options.student, load_tokenizer(Path(options.model)))
+        student = _elastic(options.student, options.max_length)
+        layer_map(student.num_hidden_layers, layers)
+        if letters.find("D") < letters.find("P"):
+            config = student  # that is what P will find
     elif "D" in letters and not 1 <= student_layers(options, layers) < layers:
+        if layers == 1:
+            raise ValueError("D: a model of one layer has none to lose; leave D out")
         raise ValueError(f"layers must be 1 to {layers - 1}, fewer than the model's, got {options.layers}")
     if "P" in letters:
         heads, neurons = narrowest(config)

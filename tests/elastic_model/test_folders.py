@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from elastic_model import folders
-from elastic_model.folders import MARKER, check_output, claim_folder, is_ours, new_file, new_folder, shipped
+from elastic_model.folders import MARKER, check_replaceable, claim_folder, is_ours, new_file, new_folder, shipped
 
 
 def contents(folder: Path) -> set[str]:
@@ -63,11 +63,17 @@ def test_what_a_job_reads_is_not_replaced_by_what_it_writes(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "model")
     for output in ("model", "model/../model", "link", "."):
         with pytest.raises(ValueError, match=r"would replace .*, which is read; choose another output"):
-            check_output(tmp_path / output, tmp_path / "model", None)
+            check_replaceable(tmp_path / output, tmp_path / "model", None)
     with pytest.raises(ValueError, match="would replace .*weights, which is read"):
-        check_output(tmp_path / "model", "org/model", tmp_path / "model" / "weights")
-    check_output(tmp_path / "model" / "onnx", tmp_path / "model")
-    check_output(tmp_path / "other", tmp_path / "model", "org/model")
+        check_replaceable(tmp_path / "model", "org/model", tmp_path / "model" / "weights")
+    with pytest.raises(ValueError, match=r"would replace what other jobs made there, as .*runs/inner"):
+        with new_folder(claim_folder(tmp_path / "runs") / "inner"):
+            pass
+        with new_folder(tmp_path / "runs"):
+            pass
+    assert is_ours(tmp_path / "runs" / "inner")
+    check_replaceable(tmp_path / "model" / "onnx", tmp_path / "model")
+    check_replaceable(tmp_path / "other", tmp_path / "model", "org/model")
 
 
 def test_an_empty_folder_is_nobodys(tmp_path):

@@ -131,6 +131,8 @@ def test_every_method(elue_data, elue_start):
         (["--data", "sst2"], "--data: expected TASK=FOLDER, got 'sst2'"),
         (["--reference", "nowhere.json"], "nowhere.json: No such file"),
         (["--points", "0"], "points must be at least 1, got 0"),
+        (["--max-length", "sst2=9999"], "sst2: max_length must be 3 to "),
+        (["--train-rows", "sst2=5"], r"sst2: 5 train rows are fewer than a batch"),
     ],
 )
 def test_bad_input_is_named_before_any_work(elue_data, elue_start, capsys, flags, message):

@@ -105,7 +105,7 @@ def test_a_result_survives_its_file_and_serves_as_reference(tmp_path):
     write_result(result, tmp_path / "scores.json")
     assert read_result(tmp_path) == result
     assert read_reference(tmp_path / "scores.json") == {"mrpc": REFERENCE}
-    (tmp_path / "curve.tsv").write_text("task\tflops\tquality\nmrpc\t100\t60\nmrpc\t200\t80\n")
+    (tmp_path / "curve.tsv").write_text("task\tflops\tquality\nMRPC\t100\t60\nmrpc\t200\t80\n")
     curve = read_reference(tmp_path / "curve.tsv")["mrpc"]
     assert [(point.flops, point.quality) for point in curve] == [(100.0, 60.0), (200.0, 80.0)]
 
@@ -114,15 +114,29 @@ def test_a_result_survives_its_file_and_serves_as_reference(tmp_path):
     ("name", "content", "message"),
     [
         ("curve.tsv", "task\tflops\tquality\nmrpc\t1\tnan\n", "line 2: expected task, flops, quality"),
+        ("curve.tsv", "task\tflops\tquality\ncola\t1\t2\n", "line 2: .*'cola' is not a task of ELUE"),
+        ("curve.tsv", "task\tflops\tquality\n", "has no rows"),
         ("curve.tsv", "flops\tquality\n", "line 1: its columns must be task, flops, quality"),
         ("scores.json", "{}", r"not the scores.json of a submission \(KeyError"),
         ("scores.json", '{"format": 2}', "its format is 2, this version reads 1"),
+        ("scores.json", '{"format": 1, "name": null, "tasks": {}}', "its name is None, not text"),
     ],
 )
 def test_a_bad_reference_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         read_reference(tmp_path / name)
+
+
+def test_a_reference_of_other_tasks_scores_nothing_and_says_so():
+    with pytest.raises(ValueError, match="the reference has none of the tasks mrpc; it has sst2"):
+        leaderboard_of([result_of("a", REFERENCE)], {"sst2": REFERENCE}, "other")
+
+
+@pytest.mark.parametrize("parameters", ["5", -5, 0.5])
+def test_parameters_are_counts(parameters):
+    with pytest.raises(ValueError, match="parameters must be a whole number from 0"):
+        Point("a", 1.0, 1.0, parameters)
 
 
 def test_the_published_tables_are_complete():

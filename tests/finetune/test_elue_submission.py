@@ -189,6 +189,7 @@ def test_costs_from_a_stock_configuration(tmp_path, outputs):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("table.json", '{"modules": {"layer_1": null}}', "module 'layer_1' has no cost; give one of flops"),
         ("model.py", "module_list = {}", "is Python code; to have it run, give --trust-model-code"),
         ("table.tsv", "name\tcost\nemb\t0\n", r"line 1: its columns must be module and some of .*, got name, cost"),
         (

@@ -1,6 +1,7 @@
 """Estimates: the paper's equations by hand, intervals from the spread of seeds, the distance of curves."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,6 +152,32 @@ def test_files_of_several_seeds_combine_where_they_fit(tmp_path, capsys):
     longer = written(tmp_path / "longer.json", measurement("D", (50.0, 0.8), seed=2, epochs=9))
     with pytest.raises(ValueError, match="O was measured with epochs = 2, D with 9"):
         _command(["estimate", "D", "--from", seeds[0], longer])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"curve": []},
+        {"exit_ms": []},
+        {"ms": "5"},
+        {"ms": -5.0},
+        {"ms": 0.0},
+        {"quality": 85.0},
+        {"quality": float("nan")},
+        {"settings": None},
+        {"seed": [1]},
+        {"metric": "f1"},
+        {"pipeline": "XYZ"},
+        {"pipeline": "D"},
+    ],
+)
+def test_a_measurement_that_is_none_is_named(tmp_path, fields):
+    file = tmp_path / "measured.json"
+    content = json.loads(Path(written(file, *PARTS)).read_text())
+    content["measurements"][0] |= fields
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="measured.json: not measurements of pipelines"):
+        _command(["estimate", "D", "--from", str(file)])
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,14 @@ import shutil
 import numpy as np
 import pytest
 
-from elastic_model import ElasticBertForSequenceClassification
+from elastic_model import ElasticBertConfig, ElasticBertForSequenceClassification, ElasticBertModel
+from elastic_model.operating_points import checkpoint_hash
 from elastic_model.provenance import read_provenance
+from export.write import patch_config
 from finetune.__main__ import _command
 from finetune.pipelines.letters import checkpoint_of, parse, prefixes, stage_of
 from finetune.pipelines.measure import TURNS, Point, Trial, line_in_tokens, operating_point, times_in_turns
+from finetune.pipelines.stages import stage_hash
 from finetune.pipelines.study import all_orders, measured_pipelines, stages_of
 
 
@@ -152,6 +155,33 @@ def test_a_stage_is_made_again_where_its_parent_is_another(flags, trained, tmp_p
     (out / "O" / "stage.json").write_text("{")
     with pytest.raises(ValueError, match="O/stage.json: not the record of a stage .*remove the folder"):
         _command(["pipeline", "E", *fine_tuned])
+
+
+def test_lengths_that_were_searched_again_make_another_stage(tiny_checkpoint):
+    """S writes them into the configuration, not the weights: what was made from the stage before is not of it."""
+    before = stage_hash(tiny_checkpoint)
+    assert before == checkpoint_hash(tiny_checkpoint)
+    hashes = {before}
+    for lengths in ([0.5] * 4, [0.25] * 4):
+        patch_config(tiny_checkpoint, {"length_config": lengths})
+        hashes.add(stage_hash(tiny_checkpoint))
+    assert len(hashes) == 3
+
+
+def test_what_a_student_lacks_is_named_before_training(flags, start, tmp_path):
+    narrow = tmp_path / "narrow"
+    shutil.copytree(start, narrow)
+    config = ElasticBertConfig.from_pretrained(start)
+    fields = {"num_attention_heads": 2, "num_attention_heads_per_layer": None, "attention_head_size": None}
+    ElasticBertModel(ElasticBertConfig.from_dict({**config.to_dict(), **fields})).save_pretrained(narrow)
+    with pytest.raises(ValueError, match="heads must be 1 to 2"):
+        _command(["pipeline", "DP", *flags(f"--student={narrow}", "--heads=3", "--intermediate=32")])
+    tokenizer = json.loads((narrow / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 10_000, "content": "[NEW]"})
+    (narrow / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="narrow has another vocabulary"):
+        _command(["pipeline", "ED", *flags(f"--student={narrow}")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_fine_tuned_model_is_taken_as_it_is(flags, trained, tmp_path):

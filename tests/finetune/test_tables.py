@@ -53,6 +53,8 @@ def test_named_columns_leave_further_cells_out(tmp_path):
         ("a.tsv", b"text\tlabel\none\t1\t2\n", "row 2: 3 cells under 2 columns"),
         ("a.tsv", b"text\tlabel\n\xff\xfe\t1\n", "not a readable tsv file in UTF-8"),
         ("a.tsv.gz", b"text\tlabel\n", "not a readable tsv file"),
+        ("a.tsv", b"text\ttext\tlabel\na\tb\t1\n", "the column 'text' is there twice"),
+        ("a.csv", b'label,text\n0,"open\n1,two\n0,three\n', "not a readable csv file"),
         ("a.jsonl", b'{"text": "one"}\n{"text": \n', "line 2: not JSON"),
         ("a.jsonl", b'["one"]\n', "line 1: expected an object"),
         ("a.parquet", b"PAR1", r"expected a .tsv, .csv or .jsonl file"),

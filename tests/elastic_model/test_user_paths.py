@@ -1,0 +1,132 @@
+"""Ways in which users load, compile and train a model that other tests do not take."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+
+from elastic_model import ElasticBertForSequenceClassification, ElasticBertModel
+from tests.elastic_model.test_ecosystem import OLD_COMPILER
+from tests.export.graphs import lively
+
+POLICIES = [
+    {"name": "entropy", "threshold": 0.5},
+    {"name": "confidence", "threshold": 0.5},
+    {"name": "margin", "threshold": 0.2},
+    {"name": "patience", "patience": 1},
+    {"name": "voting", "votes": 2},
+    {"name": "constant", "layer": 1},
+]
+
+
+@pytest.fixture
+def model(tiny_config):
+    return lively(tiny_config)
+
+
+@pytest.fixture
+def batch(tiny_config):
+    ids = torch.randint(5, tiny_config.vocab_size, (4, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@OLD_COMPILER
+@pytest.mark.parametrize("policy", [None, *POLICIES], ids=lambda policy: policy["name"] if policy else "none")
+@torch.inference_mode()
+def test_a_compiled_model_answers_as_the_model(model, batch, policy):
+    torch.compiler.reset()
+    expected = model(**batch, exit_policy=policy)
+    found = torch.compile(model, backend="eager")(**batch, exit_policy=policy)
+    torch.testing.assert_close(found.logits, expected.logits)
+    assert found.exit_layers.tolist() == expected.exit_layers.tolist()
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("how", ["keyword", "config", "auto", "path of a config"])
+@torch.inference_mode()
+def test_static_use_has_the_head_of_the_last_exit_whoever_loads_it(model, batch, how, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    if how == "keyword":
+        static = ElasticBertForSequenceClassification.from_pretrained(tmp_path / "model", num_output_layers=1)
+    elif how == "auto":
+        static = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_output_layers=1)
+    else:
+        config = AutoConfig.from_pretrained(tmp_path / "model", num_output_layers=1)
+        config.save_pretrained(tmp_path / "config")
+        given = config if how == "config" else tmp_path / "config"
+        static = ElasticBertForSequenceClassification.from_pretrained(tmp_path / "model", config=given)
+    expected = model(**batch).logits
+    torch.testing.assert_close(static.eval()(**batch).logits, expected)
+    static.save_pretrained(tmp_path / "static")
+    for settings in ({}, {"num_output_layers": 1}):
+        again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "static", **settings).eval()
+        torch.testing.assert_close(again(**batch).logits, expected)
+
+
+def test_static_use_has_one_exit_whatever_exits_there_were(tiny_config):
+    config = type(tiny_config).from_dict({**tiny_config.to_dict(), "exit_layers": [2, 4], "num_output_layers": 1})
+    assert config.exit_layers == [4]
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings", "expected"),
+    [
+        ([0.1, 0.2, 0.3, 0.4], {"num_hidden_layers": 2}, {"name": "entropy", "threshold": [0.1, 0.2]}),
+        ([0.1, 0.2, 0.3, 0.4], {"exit_layers": [2, 4]}, {"name": "entropy", "threshold": [0.2, 0.4]}),
+        ([0.1, 0.2, 0.3, 0.4], {"num_output_layers": 1}, {"name": "entropy", "threshold": [0.4]}),
+        ([0.1, 0.2, 0.3, 0.4], {"num_hidden_layers": 2, "exit_policy": None}, None),
+        (3, {"num_hidden_layers": 2}, {"name": "constant", "layer": 2}),
+        (1, {"exit_layers": [2, 4]}, {"name": "constant", "layer": 2}),
+    ],
+)
+@pytest.mark.parametrize("auto", [False, True])
+def test_a_calibrated_checkpoint_loads_with_fewer_exits(model, batch, tmp_path, policy, settings, expected, auto):
+    constant = {"name": "constant", "layer": policy}
+    model.config.exit_policy = {"name": "entropy", "threshold": policy} if isinstance(policy, list) else constant
+    model.save_pretrained(tmp_path)
+    loader = AutoModelForSequenceClassification if auto else ElasticBertForSequenceClassification
+    fewer = loader.from_pretrained(tmp_path, **settings).eval()
+    assert fewer.config.exit_policy == expected
+    with torch.inference_mode():
+        assert set(fewer(**batch).exit_layers.tolist()) <= set(fewer.exit_layers)
+
+
+def test_a_stock_checkpoint_with_a_stock_config_as_the_examples_of_transformers_load_it(tmp_path):
+    config = BertConfig(
+        vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    for given in (AutoConfig.from_pretrained(tmp_path, num_labels=2), tmp_path):
+        model = ElasticBertForSequenceClassification.from_pretrained(tmp_path, config=given, dtype="auto")
+        assert (model.config.model_type, model.config.num_labels, model.dtype) == ("elasticbert", 2, torch.float32)
+
+
+def test_the_order_in_which_exits_are_named_does_not_matter(model, batch):
+    gradients = []
+    for exits in ([2, 4], [4, 2], [2, 2, 4]):
+        model.zero_grad()
+        model.train()
+        torch.manual_seed(0)
+        model(**batch, labels=torch.tensor([0, 1, 0, 1]), exits=exits).loss.backward()
+        gradients.append(model.elasticbert.encoder.layer[0].output.dense.weight.grad.clone())
+    assert all(torch.equal(one, gradients[0]) for one in gradients)
+
+
+def test_a_learned_exit_head_learns_as_much_from_an_update_in_parts(tiny_config, batch):
+    tiny_config.learned_exit_head = True
+    tiny_config.hidden_dropout_prob = tiny_config.attention_probs_dropout_prob = 0.0
+    model, labels = lively(tiny_config).train(), torch.tensor([0, 1, 0, 1])
+    gradients = []
+    for size in (4, 1):
+        model.zero_grad()
+        for start in range(0, 4, size):
+            part = {name: value[start : start + size] for name, value in batch.items()}
+            model(**part, labels=labels[start : start + size], num_items_in_batch=4).loss.backward()
+        gradients.append(model.exit_uncertainty.weight.grad.clone())
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_the_bare_model_names_the_layers_that_it_can_end_at(tiny_config, batch):
+    with pytest.raises(ValueError, match="layer must be one of .*, got 99"):
+        ElasticBertModel(tiny_config).eval()(**batch, exit_policy={"name": "constant", "layer": 99})
