@@ -115,6 +115,9 @@ def elastic_config(stock: dict) -> dict:
     return fields
 
 
+_DTYPES = ("dtype", "torch_dtype")
+
+
 def load_foreign(model_class, name, kwargs: dict) -> tuple[PreTrainedConfig, dict[str, torch.Tensor], dict] | None:
     """Config, state dict and remaining arguments where the checkpoint is not an elastic one; None where it is.
 
@@ -143,17 +146,16 @@ def load_foreign(model_class, name, kwargs: dict) -> tuple[PreTrainedConfig, dic
     if isinstance(config, str | Path):
         ours = PreTrainedConfig.get_config_dict(config)[0].get("model_type") == "elasticbert"
         reader = model_class.config_class if ours else AutoConfig
-        del kwargs["config"]
-        config, kwargs = reader.from_pretrained(config, return_unused_kwargs=True, **kwargs)
-        kwargs["config"] = config
+        rest = {key: value for key, value in kwargs.items() if key not in ("config", *_DTYPES)}
+        config, rest = reader.from_pretrained(config, return_unused_kwargs=True, **rest)
+        kwargs = {**rest, **{key: kwargs[key] for key in _DTYPES if key in kwargs}, "config": config}
     static = 1 in (kwargs.get("num_output_layers"), getattr(config, "num_output_layers", None))
     if model_type == "elasticbert" and (not static or stock.get("num_output_layers") == 1):
         return None
     kwargs = {key: value for key, value in kwargs.items() if key not in _HUB_ARGUMENTS}
     tensors = _read_weights(name, hub)
     config = kwargs.pop("config", None)
-    if kwargs.get("dtype", kwargs.get("torch_dtype")) == "auto":  # the stored one, as without it
-        kwargs = {key: value for key, value in kwargs.items() if key not in ("dtype", "torch_dtype")}
+    kwargs = {key: value for key, value in kwargs.items() if key not in _DTYPES or value != "auto"}  # as without it
     if config is not None and config.model_type in _KEYS and config.model_type != "elasticbert":
         fields = elastic_config(config.to_dict())
         config, kwargs = model_class.config_class.from_dict(fields, return_unused_kwargs=True, **kwargs)
