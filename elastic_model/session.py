@@ -551,11 +551,6 @@ def _metadata(session: onnxruntime.InferenceSession, model: Path) -> dict[str, A
 def _check_points(points: OperatingPoints | None, session: ElasticSession) -> None:
     """ValueError where the operating points are not this file's."""
     file = session.file.parent.parent / FILE
-    if points and session.policy and _kind(points.policy) != _kind(session.policy):
-        raise ValueError(
-            f"{file} was measured with the exit policy {points.policy}, {session.file.name} has {session.policy}; "
-            "export the checkpoint again"
-        )
     for point in points.points if points else []:
         if len(point.thresholds) != len(session.thresholds):
             raise ValueError(
@@ -569,6 +564,11 @@ def _check_points(points: OperatingPoints | None, session: ElasticSession) -> No
                 f"{file}: point {point.name!r} has {len(given)} lengths for the {session.layers} layers "
                 f"of {session.file.name}; export the checkpoint again"
             )
+    if points and session.policy and _kind(points.policy) != _kind(session.policy):
+        raise ValueError(
+            f"{file} was measured with the exit policy {points.policy}, {session.file.name} has {session.policy}; "
+            "export the checkpoint again"
+        )
 
 
 def _kind(policy: dict[str, Any]) -> tuple[Any, ...]:
