@@ -40,7 +40,7 @@ class OperatingPoint:
 
     def __post_init__(self) -> None:
         values = [*self.thresholds, self.mean_exit_layer, self.flops or 0.0, self.padded_flops or 0.0]
-        if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        if not self.thresholds or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
             raise ValueError(
                 f"operating point {self.name!r}: thresholds, mean_exit_layer and flops must be finite, got {values}"
             )

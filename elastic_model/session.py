@@ -18,6 +18,7 @@ from elastic_model.answers import PER_TOKEN, best_span, label_and_score
 from elastic_model.checks import LengthConfig, shares_and_mass
 from elastic_model.operating_points import FILE, OperatingPoint, OperatingPoints
 from elastic_model.processor import ONNX_FILES, available_cores, cpu_flags, fitting_files
+from elastic_model.spans import question_tokens
 
 Text = str | tuple[str, str] | list[str]  # a list: the words of one text, for tags
 FORMAT = 2  # of the metadata in an ONNX file
@@ -29,7 +30,6 @@ CHUNK_CHARACTERS = 4_000_000
 BATCH_TOKENS = 512
 STRIDE = 128  # tokens that neighbouring windows of a long text share
 
-QUESTION_TOKENS = 64  # of a question, at most, as in fine-tuning (Devlin et al. 2019's code)
 # thresholds at which no row leaves: nothing is below an entropy of 0 or above a probability of 1; counts elsewhere
 _NEVER = {"entropy": 0.0, "learned": 0.0, "confidence": 1.0, "margin": 1.0, "patience": 1e9, "voting": 1e9}
 
@@ -128,7 +128,7 @@ class ElasticSession:
         own; max_layer: no row goes above it, default the last, or without a budget the file's own; batch_size: rows
         at a time, fewer where they are long; cost: adds "flops", what the row cost; progress: called with the number
         of texts answered so far. Texts longer than the model are cut, or read window by window where the task answers
-        per token (a question is cut, to `QUESTION_TOKENS` or half of the model's); an empty one is a ValueError.
+        per token (a question is cut, as `spans.question_tokens` says); an empty one is a ValueError.
         """
         point = None if budget is None else self.point(budget)
         if max_layer is not None:
@@ -207,7 +207,7 @@ class ElasticSession:
         layer and every token, needs no measuring."""
         known = self.points.points if self.points else []
         if budget == "full" and budget not in [point.name for point in known]:
-            return OperatingPoint("full", self.never, self.exit_layers[-1])
+            return OperatingPoint("full", self.never or [0.0], self.exit_layers[-1])
         if self.points is None:
             raise ValueError(
                 f"budget {budget!r}: {self.file.parent.parent} has no {FILE}; export a checkpoint that has one"
@@ -219,7 +219,7 @@ class ElasticSession:
         if point is None:
             return {}
         return {
-            "thresholds": point.thresholds,
+            "thresholds": point.thresholds if self.never else None,  # a plain file has no exits to ask
             "max_layer": self.exit_layers[-1],  # the default may lie lower
             "length_config": point.length_config or [1.0] * self.layers,
         }
@@ -327,7 +327,7 @@ class ElasticSession:
 
     def _with_short_questions(self, texts: list[Any]) -> list[Text]:
         """(question, context) pairs whose question leaves room for the context: cut as fine-tuning cuts it."""
-        most = min(QUESTION_TOKENS, self.max_tokens // 2 - 4)
+        most = question_tokens(self.max_tokens)
         questions = self._questions.encode_batch([question for question, _ in texts], add_special_tokens=False)
         return [
             (question if len(one.ids) <= most else question[: one.offsets[most - 1][1]], context)

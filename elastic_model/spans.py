@@ -58,6 +58,12 @@ def best_answer(
     return Answer(text.strip(), left, left + len(text.strip()), score, no_answer_score)
 
 
+def question_tokens(max_tokens: int) -> int:
+    """Tokens of a question, at most, in a window of so many: 64 (Devlin et al. 2019's code), or half of a short
+    window less its special tokens."""
+    return min(64, max_tokens // 2 - 4)
+
+
 def best_spans(start_logits, end_logits, in_context, max_tokens: int = 30):
     """The best span of every window: scores, first and last tokens, each (windows,); the earliest of equals.
 

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from elastic_model.spans import best_spans
+from elastic_model.spans import best_spans, question_tokens
 from finetune.data import TokenEncoded, rows_of
 from finetune.examples import Examples
 from finetune.labels import Labels
 from finetune.metrics import squad_scores
 from finetune.tasks import Task
 
-QUESTION_TOKENS = 64  # of a question, at most (Devlin et al. 2019's code)
 SHORTEST = 16  # tokens of a window: below it nothing of the context is left
 NAMES = ["start", "end"]  # of the two logits a token
 
@@ -80,7 +79,7 @@ def encode_questions(
         raise ValueError(f"the {split} split has no question with an answer ({len(examples)} rows)")
     contexts = examples.pairs or []
     encoding = tokenizer(
-        _cut(examples.texts, tokenizer, min(QUESTION_TOKENS, max_length // 2 - 4)),
+        _cut(examples.texts, tokenizer, question_tokens(max_length)),
         contexts,
         truncation="only_second",
         max_length=max_length,
