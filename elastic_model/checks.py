@@ -153,14 +153,12 @@ def _check_thresholds(policy: dict, exits: int) -> None:
         )
     highest = math.inf if policy["name"] == "patience" else 1.0
     for value in values:
-        if (
-            not isinstance(value, (int, float))
-            or isinstance(value, bool)
-            or not 0.0 <= value <= highest
-            or math.isinf(value)
-        ):
-            limits = "at least 0" if policy["name"] == "patience" else "from 0 to 1"
-            raise ValueError(f"exit_policy {policy['name']!r}: threshold must be {limits}, got {threshold!r}.")
+        if not isinstance(value, Real) or isinstance(value, bool) or not 0.0 <= value <= highest or math.isinf(value):
+            limits = "of at least 0" if policy["name"] == "patience" else "from 0 to 1"
+            raise ValueError(
+                f"exit_policy {policy['name']!r}: threshold must be a number {limits} or a list of them, one per "
+                f"exit, got {threshold!r}."
+            )
 
 
 def _check_policy_fits(policy: dict, problem_type: str) -> None:

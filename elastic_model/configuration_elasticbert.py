@@ -7,6 +7,7 @@ from .checks import check_exit_layers, check_exit_policy, check_length_config
 from .losses import exit_weights
 
 POOLING = ("cls", "mean")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")  # of sequences
 
 
 @strict
@@ -39,6 +40,8 @@ class ElasticBertConfig(PreTrainedConfig):
         "exit_uncertainty",
         "mlm_losses",
         "sop_losses",
+        "mlm_right",
+        "distillation_loss",
         "hidden_states",
         "attentions",
     ]
@@ -114,6 +117,8 @@ class ElasticBertConfig(PreTrainedConfig):
         """Widths that fit together; one entry per layer in the per-layer lists."""
         if self.num_hidden_layers < 1:
             raise ValueError(f"num_hidden_layers must be at least 1, got {self.num_hidden_layers}.")
+        if self.num_attention_heads < 1:
+            raise ValueError(f"num_attention_heads must be at least 1, got {self.num_attention_heads}.")
         if "attention_head_size" not in self.__dict__ or self.__dict__["attention_head_size"] is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
@@ -141,6 +146,11 @@ class ElasticBertConfig(PreTrainedConfig):
             )
         if self.exit_groups < 1:
             raise ValueError(f"exit_groups must be at least 1, got {self.exit_groups}.")
+
+    def validate_problem_type(self):
+        """Nothing, or a type of what sequences are labelled with."""
+        if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
+            raise ValueError(f"problem_type must be one of {', '.join(PROBLEM_TYPES)}, got {self.problem_type!r}.")
 
     def validate_operating_point(self):
         """A default policy and length configuration that fit the model."""

@@ -39,8 +39,9 @@ def modules(
 
     Real tokens give the cost of packed rows; the padded maximum length gives the cost that Kim and Cho state.
     length_config, layer_config: None = the config's, all layers. exit_layer: where the row leaves (None = the last).
-    head: a name of HEADS. asked: the exit layers whose heads are run (None = every exit up to `exit_layer`, as under
-    a policy; one for static use).
+    head: a name of HEADS; "none": the bare model, which asks no exit on the way and pools at the one it leaves at.
+    asked: the exit layers whose heads are run (None = every exit up to `exit_layer`, as under a policy; one for static
+    use).
     """
     if head not in HEADS:
         raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}.")
@@ -50,6 +51,7 @@ def modules(
         raise ValueError(f"exit_layer must be one of {exits}, got {exit_layer}.")
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}.")
+    asked = [top] if asked is None and head == "none" else asked
     lengths = _lengths(config, length_config)
     executed = check_layer_config(layer_config, config.num_hidden_layers)
     inside = tokens
@@ -109,8 +111,9 @@ def exit_flops(
         spent = spent + _attention(config, layer, inside) + _feed_forward(config, layer, left)
         inside = left
         if layer in (config.exit_layers or ()):
-            spent = spent + _exit_head(config, head, real)
-            costs.append(spent)
+            answered = spent + _exit_head(config, head, real)
+            costs.append(answered)
+            spent = spent if head == "none" else answered
     return torch.stack(costs)
 
 
@@ -156,7 +159,7 @@ def _exit_head(config, head: str, tokens):
     uncertainty = width if config.learned_exit_head else 0
     predictions = tokens * (width * width + width * config.vocab_size)
     products = {
-        "none": 0,
+        "none": pooler,
         "sequence": pooler + width * (config.num_labels or 1) + uncertainty,
         "token": tokens * width * (config.num_labels or 1) + uncertainty,
         "question_answering": tokens * width * 2 + uncertainty,
@@ -169,7 +172,8 @@ def _exit_head(config, head: str, tokens):
 def _head_parameters(config, head: str, exits: int) -> int:
     width, pooler = config.hidden_size, (config.hidden_size + 1) * config.hidden_size
     uncertainty = width + 1 if config.learned_exit_head else 0
-    transforms = exits * (pooler + 2 * width) + config.vocab_size  # the decoder's weight is tied, its bias is not
+    decoder = config.vocab_size * (1 if config.tie_word_embeddings else width + 1)  # tied: its bias alone
+    transforms = exits * (pooler + 2 * width) + decoder
     counts = {
         "none": exits * pooler,
         "sequence": exits * (pooler + (width + 1) * (config.num_labels or 1)) + uncertainty,

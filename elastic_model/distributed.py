@@ -9,7 +9,7 @@ goes in and out as whole tensors by the parameters' names, so that a checkpoint 
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -18,6 +18,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs, broadcast_object_list
 from torch import nn
+
+from .folders import working_in
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, each of the parameter's shape; beside them the number of steps
 Tensors = dict[str, torch.Tensor]
@@ -392,3 +394,12 @@ def on_main_process(accelerator: Accelerator, work: Callable[[], Result]) -> Res
     if failures:
         raise ValueError("the main process failed, its error says why")
     return broadcast_object_list(results)[0]
+
+
+@contextmanager
+def working_together_in(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """The folder is this job's, in all its processes, until the block ends; ValueError where another is at work
+    there."""
+    with ExitStack() as held:
+        on_main_process(accelerator, lambda: held.enter_context(working_in(folder)))
+        yield

@@ -80,9 +80,9 @@ class ElasticBertSelfAttention(nn.Module):
         self.attention_dropout = config.attention_probs_dropout_prob
 
     def forward(self, hidden, attention_mask=None, real=None, **kwargs):
-        """-> context (rows, tokens, all heads), probabilities where they were computed, and, where `real` is given,
-        the tokens' significance scores (rows, tokens): only then must probabilities be written out, whatever the
-        attention implementation."""
+        """-> context (rows, tokens, all heads), probabilities where the attention implementation gives them, and,
+        where `real` is given, the tokens' significance scores (rows, tokens): only then must probabilities be written
+        out, whatever the attention implementation."""
         shape = (*hidden.shape[:-1], -1, self.attention_head_size)
         query, key, value = (
             project(hidden).view(shape).transpose(1, 2)  # (rows, heads, tokens, size)
@@ -100,7 +100,8 @@ class ElasticBertSelfAttention(nn.Module):
         scores = significance(probabilities, real)
         kept = nn.functional.dropout(probabilities, p=dropout, training=self.training)
         context = torch.matmul(kept, value).transpose(1, 2).reshape(*hidden.shape[:-1], -1)
-        return context, probabilities, scores
+        recorded = self.config._attn_implementation == "eager"  # else of these layers alone, which nobody asked for
+        return context, probabilities if recorded else None, scores
 
 
 class ElasticBertResidual(nn.Module):

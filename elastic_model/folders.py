@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 MARKER = ".elastic-model"  # the file that says: this folder was made by us and may be replaced by us
 MARKER_TEXT = "This folder was written by elastic-model, which may replace it. Delete this file to protect it.\n"
+LOCK = ".lock"  # held by the job that is adding files to a folder
 PACKAGES = ("elastic_model", "pretrain", "finetune", "export")
 RENAME_EXCHANGE = 2  # linux/fs.h
 AT_FDCWD = -100  # fcntl.h
@@ -65,6 +68,36 @@ def claim_folder(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     (path / MARKER).write_text(MARKER_TEXT)
     return path
+
+
+@contextmanager
+def working_in(path: Path) -> Iterator[Path]:
+    """The folder `path`, claimed, for this process alone until the block ends; ValueError where another process is
+    at work there. A process that is killed holds nothing any more."""
+    path = claim_folder(path)
+    lock = FileLock(path / LOCK, timeout=0, is_singleton=True)  # a job within a job of this process may have it too
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"another process is working in {path}; wait until it has ended, or choose another output"
+        ) from error
+    except NotImplementedError:  # a file system without locks, as some of clusters: nothing to be had there
+        yield path
+        return
+    try:
+        yield path
+    finally:
+        lock.release()
+
+
+def empty_folder(path: Path) -> None:
+    """Remove what a folder of ours holds beside the marker and the lock."""
+    for inner in Path(path).iterdir():
+        if inner.is_dir() and not inner.is_symlink():
+            shutil.rmtree(inner)
+        elif inner.name not in (MARKER, LOCK):
+            inner.unlink()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .checks import check_exit_policy, check_layer_config, check_length_config
@@ -128,6 +129,27 @@ def _check_inputs(config, input_ids, attention_mask, token_type_ids, position_id
         raise ValueError(f"every row needs at least one real token, rows {empty} are padding only.")
 
 
+def _check_first_token(attention_mask: torch.Tensor | None, pooling: list[str]) -> None:
+    """ValueError where an exit would read [CLS] and find padding."""
+    if "cls" not in pooling or attention_mask is None or not _values(attention_mask):
+        return
+    real = attention_mask.bool()
+    hidden = (real.any(1) & ~real[:, 0]).nonzero().squeeze(1).tolist()  # padding alone has an error of its own
+    if hidden:
+        raise ValueError(
+            f"attention_mask hides the first token of rows {hidden}, where exits read [CLS]: pad on the right "
+            '(tokenizer.padding_side = "right").'
+        )
+
+
+def _check_keywords(given: Mapping[str, Any]) -> None:
+    """TypeError, as Python's own, for an argument that no forward takes: the decorator above it hands on any."""
+    allowed = TransformersKwargs.__annotations__.keys() | RecordingArguments.__annotations__.keys()
+    unknown = next((name for name in given if name not in allowed), None)
+    if unknown is not None:
+        raise TypeError(f"forward() got an unexpected keyword argument {unknown!r}.")
+
+
 class ElasticBertModel(ElasticBertPreTrainedModel):
     """The encoder: final hidden states, dropped tokens restored, and the last exit's pooled output."""
 
@@ -147,6 +169,7 @@ class ElasticBertModel(ElasticBertPreTrainedModel):
     def exits(self, inputs: tuple, wanted: list[int], equilibrium: bool = False, **kwargs) -> Iterator[Exit]:
         """Walk up the layers, from exit to exit, as `ElasticBertEncoder.exits` does; inputs: the first five arguments
         of `forward`, length_config and layer_config."""
+        _check_keywords(kwargs)
         *ids, length_config, layer_config = inputs
         input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = ids
         config = self.config
@@ -220,6 +243,8 @@ class ElasticBertTaskModel(ElasticBertPreTrainedModel):
         exits = self.exit_layers if exits is None else sorted(set(exits))
         if not exits or not set(exits) <= set(self.exit_layers):
             raise ValueError(f"exits must be some of the exit layers {self.exit_layers}, got {exits}.")
+        if self.pools:
+            _check_first_token(inputs[1], [self.config.exit_pooling[layer - 1] for layer in exits])
         weighted = all(exit_weights(self.config.exit_loss, exits))  # an exit without weight is not trained
         equilibrium = self.training and self.config.gradient_equilibrium and weighted
         return self.elasticbert.exits(inputs, exits, equilibrium, **kwargs)
@@ -228,8 +253,10 @@ class ElasticBertTaskModel(ElasticBertPreTrainedModel):
         """The policy in force: the argument's or the config's; none while training or when labels are given."""
         policy = self.config.exit_policy if exit_policy is None else exit_policy
         policy = check_exit_policy(policy, len(self.exit_layers), problem_type)
-        if policy and policy["name"] == "learned" and not self.config.learned_exit_head:
-            raise ValueError("exit_policy 'learned' needs a model with learned_exit_head=True in its config.")
+        if policy and policy["name"] == "learned" and not hasattr(self, "exit_uncertainty"):
+            raise ValueError(
+                "exit_policy 'learned' needs a model for a task with learned_exit_head=True in its config."
+            )
         if policy and policy["name"] == "constant" and policy["layer"] not in self.exit_layers:
             raise ValueError(
                 f"exit_policy 'constant': layer must be one of {self.exit_layers}, got {policy['layer']}."

@@ -6,6 +6,7 @@ rows (Xin et al. 2022, section 3.1); removed in several rounds, then trained by 
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -20,8 +21,8 @@ from tqdm import tqdm
 from transformers import logging
 
 from elastic_model import ElasticBertConfig
-from elastic_model.distributed import on_main_process
-from elastic_model.folders import claim_folder, is_ours, new_file
+from elastic_model.distributed import on_main_process, working_together_in
+from elastic_model.folders import is_ours, new_file
 from elastic_model.losses import weighted_loss
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from finetune.config import PruneOptions
@@ -227,6 +228,8 @@ def target(options: PruneOptions, model: ElasticBertExitModel) -> Widths:
             raise ValueError(f"share must be above 0 and below 1, got {options.share}")
         return _at_share(options.share, before, options.multiple_of)
     if options.latency_ms is not None:
+        if not 0 < options.latency_ms < math.inf:
+            raise ValueError(f"latency_ms must be above 0, got {options.latency_ms:g}")
         return _at_latency(model, options, before)
     for name, count, most in (
         ("heads", options.heads, before.heads),
@@ -310,15 +313,14 @@ def prune(options: PruneOptions) -> int:
     )
     result = {"target": vars(to), "kept": vars(kept), "rounds": history, "parameters": counts}
     result |= {"importance": "the model's own predictions" if options.label_free else "labels"}
-    if accelerator.is_main_process:
-        folder = claim_folder(run.folder)
-        if not options.resume:  # killed from here on, these notes must not meet the state of a run before
-            shutil.rmtree(run.state, ignore_errors=True)
-        with new_file(folder / RESULT) as file:
-            file.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    if options.distill:
-        code = run_to_the_end(taught_by(run, model, unpruned), write_student)
-    else:
-        code, run = 0, replace(run, model=model)
+    with working_together_in(run.folder, accelerator):
+        if accelerator.is_main_process:
+            if not options.resume:  # killed from here on, these notes must not meet the state of a run before
+                shutil.rmtree(run.state, ignore_errors=True)
+            with new_file(run.folder / RESULT) as file:
+                file.write_text(json.dumps(result) + "\n", encoding="utf-8")
+        if options.distill:
+            return run_to_the_end(taught_by(run, model, unpruned), write_student)
+        run = replace(run, model=model)
         write_student(run, replace(start(run), best_weights=copy_weights(model)))
-    return code
+        return 0

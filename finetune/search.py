@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, logging
 
 from elastic_model.cost import exit_flops
+from elastic_model.distributed import working_together_in
 from elastic_model.exit_policies import sweep
-from elastic_model.folders import check_output, claim_folder, is_ours, new_file
+from elastic_model.folders import check_output, empty_folder, new_file
 from elastic_model.operating_points import FILE, OperatingPoint, OperatingPoints, checkpoint_hash
 from elastic_model.session import ElasticSession
 from finetune.by_row import FIT_ROWS, by_row, explore_by_row, fit_share
@@ -342,21 +342,21 @@ def search(options: SearchOptions) -> None:
         (work.served.latency,) = broadcast_object_list([work.served.latency])  # one for all processes
         work.settings["measured"] = asdict(work.served.latency)
         accelerator.print(f"latency: {work.served.latency}")
+    with working_together_in(folder, accelerator):
+        if accelerator.is_main_process and not options.resume:
+            empty_folder(folder)
+        accelerator.wait_for_everyone()
+        history, hidden = [], None if accelerator.is_main_process else True  # None: hidden where there is no terminal
+        for one in tqdm(evolve(work, folder, accelerator), unit="generation", disable=hidden):
+            history.append(one)
+            accelerator.print(
+                f"iteration {one['iteration']}: {one['configurations']} configurations, {one['on_all_rows']} on all "
+                f"rows, {one['front']} candidates on the front, area {one['area']:.5f}, {one['seconds']:.1f} CPU s"
+            )
+        if accelerator.is_main_process:
+            points = operating_points(work, every, checkpoint_hash(options.model))
+            write(work, folder, history, points)
     if accelerator.is_main_process:
-        if not options.resume and is_ours(folder):
-            shutil.rmtree(folder)
-        claim_folder(folder)
-    accelerator.wait_for_everyone()
-    history, hidden = [], None if accelerator.is_main_process else True  # None: hidden where there is no terminal
-    for one in tqdm(evolve(work, folder, accelerator), unit="generation", disable=hidden):
-        history.append(one)
-        accelerator.print(
-            f"iteration {one['iteration']}: {one['configurations']} configurations, {one['on_all_rows']} on all rows, "
-            f"{one['front']} candidates on the front, area {one['area']:.5f}, {one['seconds']:.1f} CPU s"
-        )
-    if accelerator.is_main_process:
-        points = operating_points(work, every, checkpoint_hash(options.model))
-        write(work, folder, history, points)
         print("", f"on the {len(work.examples)} rows searched:", show_two_points(work), sep="\n")
         print("", f"measured on all {len(every)} rows of {options.split}:", show(points), sep="\n")
         print(f"\nwritten to {Path(options.model) / FILE}; curves and figures in {folder}")

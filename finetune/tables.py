@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,9 @@ def read_table(file: Path, form: str | None = None, columns: tuple[str, ...] | N
     try:
         with opener(file, "rt", encoding="utf-8-sig", newline="" if form == "csv" else None) as lines:
             rows = list(_rows(lines, form, columns, file))
-    except (UnicodeDecodeError, csv.Error, EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except (UnicodeDecodeError, csv.Error, EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the file system; those of damage have none
+            raise
         raise ValueError(f"{file}: not a readable {form} file in UTF-8 ({error})") from error
     if not rows:
         raise ValueError(f"{file}: the file has no rows")

@@ -20,8 +20,8 @@ from accelerate import Accelerator
 from tqdm import tqdm
 from transformers import logging
 
-from elastic_model.distributed import Engine, on_main_process, start_engine
-from elastic_model.folders import claim_folder, is_ours
+from elastic_model.distributed import Engine, on_main_process, start_engine, working_together_in
+from elastic_model.folders import is_ours
 from finetune.checkpoint import REPORT, is_finished, write_checkpoint
 from finetune.config import LoopOptions, TrainOptions
 from finetune.data import collate
@@ -222,7 +222,7 @@ def start(run: Run) -> Progress:
         load_weights(run.state, run.model)
         run.accelerator.print(f"resuming at update {progress.update}")
     if run.accelerator.is_main_process:
-        log = claim_folder(run.folder) / METRICS
+        log = run.folder / METRICS
         lines = log.read_text().splitlines() if log.exists() else []
         kept = [line for line in lines if json.loads(line)["update"] <= progress.update]
         log.write_text("".join(line + "\n" for line in kept))
@@ -236,17 +236,18 @@ def start(run: Run) -> Progress:
 def run_to_the_end(run: AnyRun, write: Callable[[AnyRun, Progress], None]) -> int:
     """Train, from the saved state with --resume, then `write` the checkpoint; exit code 0, or 143 after SIGTERM."""
     run.model.to(run.accelerator.device)
-    progress = start(run)
-    if run.options.tracker:
-        settings = {name: str(value) for name, value in vars(run.options).items()}
-        run.accelerator.init_trackers(TRACKED, config=settings)
-    finished = fit(run, progress)
-    while run.accelerator.trackers:  # their files are whole before they are copied
-        run.accelerator.trackers.pop().finish()
-    if finished:
-        write(run, progress)
-    else:
-        run.accelerator.print(f"stopped at update {progress.update}, the state is saved; continue with --resume")
+    with working_together_in(run.folder, run.accelerator):
+        progress = start(run)
+        if run.options.tracker:
+            settings = {name: str(value) for name, value in vars(run.options).items()}
+            run.accelerator.init_trackers(TRACKED, config=settings)
+        finished = fit(run, progress)
+        while run.accelerator.trackers:  # their files are whole before they are copied
+            run.accelerator.trackers.pop().finish()
+        if finished:
+            write(run, progress)
+        else:
+            run.accelerator.print(f"stopped at update {progress.update}, the state is saved; continue with --resume")
     run.accelerator.end_training()
     return 0 if finished else INTERRUPTED
 

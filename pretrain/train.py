@@ -25,8 +25,8 @@ from transformers.utils.logging import disable_progress_bar
 from elastic_model import ElasticBertConfig, ElasticBertForPreTraining
 from elastic_model.arguments import to_yaml
 from elastic_model.configuration_elasticbert import pooling_with_new_exits
-from elastic_model.distributed import Tensors, on_main_process, start_accelerator, start_engine
-from elastic_model.folders import check_output, claim_folder, new_file, new_folder
+from elastic_model.distributed import Tensors, on_main_process, start_accelerator, start_engine, working_together_in
+from elastic_model.folders import check_output, new_file, new_folder
 from elastic_model.losses import exit_group, trained_exits
 from elastic_model.subnetworks import sandwich
 from pretrain.checkpoint import (
@@ -356,7 +356,6 @@ def _check_run_folder(config: PretrainConfig) -> None:
 
 
 def _open_run_folder(config: PretrainConfig, step: int, found: dict[str, Any]) -> None:
-    claim_folder(config.output)
     (config.output / "config.yaml").write_text(to_yaml(config))
     (config.output / DATA).write_text(json.dumps(found, indent=2) + "\n")
     cut_metrics(config.output / METRICS, step)
@@ -372,14 +371,15 @@ def train(config: PretrainConfig) -> int:
     run = Run(config, accelerator, corpus, checkpoint_to_resume(config.output, config.resume_previous))
     accelerator.wait_for_everyone()  # nobody looks into the output folder any more: from here on it changes
     found = statistics(corpus, run.batches, run.held_out_examples)
-    on_main_process(accelerator, partial(_open_run_folder, config, run.progress.step, found))
-    if config.tracker:
-        accelerator.init_trackers("pretrain", config={name: str(value) for name, value in asdict(config).items()})
-    accelerator.print(_summary(run, found))
-    with _stop_on_sigterm(run):
-        code = _loop(run)
-    if code == 0:
-        _finish(run)
+    with working_together_in(config.output, accelerator):
+        on_main_process(accelerator, partial(_open_run_folder, config, run.progress.step, found))
+        if config.tracker:
+            accelerator.init_trackers("pretrain", config={name: str(value) for name, value in asdict(config).items()})
+        accelerator.print(_summary(run, found))
+        with _stop_on_sigterm(run):
+            code = _loop(run)
+        if code == 0:
+            _finish(run)
     accelerator.end_training()
     return code
 

@@ -61,7 +61,7 @@ def test_the_library_needs_torch_and_transformers_only():
         "arguments.py": {"yaml"},
         "distributed.py": {"accelerate"},
     }
-    brought_by_transformers = {"huggingface_hub", "safetensors", "numpy"}
+    brought_by_transformers = {"huggingface_hub", "safetensors", "numpy", "filelock"}
     for path in sources("elastic_model"):
         allowed = {"torch", "transformers"} | brought_by_transformers | clients.get(path.name, set())
         assert third_party(absolute_imports(path, top_level_only=True)) <= allowed, path

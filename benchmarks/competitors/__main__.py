@@ -65,7 +65,8 @@ def compete(name: str, options: SizeOptions) -> int:
 
     check_output(Path(options.output))
     method = getattr(importlib.import_module(f"benchmarks.competitors.{name}"), name)
-    jobs, reference = jobs_of(options), reference_of(options)
+    jobs = jobs_of(options)
+    reference = reference_of(options, jobs)
     folder = claim_folder(Path(options.output))
     write_labels(jobs, folder / "labels")
     for job in jobs:

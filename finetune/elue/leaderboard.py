@@ -265,7 +265,8 @@ def leaderboard(options: LeaderboardOptions) -> None:
         raise ValueError(f"two of the results are called {doubled!r}; give them names of their own (score --name)")
     if not results:
         raise ValueError("--results is empty; give the scores.json of one submission or more")
-    reference = read_reference(Path(options.reference)) if options.reference else {}
+    rows = {task: one.rows for result in results for task, one in result.tasks.items()}
+    reference = read_reference(Path(options.reference), rows) if options.reference else {}
     board = leaderboard_of(results, reference, options.reference)
     if options.output:
         with new_folder(Path(options.output)) as folder:

@@ -20,9 +20,11 @@ Reference = tuple[str, dict[str, list[Point]]]  # name, {task: curve}
 REFERENCE = "elasticbert"  # the method whose curve the others are scored against, where no other is given
 
 
-def reference_of(options: SizeOptions) -> Reference | None:
+def reference_of(options: SizeOptions, jobs: list[Job]) -> Reference | None:
     """What `--reference` names, read; None where the exits of `elasticbert` are the reference."""
-    return (options.reference, read_reference(Path(options.reference))) if options.reference else None
+    if options.reference is None:
+        return None
+    return options.reference, read_reference(Path(options.reference), {job.name: len(job.test) for job in jobs})
 
 
 def result_of(name: str, note: str, jobs: list[Job], folder: Path) -> Result:

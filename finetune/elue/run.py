@@ -133,7 +133,7 @@ def run(options: RunOptions) -> int:
     logging.disable_progress_bar()
     methods, jobs = chosen_methods(words(options.methods)), jobs_of(options)
     _check(options, methods, jobs)
-    reference = reference_of(options)
+    reference = reference_of(options, jobs)
     folder = claim_folder(Path(options.output))
     write_labels(jobs, folder / "labels")
     for job in jobs:

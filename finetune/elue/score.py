@@ -86,8 +86,9 @@ def score(options: ScoreOptions) -> None:
     if options.output:
         read = (options.submission, options.labels, options.reference, options.model_file)
         check_replaceable(Path(options.output), *read)
-    reference = read_reference(Path(options.reference)) if options.reference else {}
     result = score_submission(options)
+    rows = {task: one.rows for task, one in result.tasks.items()}
+    reference = read_reference(Path(options.reference), rows) if options.reference else {}
     board = leaderboard_of([result], reference, options.reference)
     if options.output:
         with new_folder(Path(options.output)) as folder:

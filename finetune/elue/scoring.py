@@ -182,12 +182,25 @@ def read_result(path: Path) -> Result:
         raise ValueError(f"{file}: not the {SCORES_FILE} of a submission ({type(error).__name__}: {error})") from error
 
 
-def read_reference(path: Path) -> dict[str, list[Point]]:
+def read_reference(path: Path, rows: Mapping[str, int]) -> dict[str, list[Point]]:
     """{task: curve}: the scores.json of any submission, its folder, or a TSV with the columns task, flops, quality
-    (in percent)."""
+    (in percent).
+
+    rows: the test rows of each task that is scored against it; ValueError where a scores.json has others.
+    """
     if path.suffix != ".tsv":
-        return {name: task.points for name, task in read_result(path).tasks.items()}
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+        tasks = read_result(path).tasks
+        for name in tasks.keys() & rows.keys():
+            if tasks[name].rows != rows[name]:
+                raise ValueError(
+                    f"reference {path} has {tasks[name].rows} test rows of {name}, not {rows[name]}: "
+                    "they do not compare"
+                )
+        return {name: task.points for name, task in tasks.items()}
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"reference {path}: not a readable tsv file in UTF-8 ({error})") from error
     if not lines or lines[0].split("\t") != ["task", "flops", "quality"]:
         raise ValueError(f"reference {path}, line 1: its columns must be task, flops, quality, tab-separated")
     curves: dict[str, list[Point]] = {}

@@ -205,7 +205,7 @@ def estimate(options: EstimateOptions) -> None:
     result: dict[str, Any] = {"pipeline": name, "metric": metric, "parts": parts, **found.as_dict()}
     print(f"{name}, from {', '.join(parts)}{'' if found.low is None else '; 95 % intervals over the seeds'}:")
     print(table(["ms a row", metric], _lines(found)))
-    if found.low is None:
+    if found.low is None and options.draws:
         print("one seed has no spread: with measurements of several seeds there are intervals")
     if name in measured and name not in parts:
         actual = part_of(list(measured[name].values())).curve

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import logging
 
-from elastic_model.folders import check_output, claim_folder, new_file
+from elastic_model.folders import check_output, new_file, working_in
 from elastic_model.processor import cpu_name
 from elastic_model.provenance import versions
 from finetune.evaluate import table
@@ -135,11 +135,17 @@ def pipeline(options: PipelineOptions) -> int:
     known, stages = known_measurements(root / MEASURED, work), prefixes(stage_of(letters))
     for stage in stages:  # whatever is there already must be of these data: said before any training
         read_record(work, stage)
-    claim_folder(root)
-    for stage in stages:
-        if code := carry_out(work, stage):
-            return code
-    shown = measured_together(work, prefixes(letters), known, root / MEASURED)
+    with working_in(root):
+        for stage in stages:
+            if code := carry_out(work, stage):
+                return code
+        shown = measured_together(work, prefixes(letters), known, root / MEASURED)
+        _report(options, work, shown, root)
+    return 0
+
+
+def _report(options: PipelineOptions, work: Work, shown: list[Measurement], root: Path) -> None:
+    """The table, printed and kept beside the stages."""
     lines = [
         f"{len(work.dev)} rows of dev; one row at a time, one thread; without L every row has {options.max_length} "
         "tokens",
@@ -150,4 +156,3 @@ def pipeline(options: PipelineOptions) -> int:
     with new_file(root / REPORT) as file:
         file.write_text(text + "\n", encoding="utf-8")
     print("", text, f"\nstages, {MEASURED} and this table: {root}", sep="\n")
-    return 0

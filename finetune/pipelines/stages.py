@@ -24,6 +24,8 @@ from finetune.pipelines.answers import answer
 from finetune.pipelines.letters import OPERATORS, name_of
 from finetune.pipelines.work import Work, narrowest, pruned_widths, student_layers, training_options
 from finetune.prepare import load_tokenizer
+from finetune.run import run_folder
+from finetune.state import PROGRESS
 
 RECORD = "stage.json"
 SHARED = ("epochs", "batch_size", "learning_rate", "train_rows", "max_length", "seed")
@@ -133,14 +135,34 @@ def stage_hash(folder: Path) -> str:
     return weights if lengths is None else hashlib.sha256(f"{weights} {json.dumps(lengths)}".encode()).hexdigest()
 
 
+def _check_begun(work: Work, stage: str) -> None:
+    """ValueError where a stage was begun with other settings than those given now."""
+    running = run_folder(str(work.folder(stage)))
+    file = running / "state" / PROGRESS
+    if not file.is_file():
+        return
+    try:
+        found = dict(json.loads(file.read_text(encoding="utf-8"))["settings"])
+    except (ValueError, KeyError, TypeError):
+        return  # damaged: the job itself says so, and how
+    for name in SHARED:
+        if found.get(name) != getattr(work.options, name):
+            raise ValueError(
+                f"stage {running} was begun with {name} = {found.get(name)!r}, not {getattr(work.options, name)!r}; "
+                f"choose another --output, or remove {running} to begin it anew"
+            )
+
+
 def read_record(work: Work, stage: str) -> dict[str, Any] | None:
     """The record of a stage that was carried out; None where it was not, or its parent has been made anew since.
 
-    ValueError where its folder is of other data or settings, or of another model than the one given.
+    ValueError where its folder is of other data or settings, or of another model than the one given, or where it was
+    begun with other settings.
     """
     folder = work.folder(stage)
     file = folder / RECORD
     if not file.is_file():
+        _check_begun(work, stage)
         return None
     remedy = "choose another --output, or remove the folder to make it anew"
     try:
@@ -166,7 +188,7 @@ def read_record(work: Work, stage: str) -> dict[str, Any] | None:
 def carry_out(work: Work, stage: str) -> int:
     """Make one stage if it is missing; exit code 0, or 143 where it was interrupted and may be resumed."""
     folder, parent = work.folder(stage), _parent(work, stage)
-    running = folder.with_name(f"{folder.name}.run")
+    running = run_folder(str(folder))
     if read_record(work, stage) is not None:
         print(f"stage {name_of(stage)}: there already ({folder})", flush=True)
         return 0

@@ -10,6 +10,7 @@ import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from scipy.stats import t as student_t
 from transformers import logging
 
-from elastic_model.folders import check_output, claim_folder, new_file
+from elastic_model.folders import check_output, new_file, working_in
 from finetune.data import collate
 from finetune.evaluate import table
 from finetune.kinds import kind_of
@@ -329,6 +330,8 @@ def study(options: StudyOptions) -> int:
     orders = chosen_orders(options)
     if not options.seeds or len(set(options.seeds)) != len(options.seeds):
         raise ValueError(f"seeds must be different numbers, at least one, got {options.seeds}")
+    if options.minutes is not None and not options.minutes >= 0:  # which NaN is not either
+        raise ValueError(f"minutes must be at least 0, got {options.minutes:g}")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     root = Path(options.output)
@@ -342,21 +345,26 @@ def study(options: StudyOptions) -> int:
     print(plan(works, stages), flush=True)
     if options.plan:
         return 0
-    claim_folder(root)
-    for work in works:
-        claim_folder(work.root)
-        for stage in stages:
-            if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
-                print(f"{options.minutes:g} minutes are over; run the same again to go on")
-                return 0
-            if code := carry_out(work, stage):
-                return code
-    if not options.measure:
-        return 0
-    wanted = measured_pipelines(orders)
+    with ExitStack() as folders:
+        for folder in (root, *(work.root for work in works)):
+            folders.enter_context(working_in(folder))
+        for work in works:
+            for stage in stages:
+                if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
+                    print(f"{options.minutes:g} minutes are over; run the same again to go on")
+                    return 0
+                if code := carry_out(work, stage):
+                    return code
+        if options.measure:
+            _measure(options, works, orders, known)
+    return 0
+
+
+def _measure(options: StudyOptions, works: list[Work], orders: list[str], known: Known) -> None:
+    """What is missing of the measurements; tables and plots of all."""
+    root, wanted = Path(options.output), measured_pipelines(orders)
     shown = [one for work in works for one in measured_together(work, wanted, known, work.root / MEASURED)]
     write_measured(root / MEASURED, works[0], shown)
     rows = {"train": works[0].train_rows, "dev": len(works[0].dev)}
     about = {"task": options.task, "rows": rows, "padded_to": options.max_length}
     print("", summarise(root, about, shown), f"\n{RESULT}, {MEASURED}, tables and plots: {root}", sep="\n")
-    return 0

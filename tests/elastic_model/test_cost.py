@@ -52,7 +52,7 @@ SUB_NETWORKS = [
 
 
 @pytest.mark.parametrize("sub_network", SUB_NETWORKS, ids=str)
-@pytest.mark.parametrize("head", [name for name in HEADS if name != "none"])
+@pytest.mark.parametrize("head", HEADS)
 def test_flops_are_the_counters(head, sub_network):
     config = config_of(learned_exit_head=head in ("sequence", "token"))
     torch.manual_seed(0)
@@ -87,6 +87,12 @@ def test_parameters_are_those_of_the_model(head, learned):
     assert parameters(config, head) == sum(parameter.numel() for parameter in HEADS[head](config).parameters())
 
 
+@pytest.mark.parametrize("head", ["masked_lm", "pretraining"])
+def test_a_decoder_of_its_own_counts_whole(head):
+    config = config_of(tie_word_embeddings=False)
+    assert parameters(config, head) == sum(parameter.numel() for parameter in HEADS[head](config).parameters())
+
+
 def test_parameters_of_a_shallower_model():
     shallow = HEADS["sequence"](config_of(num_hidden_layers=2))
     assert parameters(config_of(), exit_layer=2) == sum(parameter.numel() for parameter in shallow.parameters())
@@ -105,7 +111,7 @@ def test_impossible_questions_are_named(arguments, message):
         flops(config_of(), **arguments)
 
 
-@pytest.mark.parametrize("head", ["sequence", "token", "question_answering"])
+@pytest.mark.parametrize("head", ["sequence", "token", "question_answering", "none"])
 @pytest.mark.parametrize("lengths", [None, [1.0, 0.7, 0.4, 0.1], [9, 7, 4, 2]])
 def test_many_rows_at_once_cost_what_each_costs(lengths, head):
     config, tokens = config_of(exit_layers=[1, 3, 4]), [1, 2, 3, 10, 13, 29, 32]

@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 
 from elastic_model import folders
-from elastic_model.folders import MARKER, check_replaceable, claim_folder, is_ours, new_file, new_folder, shipped
+from elastic_model.folders import (
+    LOCK,
+    MARKER,
+    check_replaceable,
+    claim_folder,
+    empty_folder,
+    is_ours,
+    new_file,
+    new_folder,
+    shipped,
+    working_in,
+)
 
 
 def contents(folder: Path) -> set[str]:
@@ -107,6 +118,36 @@ def test_a_writer_that_lives_keeps_its_temporary_folder(tmp_path):
         assert slow.exists()
         (slow / "slow").write_text("")
     assert contents(tmp_path / "out") == {"slow", MARKER}
+
+
+def test_one_process_works_in_a_folder_until_it_ends_or_is_killed(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from elastic_model.folders import working_in\n"
+        "with working_in(Path(sys.argv[1])):\n"
+        "    print('there', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "there\n"
+        with (
+            pytest.raises(ValueError, match="another process is working in .*out; wait"),
+            working_in(tmp_path / "out"),
+        ):
+            pass
+    finally:
+        other.kill()
+        other.wait()
+    with working_in(tmp_path / "out") as folder, working_in(folder):  # a job within a job of this process
+        assert is_ours(folder)
+
+
+def test_an_emptied_folder_is_still_ours(tmp_path):
+    with working_in(tmp_path / "out") as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "log").write_text("1")
+        (folder / "table").write_text("1")
+        empty_folder(folder)
+        assert contents(folder) == {MARKER, LOCK}
 
 
 def test_a_new_file_replaces_the_old_one_at_once(tmp_path):

@@ -1,10 +1,20 @@
 """Ways in which users load, compile and train a model that other tests do not take."""
 
+import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-from elastic_model import ElasticBertForSequenceClassification, ElasticBertModel
+from elastic_model import (
+    ElasticBertConfig,
+    ElasticBertForMaskedLM,
+    ElasticBertForPreTraining,
+    ElasticBertForQuestionAnswering,
+    ElasticBertForSequenceClassification,
+    ElasticBertForTokenClassification,
+    ElasticBertModel,
+)
 from tests.elastic_model.test_ecosystem import OLD_COMPILER
 from tests.export.graphs import lively
 
@@ -130,3 +140,79 @@ def test_a_learned_exit_head_learns_as_much_from_an_update_in_parts(tiny_config,
 def test_the_bare_model_names_the_layers_that_it_can_end_at(tiny_config, batch):
     with pytest.raises(ValueError, match="layer must be one of .*, got 99"):
         ElasticBertModel(tiny_config).eval()(**batch, exit_policy={"name": "constant", "layer": 99})
+
+
+HEADS = {
+    "sequence": ElasticBertForSequenceClassification,
+    "span": ElasticBertForQuestionAnswering,
+    "pretraining": ElasticBertForPreTraining,
+    "bare": ElasticBertModel,
+}
+
+
+@pytest.mark.parametrize(
+    ("head", "wrong"),
+    [
+        ("sequence", {"exit_polcy": {"name": "entropy", "threshold": 0.5}}),  # answered with the full model
+        ("span", {"labels": torch.zeros(4, dtype=torch.long)}),  # trained on nothing: its loss was None
+        ("pretraining", {"exit_policy": {"name": "constant", "layer": 1}}),
+        ("bare", {"length_confg": 0.5}),
+    ],
+)
+def test_an_argument_that_there_is_not_is_an_error(tiny_config, batch, head, wrong):
+    model = HEADS[head](tiny_config)
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{next(iter(wrong))}'"):
+        model(**batch, **wrong)
+    model(**batch, output_hidden_states=True, return_dict=True, num_items_in_batch=None)  # what transformers hands on
+
+
+def test_exits_that_read_the_first_token_do_not_read_padding(tiny_config, batch):
+    turned = {name: values.flip(1) for name, values in batch.items()}
+    with pytest.raises(ValueError, match=r"hides the first token of rows \[1\], where exits read \[CLS\]"):
+        lively(tiny_config)(**turned)
+    ElasticBertModel(tiny_config)(**turned)  # whoever takes the tokens' states may pad as he likes
+    ElasticBertForTokenClassification(tiny_config)(**turned)
+    tiny_config.exit_pooling = "mean"
+    lively(tiny_config)(**turned)
+
+
+def test_a_masked_model_has_no_learned_exit_head(tiny_config, batch):
+    tiny_config.learned_exit_head = True
+    with pytest.raises(ValueError, match="'learned' needs a model for a task"):
+        ElasticBertForMaskedLM(tiny_config).eval()(**batch, exit_policy={"name": "learned", "threshold": 0.5})
+
+
+@torch.inference_mode()
+def test_a_threshold_may_be_a_number_of_numpy(model, batch):
+    by_python = model(**batch, exit_policy={"name": "entropy", "threshold": 0.5})
+    by_numpy = model(**batch, exit_policy={"name": "entropy", "threshold": np.float32(0.5)})
+    assert by_numpy.exit_layers.tolist() == by_python.exit_layers.tolist()
+    with pytest.raises(ValueError, match="threshold must be a number from 0 to 1 or a list of them.*tensor"):
+        model(**batch, exit_policy={"name": "entropy", "threshold": torch.tensor(0.5)})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"problem_type": "regresion"}, "problem_type must be one of regression, .* got 'regresion'"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, got 0"),
+    ],
+)
+def test_a_config_names_what_is_wrong_with_it(fields, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        ElasticBertConfig(**fields)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.inference_mode()
+def test_attentions_are_those_of_all_layers_or_none(tiny_config, batch, attention):
+    """Under sdpa, layers that drop tokens recorded theirs, as if they were the first layers'."""
+    tiny_config._attn_implementation = attention
+    lengths = [0.8] + [0.5] * (tiny_config.num_hidden_layers - 1)
+    recorded = lively(tiny_config)(**batch, length_config=lengths, output_attentions=True).attentions
+    assert len(recorded) == (tiny_config.num_hidden_layers if attention == "eager" else 0)
+
+
+def test_predictions_leave_out_what_no_metric_reads(tiny_config):
+    """`Trainer.evaluate` gathers every output that is not named here; those of pre-training have no rows."""
+    assert {"mlm_right", "distillation_loss"} <= set(tiny_config.keys_to_ignore_at_inference)

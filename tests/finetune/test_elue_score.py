@@ -104,9 +104,11 @@ def test_a_result_survives_its_file_and_serves_as_reference(tmp_path):
     result = result_of("ours", REFERENCE, seeds=3)
     write_result(result, tmp_path / "scores.json")
     assert read_result(tmp_path) == result
-    assert read_reference(tmp_path / "scores.json") == {"mrpc": REFERENCE}
+    assert read_reference(tmp_path / "scores.json", {"mrpc": 1725}) == {"mrpc": REFERENCE}
+    with pytest.raises(ValueError, match="reference .* has 1725 test rows of mrpc, not 408: they do not compare"):
+        read_reference(tmp_path / "scores.json", {"mrpc": 408})
     (tmp_path / "curve.tsv").write_text("task\tflops\tquality\nMRPC\t100\t60\nmrpc\t200\t80\n")
-    curve = read_reference(tmp_path / "curve.tsv")["mrpc"]
+    curve = read_reference(tmp_path / "curve.tsv", {"mrpc": 408})["mrpc"]
     assert [(point.flops, point.quality) for point in curve] == [(100.0, 60.0), (200.0, 80.0)]
 
 
@@ -125,7 +127,13 @@ def test_a_result_survives_its_file_and_serves_as_reference(tmp_path):
 def test_a_bad_reference_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        read_reference(tmp_path / name)
+        read_reference(tmp_path / name, {})
+
+
+def test_a_reference_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "curve.tsv").write_text("task\tflops\tquality\nmrpc\t1\t2\n", encoding="utf-16")
+    with pytest.raises(ValueError, match="reference .*curve.tsv: not a readable tsv file in UTF-8"):
+        read_reference(tmp_path / "curve.tsv", {})
 
 
 def test_a_reference_of_other_tasks_scores_nothing_and_says_so():

@@ -146,6 +146,8 @@ def test_files_of_several_seeds_combine_where_they_fit(tmp_path, capsys):
                      measurement("D", (50.0 + seed, 0.8), seed=seed, epochs=2)) for seed in range(2)]  # fmt: skip
     _command(["estimate", "D", "--from", *seeds])
     assert "50.5000 (50.0000-51.0000)" in capsys.readouterr().out
+    _command(["estimate", "D", "--from", *seeds, "--draws", "0"])
+    assert "one seed" not in capsys.readouterr().out  # there are two: no intervals were asked for
     other = written(tmp_path / "data.json", *PARTS, dev="1")
     with pytest.raises(ValueError, match="were measured on different data: they do not combine"):
         _command(["estimate", "D", "--from", seeds[0], other])

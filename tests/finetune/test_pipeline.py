@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from elastic_model import ElasticBertConfig, ElasticBertForSequenceClassification, ElasticBertModel
+from elastic_model.folders import MARKER
 from elastic_model.operating_points import checkpoint_hash
 from elastic_model.provenance import read_provenance
 from export.write import patch_config
@@ -215,6 +218,34 @@ def test_bad_input_is_named_before_training(flags, tmp_path, text, more, message
     assert not (tmp_path / "out").exists()
 
 
+def test_what_was_begun_with_other_settings_is_named_before_training(flags, tmp_path):
+    """It was when its stage came: hours later, where others had to be trained before it."""
+    state = tmp_path / "out" / "DE.run" / "state"
+    state.mkdir(parents=True)
+    (tmp_path / "out" / MARKER).write_text("")
+    (state / "progress.json").write_text(json.dumps({"settings": {"epochs": 7, "batch_size": 24}}))
+    with pytest.raises(ValueError, match="DE.run was begun with epochs = 7, not 1; choose another --output"):
+        _command(["pipeline", "DE", *flags()])
+    assert not (tmp_path / "out" / "O").exists()
+
+
+def test_two_jobs_do_not_share_a_folder(flags, tmp_path):
+    """A second pipeline of the same folder broke both: each removed what the other was writing."""
+    code = (
+        "import sys; from pathlib import Path; from elastic_model.folders import working_in\n"
+        "with working_in(Path(sys.argv[1])):\n"
+        "    print('there', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "there\n"
+        for name in ("pipeline", "study"):
+            with pytest.raises(ValueError, match="another process is working in"):
+                _command([name, *(["O"] if name == "pipeline" else ["--orders=D"]), *flags()])
+        assert not (tmp_path / "out" / "O").exists()
+        other.stdin.close()
+
+
 def test_a_study_prints_its_plan_and_continues(flags, tmp_path, capsys):
     own = ["--orders", "DE", "ED", "P", "--seeds", "0", "1", "--layers=2"]
     assert _command(["study", *flags(), *own, "--plan"]) == 0
@@ -226,6 +257,9 @@ def test_a_study_prints_its_plan_and_continues(flags, tmp_path, capsys):
         _command(["study", *flags(), "--orders", "DQ"])
     with pytest.raises(ValueError, match="seeds must be different numbers"):
         _command(["study", *flags(), "--seeds", "1", "1"])
+    for minutes in ("-1", "nan"):
+        with pytest.raises(ValueError, match=f"minutes must be at least 0, got {minutes}"):
+            _command(["study", *flags(), f"--minutes={minutes}"])
 
 
 @pytest.mark.slow

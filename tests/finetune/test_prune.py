@@ -175,6 +175,9 @@ def test_a_latency_that_half_the_width_meets_is_met(pruned, monkeypatch, tmp_pat
     assert model.config.intermediate_size_per_layer == [48] * 4
     with pytest.raises(ValueError, match="with one head a layer a row of 32 tokens still takes"):
         prune(pruned(latency_ms=0.1))
+    for wrong in (-1.0, 0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"latency_ms must be above 0, got {wrong:g}"):
+            prune(pruned(latency_ms=wrong))
 
 
 @pytest.mark.parametrize(

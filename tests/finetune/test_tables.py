@@ -1,5 +1,6 @@
 """Tables as users have them, and the one line that says what is wrong with one."""
 
+import bz2
 import gzip
 import lzma
 
@@ -30,12 +31,17 @@ def test_jsonl_keeps_types(tmp_path):
     assert [row["label"] for row in cells(file)] == [1, [1, 2]]
 
 
-@pytest.mark.parametrize(("ending", "opener"), [("gz", gzip.open), ("xz", lzma.open)])
+@pytest.mark.parametrize(("ending", "opener"), [("gz", gzip.open), ("xz", lzma.open), ("bz2", bz2.open)])
 def test_compressed(tmp_path, ending, opener):
     file = tmp_path / f"a.tsv.{ending}"
     with opener(file, "wt") as stream:
         stream.write("text\tlabel\none\t1\n")
     assert cells(file) == [{"text": "one", "label": "1"}]
+    whole = file.read_bytes()
+    for damaged in (whole[:-6], whole[:12] + bytes(8) + whole[20:], b"not compressed"):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"a.tsv.{ending}: not a readable tsv file"):
+            cells(file)
 
 
 def test_named_columns_leave_further_cells_out(tmp_path):
