@@ -153,7 +153,8 @@ def _check_thresholds(policy: dict, exits: int) -> None:
         )
     highest = math.inf if policy["name"] == "patience" else 1.0
     for value in values:
-        if not isinstance(value, Real) or isinstance(value, bool) or not 0.0 <= value <= highest or math.isinf(value):
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+        if not 0.0 <= number <= highest or math.isinf(number):
             limits = "of at least 0" if policy["name"] == "patience" else "from 0 to 1"
             raise ValueError(
                 f"exit_policy {policy['name']!r}: threshold must be a number {limits} or a list of them, one per "

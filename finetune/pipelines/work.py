@@ -123,6 +123,8 @@ def _check_targets(options: OperatorOptions, letters: str) -> None:
     """ValueError where D or P would not make the model smaller, or rows would be longer than it reads."""
     config = _elastic(options.model, options.max_length)
     layers = config.num_hidden_layers
+    if "D" in letters and options.student is not None and options.layers is not None:
+        raise ValueError(f"D: give layers or student, not both, got {options.layers} and {options.student}")
     if "D" in letters and options.student is not None:
         weight_files(Path(options.student))
         check_tokenizer(options.student, load_tokenizer(Path(options.model)))

@@ -201,6 +201,7 @@ def test_a_fine_tuned_model_is_taken_as_it_is(flags, trained, tmp_path):
     [
         ("PD", [], "D after P"),
         ("D", ["--layers=4"], "layers must be 1 to 3"),
+        ("D", ["--layers=2", "--student=elsewhere"], "give layers or student, not both, got 2 and elsewhere"),
         ("P", ["--heads=5"], "heads must be 1 to 4"),
         ("P", ["--heads=0"], "heads must be 1 to 4, what a layer of the model has, got 0"),
         ("P", ["--intermediate=100"], "intermediate must be 1 to 64"),
