@@ -164,7 +164,8 @@ def pooling_with_new_exits(config, new: str = "mean", keeps_last: bool = True) -
 
     In the lower layers of a model that was trained without exits [CLS] gathers nothing: in all-MiniLM-L6-v2 its state
     differs by a thousandth of its size between texts up to layer 3, and exits that read it never leave chance. A last
-    exit that is trained together with exits that read the mean learns more where it reads it too (README).
+    exit that is trained together with exits that read the mean learns more where it reads it too (measured in
+    benchmarks/README.md).
     """
     layers = config.num_hidden_layers
     has = {layers: "cls"} if keeps_last else {}

@@ -1,4 +1,5 @@
-"""What the README shows runs: its Python on tiny folders, its commands by their options, its targets by name."""
+"""What the README and the page of measurements show runs: Python on tiny folders, commands by their options, targets
+by name; and their links lead somewhere."""
 
 import re
 import shlex
@@ -7,11 +8,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "benchmarks/README.md")}
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    pattern = rf"^```{language}\n(.*?)^```"
+    return [block for page in PAGES.values() for block in re.findall(pattern, page, flags=re.MULTILINE | re.DOTALL)]
+
+
+def anchors(page: str) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_python_blocks_run(tiny_checkpoint, tmp_path, capsys):
@@ -58,11 +66,15 @@ def test_commands_parse(command):
 
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"`make ([a-z0-9-]+)", README))
+    targets = set(re.findall(r"`make ([a-z0-9-]+)", "".join(PAGES.values())))
     assert len(targets) >= 5
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
 
 
-def test_links_lead_to_files():
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / link).is_file(), link
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_to_files_and_headings(name):
+    for link in re.findall(r"\]\(([^)]+)\)", PAGES[name]):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
