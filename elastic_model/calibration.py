@@ -86,7 +86,7 @@ def drift(calibrated: Mapping[int, int], served: Mapping[int, int], seed: int = 
     A small p-value says that the rows in service are not like the calibration rows: the guarantee then does not hold.
     ValueError for an empty histogram.
     """
-    layers = sorted({*map(int, calibrated), *map(int, served)})
+    layers = sorted({int(layer) for one in (calibrated, served) for layer, rows in one.items() if rows})
     counts = np.array([[int(one.get(layer, 0)) for layer in layers] for one in (calibrated, served)], dtype=np.int64)
     if (counts < 0).any() or not counts.sum(1).all():
         raise ValueError(f"a histogram counts rows by exit layer and has some, got {calibrated} and {served}")

@@ -150,16 +150,21 @@ def uncertainty_loss(uncertainty: torch.Tensor, wrong: torch.Tensor) -> torch.Te
     return nn.functional.mse_loss(uncertainty.float(), wrong.detach().float())
 
 
-def wrong_answers(logits: torch.Tensor, labels: torch.Tensor, problem_type: str) -> torch.Tensor:
+def wrong_answers(
+    logits: torch.Tensor, labels: torch.Tensor, problem_type: str, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """What BERxiT's learned exit head should predict; (rows,): 1 where a row's answer is wrong, |tanh(y' - y)| in
     regression.
 
     logits as `inplace_distillation` reads them; labels (rows,), tokens (rows, tokens), multi-label (rows, labels),
-    question answering (rows, start and end); -100 is ignored.
+    question answering (rows, start and end); -100 is ignored. mask (rows, tokens): the tokens that may answer a
+    question, None = all.
     """
     if problem_type == "regression":
         return (logits.flatten(1) - labels.reshape(logits.shape[0], -1)).tanh().abs().mean(-1)
     if problem_type == "multi_label_classification":
         return ((logits > 0) != (labels > 0.5)).any(-1)
     classes = 1 if problem_type == "question_answering" else -1
+    if problem_type == "question_answering" and mask is not None:
+        logits = logits.masked_fill(~mask[..., None], -torch.inf)
     return ((logits.argmax(classes) != labels) & (labels != -100)).reshape(labels.shape[0], -1).any(-1)

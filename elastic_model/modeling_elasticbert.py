@@ -615,7 +615,7 @@ class ElasticBertForQuestionAnswering(ElasticBertExitModel):
             loss, losses = self.exits_loss(
                 answers,
                 lambda logits: sum(cross_entropy(logits[..., side], spans[:, side]) for side in (0, 1)) / 2,
-                lambda logits: wrong_answers(logits, spans, "question_answering"),
+                lambda logits: wrong_answers(logits, spans, "question_answering", mask),
             )
         both = self.output(answers)
         return ElasticBertQuestionAnsweringOutput(

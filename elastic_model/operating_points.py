@@ -13,6 +13,7 @@ from elastic_model.folders import new_file
 
 FILE = "operating_points.json"
 FORMAT = 1
+FULL = "full"  # the point at which every row goes through every layer, with all its tokens
 BUDGETS = ("speedup", "latency_ms", "flops", "max_drop")
 
 
@@ -124,10 +125,13 @@ class OperatingPoints:
             temporary.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     def full(self) -> OperatingPoint:
-        """The most expensive point: what speed-ups and losses are counted against."""
+        """What speed-ups and losses are counted against: the point named "full", else the most expensive one (of those
+        measured on the rows of the others: a calibrated one has rows of its own, where there are others)."""
         if not self.points:
             raise ValueError("there are no operating points; measure some first (python -m finetune evaluate)")
-        return max(self.points, key=lambda point: (point.flops or 0.0, point.mean_exit_layer))
+        named = [point for point in self.points if point.name == FULL]
+        others = named or [point for point in self.points if point.calibration is None] or self.points
+        return max(others, key=lambda point: (point.flops or 0.0, point.mean_exit_layer))
 
     def at(self, budget: "str | dict[str, float] | None" = None, **limit: float) -> ChosenPoint:
         """The point of that name, or the best within {"speedup" | "latency_ms" | "flops" | "max_drop": x} (also as
@@ -155,8 +159,14 @@ class OperatingPoints:
             return self._named(budget)
         name, limit = self._checked(budget)
         if name == "max_drop":
+            measured = self._measured("quality")
+            if self.full().quality is None:
+                raise ValueError(
+                    f"budget max_drop: the quality of {self.full().name!r}, which a drop is counted from, was not "
+                    "measured; measure it on labelled rows (python -m finetune search)"
+                )
             least = self._quality(self.full()) - limit / 100
-            fitting = [point for point in self._measured("quality") if self._quality(point) >= least - 1e-9]
+            fitting = [point for point in measured if self._quality(point) >= least - 1e-9]
             return min(fitting, key=lambda point: (point.flops or 0.0, point.mean_exit_layer, -self._quality(point)))
         if name == "latency_ms":
             cost = {point.name: float(point.latency_ms["value"]) for point in self._measured(name) if point.latency_ms}

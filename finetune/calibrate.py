@@ -16,7 +16,8 @@ from elastic_model.cost import exit_flops
 from elastic_model.exit_policies import sweep
 from elastic_model.folders import new_file
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
-from elastic_model.operating_points import FILE, OperatingPoint, OperatingPoints, checkpoint_hash
+from elastic_model.operating_points import FILE, FULL, OperatingPoint, OperatingPoints, checkpoint_hash
+from elastic_model.provenance import read_provenance
 from elastic_model.session import ElasticSession
 from finetune.config import CalibrateOptions
 from finetune.data import Encoded, rows_of
@@ -26,7 +27,14 @@ from finetune.figures import plot_points
 from finetune.kinds import answers_of, problem_type_of
 from finetune.labels import Labels
 from finetune.policies import Policy, candidates, never, policy_name, thresholds
-from finetune.prepare import chosen_task, encode_split, labels_of_model, load_classifier, load_tokenizer
+from finetune.prepare import (
+    chosen_task,
+    encode_split,
+    labels_of_model,
+    load_classifier,
+    load_tokenizer,
+    rows_hash,
+)
 from finetune.teacher import ask, final_logits, label_order, load_stock
 from finetune.texts import Texts, read_texts
 
@@ -77,7 +85,8 @@ def _check(options: CalibrateOptions, problem_type: str) -> None:
         )
     if options.tolerance is not None and not options.tolerance > 0:
         raise ValueError(f"tolerance must be above 0, got {options.tolerance}")
-    if options.max_accuracy_loss is not None and (options.texts or problem_type == "regression"):
+    without_classes = ("regression", "question_answering")
+    if options.max_accuracy_loss is not None and (options.texts or problem_type in without_classes):
         raise ValueError("--max-accuracy-loss needs labels of classes; use --max-disagreement")
 
 
@@ -206,13 +215,29 @@ def certify(options: CalibrateOptions, rows: Rows, served: Served, reference: np
     return Certified(policies[best], places[best], failing[best], len(policies))
 
 
+def _quality(options: CalibrateOptions, rows: Rows, logits: np.ndarray) -> dict[str, Any] | None:
+    """Of the logits (rows, ...) that answer, where there are labels."""
+    if not rows.labelled:
+        return None
+    score = score_of(answers_of(logits, rows.encoded, rows.labels), rows.encoded, rows.labels, options.seed)
+    return {**vars(score), "split": options.split}
+
+
+def full_point(options: CalibrateOptions, rows: Rows, full: np.ndarray, found: Certified, config: Any):
+    """Full depth and length on the calibration rows: what the calibrated point is counted against."""
+    exits, name = config.exit_layers, found.policy["name"]
+    return OperatingPoint(
+        FULL,
+        thresholds(name, None, len(exits), rows.labels.problem_type),
+        float(exits[-1]),
+        flops=exit_flops(config, rows.encoded.lengths, 1.0, rows.encoded.head)[-1].double().mean().item(),
+        quality=_quality(options, rows, full),
+    )
+
+
 def point_of(options: CalibrateOptions, rows: Rows, logits: np.ndarray, found: Certified, config: Any, file: str):
     """The operating point of a certified setting, with what it promises."""
     layers = np.asarray(config.exit_layers)[found.places]
-    quality = None
-    if rows.labelled:
-        answers = answers_of(logits[found.places, np.arange(len(layers))], rows.encoded, rows.labels)
-        quality = {**vars(score_of(answers, rows.encoded, rows.labels, options.seed)), "split": options.split}
     lengths = options.length_config or config.length_config
     flops = exit_flops(config, rows.encoded.lengths, lengths, rows.encoded.head).numpy()
     failed, count = int(found.failing.sum()), len(found.failing)
@@ -237,7 +262,7 @@ def point_of(options: CalibrateOptions, rows: Rows, logits: np.ndarray, found: C
         float(layers.mean()),
         list(lengths) if lengths else None,
         flops=float(flops[found.places, np.arange(len(layers))].mean()),
-        quality=quality,
+        quality=_quality(options, rows, logits[found.places, np.arange(len(layers))]),
         calibration=promise,
     )
 
@@ -273,6 +298,20 @@ def report(point: OperatingPoint, full_flops: float, classes: list[dict[str, Any
     }
 
 
+def chosen_on(folder: Path, options: CalibrateOptions, rows: Rows) -> str | None:
+    """What to say of rows that an earlier stage of the checkpoint was trained or chosen on; None of others."""
+    if not rows.labelled:
+        return None
+    read, split = rows_hash(rows.encoded), options.split
+    for stage in read_provenance(folder):
+        if any(data.sha256 == read or (data.name, data.split) == (options.task, split) for data in stage.data):
+            return (
+                f"the stage {stage.stage!r} of this checkpoint was trained or chosen on these rows ({split}): the "
+                "guarantee is for rows that chose nothing (another --split, other files, --texts)"
+            )
+    return None
+
+
 def points_of(folder: Path) -> OperatingPoints:
     """The operating points of a checkpoint or exported folder; none where it has no file."""
     if (folder / FILE).is_file():
@@ -280,13 +319,22 @@ def points_of(folder: Path) -> OperatingPoints:
     return OperatingPoints(checkpoint_hash(folder), {})
 
 
-def save(folder: Path, points: OperatingPoints, point: OperatingPoint, policy: Policy) -> OperatingPoints:
+def save(
+    folder: Path, points: OperatingPoints, point: OperatingPoint, full: OperatingPoint, policy: Policy
+) -> OperatingPoints:
     """Put the calibrated point among the others, which are returned; a checkpoint takes its policy as its default.
 
-    A table has one policy: points of another are left out.
+    A table has one policy: points of another are left out. Its costs are of the same rows: of the table's full depth
+    the calibrated point costs the share that it cost of `full`, full depth on the calibration rows; where the table
+    has none, `full` is put into it.
     """
     same = points.policy.get("name") in (None, policy["name"])
     others = [one for one in points.points if one.name != NAME] if same else []
+    there = next((one for one in others if one.name == FULL), None)
+    if there is None:
+        others = [full, *others]
+    elif there.flops and full.flops and point.flops:
+        point = replace(point, flops=point.flops * there.flops / full.flops)
     saved = OperatingPoints(points.checkpoint, policy, [*others, point])
     saved.save(folder)
     if not is_artefact(folder):
@@ -310,6 +358,11 @@ def calibrate(options: CalibrateOptions) -> None:
     if config.model_type != "elasticbert" or problem_type is None:
         raise ValueError(f"{folder} is neither a task checkpoint of ours nor a folder that `python -m export` wrote")
     _check(options, problem_type)
+    if not options.length_config and isinstance(config.length_config, dict):
+        raise ValueError(
+            f"{folder}: rows choose their own lengths ({config.length_config}), whose cost is not known beforehand; "
+            "calibrate at shares: --length_config, one a layer (1.0: all tokens)"
+        )
     points = points_of(folder)
     session = ElasticSession.from_pretrained(folder, options.file) if is_artefact(folder) else None
     in_force = session.policy if session is not None else points.policy
@@ -320,9 +373,11 @@ def calibrate(options: CalibrateOptions) -> None:
     reference = reference_answers(options, rows, served.full)
     found = certify(options, rows, served, reference, config)
     point = point_of(options, rows, served.logits, found, config, session.file.stem if session else "pytorch")
-    whole = exit_flops(config, rows.encoded.lengths, 1.0, rows.encoded.head)[-1].double().mean().item()
-    result = report(point, whole, per_class(rows, reference, found, options.confidence), found.policy)
-    saved = save(folder, points, point, found.policy)
+    full = full_point(options, rows, served.full, found, config)
+    result = report(point, full.flops or 0.0, per_class(rows, reference, found, options.confidence), found.policy)
+    if chosen := chosen_on(folder, options, rows):
+        result["warning"] = chosen
+    saved = save(folder, points, point, full, found.policy)
     if options.output:
         with new_file(Path(options.output)) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -354,6 +409,8 @@ def show(result: dict[str, Any], folder: Path) -> None:
     print(f"{result['failures']} of {result['rows']} rows fail: a rate of at most {result['upper_bound']:.4f}")
     print(f"mean exit layer {result['mean_exit_layer']:.2f}, {result['speedup']:.2f} times fewer FLOPs")
     print(f"policy {result['policy']}")
+    if "warning" in result:
+        print(f"\nwarning: {result['warning']}")
     if result["classes"]:
         lines = [
             [

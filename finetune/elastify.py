@@ -92,7 +92,8 @@ def agreement(
 
         def fit(rows: np.ndarray) -> float:
             spread = ((truth[rows] - truth[rows].mean()) ** 2).sum()
-            return float(1 - ((values[rows] - truth[rows]) ** 2).sum() / spread) if spread else float("-inf")
+            error = ((values[rows] - truth[rows]) ** 2).sum()
+            return float(1 - error / spread) if spread else float(not error)  # of equal rows, as sklearn has it
 
         everything = np.arange(len(ours))
         found = {"r2": fit(everything), "absolute_difference": float(np.abs(values - truth).mean())}

@@ -14,7 +14,7 @@ Candidates = Callable[[np.ndarray, ProblemType, float | None], list[Policy]]
 
 def _steps(largest: float) -> list[float]:
     """Rising to `largest`; squares, since most rows of a trained model are nearly certain."""
-    return [round(largest * (step / GRID) ** 2, 6) for step in range(1, GRID + 1)]
+    return [float(f"{largest * (step / GRID) ** 2:.6g}") for step in range(1, GRID + 1)]
 
 
 def _change(logits: np.ndarray) -> float:

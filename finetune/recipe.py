@@ -122,7 +122,7 @@ def distillation(
     below = [layer for layer in uncertainty if layer != config.exit_layers[-1]]
     if below:
         truth = as_labels(teacher, problem_type, mask)
-        wrong = {layer: wrong_answers(logits[layer], truth, problem_type) for layer in below}
+        wrong = {layer: wrong_answers(logits[layer], truth, problem_type, mask) for layer in below}
         loss = loss + sum(uncertainty_loss(uncertainty[layer], wrong[layer]) for layer in below) / len(below)
     return loss + zero_for_others(model, list(losses))
 

@@ -98,7 +98,8 @@ def ask(
     was_training = model.training
     model.eval().to(accelerator.device)
     known = inspect.signature(model.forward).parameters
-    arguments = {"exit_policy": {"name": "never"}} if "exit_policy" in known else {}  # all of it, if it has exits
+    everything = {"exit_policy": {"name": "never"}, "length_config": 1.0}  # of a model that has exits: all of it
+    arguments = {name: value for name, value in everything.items() if name in known}
     parts = []
     for rows in sorted_batches(encoded.lengths, batch_size)[accelerator.process_index :: accelerator.num_processes]:
         batch = inputs_of(collate(encoded, rows, tokenizer, accelerator.device))

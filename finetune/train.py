@@ -25,7 +25,7 @@ from elastic_model.folders import is_ours
 from finetune.checkpoint import REPORT, is_finished, write_checkpoint
 from finetune.config import LoopOptions, TrainOptions
 from finetune.data import collate
-from finetune.recipe import Phase, Update
+from finetune.recipe import Phase, Update, backbone_and_last_exit
 from finetune.run import METRICS, TRACKED, Plan, Run, prepare, start_accelerator
 from finetune.state import Progress, copy_weights, load_optimizer_tensors, load_progress, load_weights, save_state
 from finetune.teacher import stacked
@@ -97,7 +97,10 @@ def _evaluate(run: Run, engine: Engine, progress: Progress) -> None:
     """Quality at every exit on dev; keeps the weights where they are the best so far (the later ones of equal)."""
     exits = run.measure(run)
     deciding = [values[run.metric] for values in exits.values()]
-    value = deciding[-1] if run.options.best_exit == "last" else float(np.mean(deciding))
+    config, parameters = run.model.config, run.model.named_parameters()
+    trained = any(one.requires_grad and backbone_and_last_exit(name, config) for name, one in parameters)
+    last = run.options.best_exit == "last" and trained  # where the last exit is frozen, it decides nothing
+    value = deciding[-1] if last else float(np.mean(deciding))
     run.log({"update": progress.update, "dev": exits})
     shown = "  ".join(f"{layer}: {one:.4f}" for layer, one in zip(exits, deciding, strict=True))
     run.accelerator.print(f"update {progress.update}: dev {run.metric} by exit layer  {shown}")

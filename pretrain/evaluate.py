@@ -28,7 +28,7 @@ class Evaluation:
     mlm_accuracy: dict[int, float]
     sop_loss: dict[int, float]
     sop_accuracy: dict[int, float]
-    unigram_loss: float  # on the same masked tokens, by their frequency in the training documents
+    unigram_loss: float  # on the same masked tokens, by their frequency in the training documents, else in these
     masked_tokens: int
     pairs: int  # segment pairs, that have an order
     examples: int
@@ -150,7 +150,8 @@ def evaluate_checkpoint(config: EvaluateConfig) -> int:
     examples = Examples(corpus, data, held_out=True if config.held_out else None)
     if not len(examples):
         raise ValueError(f"text: {' '.join(config.text)} is too short to give one example")
-    unigram = unigram_losses(examples.token_counts())
+    counted = Examples(corpus, data, held_out=False) if config.held_out else examples
+    unigram = unigram_losses(counted.token_counts())
     result = evaluate(
         accelerator,
         accelerator.prepare(model),

@@ -29,11 +29,11 @@ COMPETITORS = {
     ),
     "dynabert": Competitor(
         "Hou et al. 2020, DynaBERT: Dynamic BERT with Adaptive Width and Depth",
-        "width only: heads and FFN nested by importance, 1, 3/4, 1/2, 1/4; KL of logits + MSE of all hidden states",
+        "width only, no augmentation: heads and FFN nested by importance, 1, 3/4, 1/2, 1/4; KL of logits + mean MSE of hidden states",
     ),
     "power_bert": Competitor(
         "Goyal et al. 2020, PoWER-BERT: Accelerating BERT Inference via Progressive Word-vector Elimination",
-        "lambda 1e-4 to 3e-3, retention rate 1e-2 (3/updates under 300); mass rounded up; re-trained at fixed lengths",
+        "lambda 1e-4 to 3e-3, retention rate 1e-2 (3/updates under 300); mass rounded up; trained on at fixed lengths",
     ),
 }
 

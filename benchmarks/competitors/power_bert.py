@@ -55,8 +55,9 @@ def configuration_of(retention: torch.Tensor) -> list[int]:
     return kept
 
 
-def _search(start: Start, weight: float) -> list[int]:
-    """The configuration search of section 3.4: L(theta, r) + lambda sum_l l mass_l over both."""
+def _search(start: Start, weight: float) -> tuple[list[int], ElasticBertExitModel]:
+    """The configuration search of section 3.4: L(theta, r) + lambda sum_l l mass_l over both; what it found, and the
+    model that it trained."""
     model = copy.deepcopy(start.model)
     layers = model.config.num_hidden_layers
     retention = nn.Parameter(torch.ones(layers, start.job.max_length, device=model.device))
@@ -67,14 +68,15 @@ def _search(start: Start, weight: float) -> list[int]:
         yield loss + weight * (depth * retention.sum(dim=1)).sum()
 
     start.fit(model, losses, [retention], retention_rate(start.updates))
-    return configuration_of(retention.detach())
+    return configuration_of(retention.detach()), model
 
 
 def power_bert(start: Start, folder: Path) -> dict[str, ModuleCost]:
-    """Fine-tuning (done), configuration search, and re-training with the configuration fixed (section 3.4)."""
+    """Fine-tuning (done), configuration search, and re-training of the model that it left with the configuration
+    fixed (section 3.4)."""
     modules: dict[str, ModuleCost] = {}
     for weight in WEIGHTS:
-        lengths, model = _search(start, weight), copy.deepcopy(start.model)
+        lengths, model = _search(start, weight)
         start.fit(model, lambda batch, model=model, lengths=lengths: [model(**batch, length_config=lengths).loss])
         modules |= start.write(folder, f"lambda_{weight:g}", model, lengths)
         print(f"lambda {weight:g}: layers keep {', '.join(map(str, lengths))} word vectors", flush=True)

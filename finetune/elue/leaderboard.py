@@ -15,12 +15,10 @@ from finetune.elue.scoring import (
     Curve,
     Point,
     Result,
-    elue_score,
     macro_average,
     outside,
     read_reference,
     read_result,
-    scores_by_size,
     seeds_deviation,
     size_class,
 )
@@ -135,11 +133,11 @@ def _task_score(result: Result, task: str, reference: Curve | None) -> TaskScore
     return TaskScore(
         points,
         names,
-        elue_score(points, reference),
+        one.score(reference),
         seeds_deviation(one, reference),
         len(one.seeds),
         outside(points, reference),
-        scores_by_size(points, reference),
+        one.scores_by_size(reference),
     )
 
 

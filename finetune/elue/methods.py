@@ -120,7 +120,7 @@ METHODS: dict[str, Method] = {
         "Sun et al. 2021",
         {"recipe": "joint", "gradient_equilibrium": False},
         policy="voting",
-        note="without its diversity loss",
+        note="without its diversity loss; at the top the last exit answers, whatever the votes",
     ),
     "berxit": Method(
         "Xin et al. 2021",

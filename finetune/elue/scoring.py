@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -49,12 +49,41 @@ class TaskResult:
     seeds: list[list[Point]]
 
     @property
+    def curves(self) -> list[list[Point]]:
+        """What is scored: one curve, the mean over seeds, where all have the same points at the same cost, as exits in
+        static use; else the curve of each seed. A policy's points are chosen on dev: of two seeds they are different
+        settings, however they are called."""
+        first, *others = ({point.name: point for point in points} for points in self.seeds)
+        same = all(one.keys() == first.keys() for one in others) and all(
+            math.isclose(one[name].flops, first[name].flops, rel_tol=1e-9) for one in others for name in first
+        )
+        if not same:
+            return self.seeds
+        return [[_mean([first[name], *(one[name] for one in others)]) for name in first]]
+
+    @property
     def points(self) -> list[Point]:
-        """The curve: points of the same name are the mean over seeds."""
-        named: dict[str, list[Point]] = {}
-        for point in [point for points in self.seeds for point in points]:
-            named.setdefault(point.name, []).append(point)
-        return [_mean(points) for points in named.values()]
+        """Those of all curves; where they are several, `#2` stands behind the names of the second seed's."""
+        if len(self.curves) == 1:
+            return self.curves[0]
+        return [
+            replace(point, name=f"{point.name} #{number}")
+            for number, points in enumerate(self.seeds, start=1)
+            for point in points
+        ]
+
+    def score(self, reference: Curve) -> float:
+        """The ELUE score; where seeds have points of their own, the mean of theirs."""
+        return fmean(elue_score(points, reference) for points in self.curves)
+
+    def scores_by_size(self, reference: Curve) -> dict[int, float]:
+        """As `score`, of the points of each size class that some curve has."""
+        found = [scores_by_size(points, reference) for points in self.curves]
+        return {
+            size: fmean(one[size] for one in found if size in one)
+            for size in SIZE_CLASSES
+            if any(size in one for one in found)
+        }
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def _shorter(work: Work, stage: str, parent: Path, folder: Path) -> int:
     _run("search", SearchOptions(**given, iterations=options.search_iterations))
     points = OperatingPoints.load(folder)
     full = (points.at("full").quality or {})["value"]
-    loss = 100 * full * options.permitted_loss / (2 if "E" in stage else 1)
+    loss = 100 * abs(full) * options.permitted_loss / (2 if "E" in stage else 1)
     patch_config(folder, {"length_config": points.at(max_drop=loss).length_config})
     return 0
 

@@ -69,6 +69,11 @@ def test_drift_is_seen_and_its_absence_too():
     assert all(one.p_value < 0.01 and 0.05 < one.distance < 0.3 for one in shifted)
 
 
+def test_a_layer_where_nobody_leaves_is_no_drift():
+    assert drift({1: 50, 2: 0, 3: 50}, {1: 50, 2: 0, 3: 50}).p_value == 1.0
+    assert drift({1: 50, 2: 0}, {1: 50, 3: 0}) == drift({1: 50}, {1: 50})
+
+
 def test_an_empty_histogram_is_named():
     with pytest.raises(ValueError, match="counts rows by exit layer"):
         drift({1: 5}, {})

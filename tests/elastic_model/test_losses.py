@@ -13,6 +13,7 @@ from elastic_model.losses import (
     gradient_equilibrium,
     inplace_distillation,
     weighted_loss,
+    wrong_answers,
 )
 
 HEADS = {
@@ -198,6 +199,22 @@ def test_the_learned_exit_head_learns_who_is_wrong():
     output = model(ids(), labels=labels)
     wrong = torch.stack(output.exit_logits)[:-1].argmax(-1) != labels
     error = ((output.exit_uncertainty[:-1] - wrong.float()) ** 2).mean()
+    torch.testing.assert_close(output.loss, sum(output.exit_losses) + error)
+
+
+def test_padding_answers_no_question():
+    logits = torch.zeros(1, 4, 2)
+    logits[0, 2], logits[0, 3] = 5.0, 6.0  # the right token, and padding, which has a logit too
+    span, mask = torch.tensor([[2, 2]]), torch.tensor([[True, True, True, False]])
+    assert wrong_answers(logits, span, "question_answering").tolist() == [True]
+    assert wrong_answers(logits, span, "question_answering", mask).tolist() == [False]
+    model = model_of("ElasticBertForQuestionAnswering", learned_exit_head=True)
+    mask = torch.tensor([[1] * 10, [1] * 3 + [0] * 7, [1] * 3 + [0] * 7])
+    output = model(ids(), mask, start_positions=torch.tensor([1, 2, 0]), end_positions=torch.tensor([1, 2, 0]))
+    logits = torch.stack([torch.stack(output.exit_start_logits), torch.stack(output.exit_end_logits)])
+    answers = logits.masked_fill(mask == 0, -torch.inf).argmax(-1)  # (start and end, exits, rows)
+    wrong = (answers != torch.tensor([1, 2, 0])).any(0)[:-1].float()
+    error = ((output.exit_uncertainty[:-1] - wrong) ** 2).mean()
     torch.testing.assert_close(output.loss, sum(output.exit_losses) + error)
 
 

@@ -94,6 +94,18 @@ def test_points_of_another_checkpoint_are_refused(points, tiny_checkpoint, tiny_
     assert OperatingPoints.load(tiny_checkpoint).points == points.points
 
 
+def test_budgets_count_against_full_depth_whatever_a_calibrated_point_costs(points):
+    """One calibrated on longer texts without labels passed for full depth; a permitted loss chose the cheapest."""
+    promised = OperatingPoint("calibrated", [0.1] * 4, 2.0, flops=9e6, calibration={"at_most": 0.05})
+    more = replace(points, points=[*points.points, promised])
+    assert more.full().name == "full" and more.at(max_drop=0.5).name == "half" and more.at(speedup=2).name == "half"
+    unnamed = replace(more, points=[replace(one, name=f"{one.name}-1") for one in more.points])
+    assert unnamed.full().name == "full-1" and replace(more, points=[promised]).full() == promised
+    bare = replace(points.points[0], quality=None)
+    with pytest.raises(ValueError, match="the quality of 'full', which a drop is counted from, was not measured"):
+        replace(points, points=[bare, *points.points[1:]]).at(max_drop=1)
+
+
 def test_what_was_not_measured_cannot_be_asked(points):
     bare = OperatingPoints(points.checkpoint, points.policy, [OperatingPoint("full", [0.1], 4.0)])
     for budget in ({"latency_ms": 5}, {"max_drop": 1}, {"flops": 1e9}, {"speedup": 2}):

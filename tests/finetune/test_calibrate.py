@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from elastic_model.arguments import run
 from elastic_model.operating_points import FILE, OperatingPoints
 from export.__main__ import export
 from finetune.__main__ import _command
-from finetune.calibrate import calibrate
+from finetune.calibrate import _check, calibrate
 from finetune.config import CalibrateOptions
 
 
@@ -106,6 +108,42 @@ def test_accuracy_and_lengths(checkpoint, small_task, capsys):
     point = OperatingPoints.load(checkpoint).at("calibrated")
     assert point.length_config == [1.0, 0.9, 0.9, 0.9] and point.calibration["bounds"] == "accuracy loss"
     assert json.loads((checkpoint / "config.json").read_text())["length_config"] == [1.0, 0.9, 0.9, 0.9]
+
+
+def test_the_table_stays_comparable(checkpoint, small_task, texts, capsys):
+    """Costs on other rows than the table's, and without quality, made the calibrated point full depth."""
+    calibrate(options_of(checkpoint, small_task, dev=None, text=None, label=None, texts=str(texts)))
+    table = OperatingPoints.load(checkpoint)
+    assert [point.name for point in table.points] == ["full", "calibrated"] and table.full().name == "full"
+    speedup = table.points[0].flops / table.points[1].flops
+    assert table.at(speedup=speedup * 0.999).name == "calibrated" and speedup > 1
+    smaller = [replace(table.points[0], flops=table.points[0].flops / 10)]  # measured on shorter rows
+    replace(table, points=smaller).save(checkpoint)
+    calibrate(options_of(checkpoint, small_task, dev=None, text=None, label=None, texts=str(texts)))
+    full, calibrated = OperatingPoints.load(checkpoint).points
+    assert full.flops / calibrated.flops == pytest.approx(speedup)
+
+
+def test_rows_that_chose_the_checkpoint_are_told(trained, tmp_path, capsys):
+    folder = shutil.copytree(trained.output, tmp_path / "checkpoint")
+    own = {"text": "text", "label": "label", "max_length": trained.max_length, "max_disagreement": 0.3}
+    calibrate(CalibrateOptions(model=str(folder), dev=trained.dev, **own))
+    assert "warning: the stage 'finetune' of this checkpoint was trained or chosen on" in capsys.readouterr().out
+    calibrate(CalibrateOptions(model=str(folder), dev=trained.test or trained.dev.replace("dev", "test"), **own))
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_rows_that_choose_their_own_lengths_are_refused_at_once(checkpoint, small_task):
+    content = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**content, "length_config": {"mass": [0.9] * 4}}))
+    with pytest.raises(ValueError, match="rows choose their own lengths .* calibrate at shares: --length_config"):
+        calibrate(options_of(checkpoint, small_task))
+
+
+def test_accuracy_is_not_lost_of_questions():
+    """Answers are texts and the truth is several of them: none was ever equal, so that nothing counted as lost."""
+    with pytest.raises(ValueError, match="--max-accuracy-loss needs labels of classes; use --max-disagreement"):
+        _check(CalibrateOptions(model="", max_accuracy_loss=0.1), "question_answering")
 
 
 def test_the_learned_head(checkpoint, small_task, tiny_tokenizer, texts, capsys):

@@ -4,15 +4,19 @@ import json
 import lzma
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 from elastic_model import ElasticBertForSequenceClassification, ElasticBertForTokenClassification
 from elastic_model.provenance import read_provenance
 from finetune.config import ElastifyOptions
+from finetune.data import Encoded, rows_of
 from finetune.elastify import agreement, elastify
+from finetune.teacher import ask, final_logits
 from finetune.texts import read_texts
 
 SIZES = {
@@ -125,8 +129,6 @@ def test_texts_are_lines_or_columns(tmp_path):
 
 
 def test_agreement_on_known_answers():
-    import numpy as np
-
     ours, reference = np.eye(3)[[0, 1, 2, 2]], np.eye(3)[[0, 1, 2, 0]]
     assert agreement(list(ours), list(reference), "single_label_classification") == {"agreement": 0.75}
     tags = agreement([ours[:3], ours[3:]], [reference[:3], reference[3:]], "token_classification")
@@ -135,6 +137,9 @@ def test_agreement_on_known_answers():
     assert several["agreement"] == 0.75 and several["low"] <= 0.75 <= several["high"]
     numbers = agreement([np.array([1.0]), np.array([3.0])], [np.array([1.0]), np.array([2.0])], "regression")
     assert numbers == {"r2": -1.0, "absolute_difference": 0.5}
+    for rows in (1, 2, 3):  # resamples of few rows have no spread: R^2 was minus infinity, the interval not a number
+        few = agreement([np.array([1.0])] * rows, list(np.arange(1.0, rows + 1)[:, None]), "regression", seed=0)
+        assert all(np.isfinite(value) for value in few.values()), few
 
 
 @pytest.mark.parametrize(
@@ -163,3 +168,13 @@ def test_a_model_without_a_head_is_named(tiny_tokenizer, tmp_path, options):
     tiny_tokenizer.save_pretrained(tmp_path / "stock")
     with pytest.raises(ValueError, match="holds BertModel; elastify takes a fine-tuned classifier or token tagger"):
         elastify(options(tmp_path / "stock"))
+
+
+def test_an_original_that_drops_tokens_by_default_is_asked_with_all_of_them(trained, tiny_tokenizer, tmp_path):
+    """What teachers answered was their own shortened answer."""
+    model = ElasticBertForSequenceClassification.from_pretrained(trained.output).eval()
+    rows = rows_of(tiny_tokenizer(["the people and the army of the nation " * 3, "the treaty"]))
+    how = (Encoded(rows, {}, np.zeros(2), 0), tiny_tokenizer, 2, Accelerator(), final_logits)
+    whole = ask(model, *how)
+    model.config.length_config = [0.6, 0.4, 0.3, 0.2]
+    assert all((one == other).all() for one, other in zip(ask(model, *how), whole, strict=True))

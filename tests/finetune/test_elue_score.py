@@ -4,7 +4,9 @@ import json
 import random
 import re
 import shutil
+import statistics
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from threading import Thread
 
@@ -93,6 +95,19 @@ def test_seeds_are_averaged_point_by_point_and_their_spread_is_told():
     assert (scored.score, scored.seeds) == (2.0, 2)
     assert scored.deviation == pytest.approx(2**0.5)
     assert "2.00 (1.41)" in text(board)
+
+
+def test_seeds_with_points_of_their_own_are_scored_each_by_its_points():
+    """Points chosen on dev are other settings of each seed: their mean by name was between two of them, and a name
+    that one seed has counted as much as one that all have."""
+    seeds = [[Point("point_1", 100.0, 60.0), Point("point_2", 200.0, 80.0)], [Point("point_2", 150.0, 74.0)]]
+    one = TaskResult("f1", 1725, seeds)
+    board = leaderboard_of([Result("two", {"mrpc": one})], {"mrpc": REFERENCE}, "ours")
+    scored = board.entries[0].tasks["mrpc"]
+    assert scored.score == statistics.fmean(elue_score(points, REFERENCE) for points in seeds)
+    assert [point.name for point in scored.points] == ["point_1 #1", "point_2 #2", "point_2 #1"]
+    costs = [[replace(point, flops=100.0 * seed) for point in seeds[1]] for seed in (1, 2)]
+    assert len(TaskResult("f1", 1725, costs).curves) == 2  # one name at two costs
 
 
 def test_results_on_other_rows_are_not_put_side_by_side():

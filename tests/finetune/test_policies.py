@@ -49,6 +49,12 @@ def test_all_rows_can_leave_at_one_exit(name, problem_type):
     assert [set(layers.tolist()) for layers in found] == ([] if counts else [{2}, {3}])
 
 
+def test_small_changes_have_as_many_settings_as_large_ones():
+    logits = 1e-6 * logits_for("regression")
+    found = [policy["threshold"] for policy in candidates("patience", logits, "regression")]
+    assert len(set(found)) == len(found) == 100
+
+
 def test_the_choice_stops_at_the_first_failure():
     assert choose([0.90, 0.90, 0.88, 0.91], full=0.9, permitted_loss=0.01) == 1
     assert choose([0.80, 0.95], full=0.9, permitted_loss=0.01) is None

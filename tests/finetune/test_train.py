@@ -1,6 +1,7 @@
 """The loop: it learns, resumes where it was, sums gradients rightly, and writes a whole checkpoint or nothing."""
 
 import dataclasses
+import itertools
 import json
 import random
 import re
@@ -335,6 +336,17 @@ def test_a_phase_ends_early_with_its_best_weights(options, capsys):
     assert "update 21: no better for 2 evaluations; back to update 21" in printed and "dev macro_f1" in printed
     updates = [line["update"] for line in log_of(run.output) if "loss" in line]
     assert updates == [1, 2, 3, 19, 20, 21]
+
+
+def test_a_phase_that_freezes_the_last_exit_is_not_decided_by_it(options, monkeypatch, capsys):
+    """Its quality cannot change, so that any phase ended after so many evaluations, whatever the inner exits did."""
+    qualities = itertools.count()
+    measured = lambda run: {1: {"accuracy": next(qualities) / 100}, 4: {"accuracy": 0.5}}  # noqa: E731
+    run = options(recipe="two_stage", phase_epochs=[1, 1], patience=1, eval_steps=2)
+    monkeypatch.setattr("finetune.run._quality_on_dev", measured)
+    assert train(run) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("no better for 1 evaluations") == 1  # in the first phase, which the last exit decides
 
 
 def test_what_a_run_leaves_to_look_at(trained):
