@@ -29,7 +29,7 @@ COMPETITORS = {
     ),
     "dynabert": Competitor(
         "Hou et al. 2020, DynaBERT: Dynamic BERT with Adaptive Width and Depth",
-        "width only, no augmentation: heads and FFN nested by importance, 1, 3/4, 1/2, 1/4; KL of logits + mean MSE of hidden states",
+        "width only, no augmentation: heads, FFN nested by importance, 1, 3/4, 1/2, 1/4; KL of logits + MSE of states",
     ),
     "power_bert": Competitor(
         "Goyal et al. 2020, PoWER-BERT: Accelerating BERT Inference via Progressive Word-vector Elimination",
