@@ -2,6 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from .checks import check_exit_layers, check_exit_policy, check_length_config
 from .losses import exit_weights
@@ -117,6 +118,14 @@ class ElasticBertConfig(PreTrainedConfig):
         """Widths that fit together; one entry per layer in the per-layer lists."""
         if self.num_hidden_layers < 1:
             raise ValueError(f"num_hidden_layers must be at least 1, got {self.num_hidden_layers}.")
+        for name in ("hidden_act", "pooler_act"):
+            if getattr(self, name) not in ACT2FN:
+                raise ValueError(f"{name} must be one of {', '.join(sorted(ACT2FN))}, got {getattr(self, name)!r}.")
+        if not 0 <= self.position_offset < self.max_position_embeddings:
+            raise ValueError(
+                f"position_offset must be 0 to {self.max_position_embeddings - 1} (max_position_embeddings - 1), "
+                f"got {self.position_offset}."
+            )
         if self.num_attention_heads < 1:
             raise ValueError(f"num_attention_heads must be at least 1, got {self.num_attention_heads}.")
         if "attention_head_size" not in self.__dict__ or self.__dict__["attention_head_size"] is None:

@@ -3,7 +3,7 @@
 Legend of shapes: rows, tokens, width, heads. "Real" tokens are those that the attention mask marks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -306,6 +306,31 @@ class PerExit(nn.Module):
     def at(self, layer: int) -> nn.Module:
         """The module of the exit after `layer`, from 1."""
         return getattr(self, str(layer - 1))
+
+    def __getitem__(self, name: str) -> nn.Module:
+        """The module of that name, layer - 1; this and what follows as in a ModuleDict."""
+        return self.get_submodule(name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def keys(self) -> Iterable[str]:
+        """Their names."""
+        return self._modules.keys()
+
+    def values(self) -> Iterable[nn.Module]:
+        """The modules, from the lowest exit."""
+        return self.children()
+
+    def items(self) -> Iterable[tuple[str, nn.Module]]:
+        """Names and modules."""
+        return self.named_children()
 
     def others(self, layers: list[int]) -> Iterator[nn.Module]:
         """The modules of the exits that are not in `layers`."""

@@ -52,6 +52,8 @@ class ElasticSession:
         self, model: Path, tokenizer: Path, points: OperatingPoints | None = None, threads: int | None = None
     ):
         self.file = model
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be at least 1 (None: what there are), got {threads}")
         self.threads = threads or available_cores()
         self._arguments = (model, tokenizer, points, self.threads)
         self._lock = threading.Lock()
@@ -282,6 +284,8 @@ class ElasticSession:
 
     def _many(self, texts: Text | Iterable[Text]) -> Iterable[Text]:
         """The texts; where they are all there, they are checked before any is answered."""
+        if texts is None or isinstance(texts, bytes):
+            raise ValueError(f"texts must be a string, a pair of strings, or a list of them, got {_shown(texts)}")
         many = [texts] if isinstance(texts, str | tuple) else texts
         if not isinstance(many, Iterator):
             many = list(many)
@@ -497,7 +501,11 @@ def _choose_file(folder: Path, file: str | None) -> Path:
     present = [name for name in ONNX_FILES if (folder / "onnx" / f"{name}.onnx").is_file()]
     fitting = [name for name in fitting_files(cpu_flags()) if name in present] if file is None else [file]
     if not fitting or fitting[0] not in present:
-        wanted = file or "a file for this CPU"
+        if not (folder / "onnx").is_dir():
+            raise ValueError(
+                f"{folder} has no folder onnx: it is not an export; make one by `python -m export {folder} FOLDER`"
+            )
+        wanted = file or "file for this CPU"
         raise ValueError(
             f"{folder}/onnx has no {wanted}; present: {', '.join(present) or 'none'}; export the checkpoint again"
         )

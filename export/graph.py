@@ -41,11 +41,11 @@ def build_graph(
     with defaults length_config float32 (layers,), shares of a row's real tokens, length_mass float32 (layers,), shares
     of its significance, below 1 where the row chooses itself, and, where there are several exits, exit_threshold
     float32 (exits,) and max_layer int64 (1,): rows still inside leave at the last exit that is not above it (at the
-    first, if all are). Outputs logits (batch, labels), exit_layer int64 (batch,), kept_tokens int64 (batch, layers),
-    what each layer left of them up to it, and exit_logits (exits, batch, labels), NaN where a row had left; per token
-    (batch, sequence, labels) and (exits, batch, sequence, labels), 0 at padding; question answering start_logits,
-    end_logits (batch, sequence) and exit_start_logits, exit_end_logits; the bare model last_hidden_state (batch,
-    sequence, width) and pooler_output (batch, width).
+    first, if all are). Outputs logits (batch, labels), exit_layer int64 (batch,), exit_logits (exits, batch, labels),
+    NaN where a row had left, and last kept_tokens int64 (batch, layers), what each layer left of a row's tokens up to
+    where it left; per token (batch, sequence, labels) and (exits, batch, sequence, labels), 0 at padding; question
+    answering start_logits, end_logits (batch, sequence) and exit_start_logits, exit_end_logits; the bare model
+    last_hidden_state (batch, sequence, width) and pooler_output (batch, width).
     """
     graph = GraphBuilder()
     weights = Weights(config, tensors, arithmetic)
@@ -253,9 +253,9 @@ def finish(graph: GraphBuilder, config: ElasticBertConfig, task: Task, plain: bo
     outputs = [helper.make_tensor_value_info(name, float32, shape) for name, shape in _answers(task).items()]
     if not plain:
         outputs.append(helper.make_tensor_value_info("exit_layer", int64, ["batch"]))
-        outputs.append(helper.make_tensor_value_info("kept_tokens", int64, ["batch", config.num_hidden_layers]))
         for name, shape in zip(task.head.exit_outputs, _answers(task).values(), strict=False):
             outputs.append(helper.make_tensor_value_info(name, float32, [exits, *shape]))
+        outputs.append(helper.make_tensor_value_info("kept_tokens", int64, ["batch", config.num_hidden_layers]))
         # an initializer of an input's name is the input's default
         given = shares_and_mass(task.lengths, config.num_hidden_layers)
         defaults = {name: np.array(one, np.float32) for name, one in zip((SHARES, MASS), given, strict=True)}

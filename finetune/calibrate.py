@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, logging
 
 from elastic_model.calibration import Drift, drift, fixed_sequence, rows_needed, upper_bound
+from elastic_model.checks import check_length_config
 from elastic_model.cost import exit_flops
 from elastic_model.exit_policies import sweep
 from elastic_model.folders import new_file
@@ -230,6 +231,7 @@ def full_point(options: CalibrateOptions, rows: Rows, full: np.ndarray, found: C
         FULL,
         thresholds(name, None, len(exits), rows.labels.problem_type),
         float(exits[-1]),
+        [1.0] * config.num_hidden_layers,
         flops=exit_flops(config, rows.encoded.lengths, 1.0, rows.encoded.head)[-1].double().mean().item(),
         quality=_quality(options, rows, full),
     )
@@ -238,7 +240,7 @@ def full_point(options: CalibrateOptions, rows: Rows, full: np.ndarray, found: C
 def point_of(options: CalibrateOptions, rows: Rows, logits: np.ndarray, found: Certified, config: Any, file: str):
     """The operating point of a certified setting, with what it promises."""
     layers = np.asarray(config.exit_layers)[found.places]
-    lengths = options.length_config or config.length_config
+    lengths = options.length_config or config.length_config or [1.0] * config.num_hidden_layers
     flops = exit_flops(config, rows.encoded.lengths, lengths, rows.encoded.head).numpy()
     failed, count = int(found.failing.sum()), len(found.failing)
     kind = "disagreement" if options.max_accuracy_loss is None else "accuracy loss"
@@ -260,7 +262,7 @@ def point_of(options: CalibrateOptions, rows: Rows, logits: np.ndarray, found: C
         NAME,
         thresholds(found.policy["name"], found.policy, exits, problem_type),
         float(layers.mean()),
-        list(lengths) if lengths else None,
+        list(lengths),
         flops=float(flops[found.places, np.arange(len(layers))].mean()),
         quality=_quality(options, rows, logits[found.places, np.arange(len(layers))]),
         calibration=promise,
@@ -339,7 +341,10 @@ def save(
     saved.save(folder)
     if not is_artefact(folder):
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        content |= {"exit_policy": policy, "length_config": point.length_config}
+        lengths = (
+            point.length_config if check_length_config(point.length_config, len(point.length_config or ())) else None
+        )
+        content |= {"exit_policy": policy, "length_config": lengths}
         with new_file(folder / "config.json") as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return saved

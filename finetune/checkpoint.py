@@ -71,6 +71,7 @@ def _point(run: TaskRun, name: str, one: Outcome) -> OperatingPoint:
         name,
         thresholds(policy, one.policy, len(run.exit_layers), run.labels.problem_type),
         one.mean_exit_layer,
+        list(run.model.config.length_config or [1.0] * run.model.config.num_hidden_layers),
         flops=mean_flops_of(one, run.model.config, dev),
         quality={**asdict(score), "split": "dev"},
     )

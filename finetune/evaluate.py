@@ -186,8 +186,13 @@ def _policies(options: EvaluateOptions, logits: np.ndarray, labels: Labels, save
     name = policy_name(options.exit_policy or (saved or {}).get("name"), labels.problem_type)
     if not options.thresholds:
         return candidates(name, logits, labels.problem_type)
-    if name == "patience" and labels.problem_type != "regression":
-        return [{"name": name, "patience": int(value)} for value in options.thresholds]
+    counted = {"voting": "votes"} if labels.problem_type == "regression" else {"voting": "votes", "patience": name}
+    if name in counted:
+        if wrong := [value for value in options.thresholds if not (value >= 1 and value.is_integer())]:
+            raise ValueError(
+                f"--thresholds of {name} are whole numbers of at least 1, {counted[name]}, got {wrong[0]:g}"
+            )
+        return [{"name": name, counted[name]: int(value)} for value in options.thresholds]
     steps = {"patience": 1} if name == "patience" else {}
     return [{"name": name, **steps, "threshold": value} for value in options.thresholds]
 

@@ -199,6 +199,8 @@ def check_numbers(options: LoopOptions, phases: tuple[Phase, ...]) -> None:
             raise ValueError(f"{name} must be above 0, got {getattr(options, name)}")
     if options.length_drop == 1:
         raise ValueError("length_drop must be below 1: at 1 no token is left")
+    if not 0 <= options.seed < 2**32:
+        raise ValueError(f"seed must be 0 to {2**32 - 1}, got {options.seed}")
     if options.sampled < 0:
         raise ValueError(f"sampled must be at least 0, got {options.sampled}")
     given = options.phase_epochs

@@ -237,10 +237,17 @@ def encoded_train(job: Job, subject: Subject, seed: int) -> Encoded:
 
 
 def write_labels(jobs: list[Job], folder: Path) -> None:
-    """The true labels of the test rows, as `score --labels` reads them."""
+    """The true labels of the test rows, as `score --labels` reads them; ValueError where those of other rows are
+    there: submissions beside them could be scored no more."""
     folder.mkdir(exist_ok=True)
     for job in jobs:
         labels = encode_labels(job.task, job.test, list(job.kind.classes), job.kind.problem_type)
         lines = [f"{index}\t{label:.6g}" for index, label in enumerate(labels.tolist())]
-        with new_file(folder / f"{job.name}.tsv") as file:
-            file.write_text("\n".join(["index\tlabel", *lines]) + "\n")
+        kept, text = folder / f"{job.name}.tsv", "\n".join(["index\tlabel", *lines]) + "\n"
+        if kept.is_file() and kept.read_text() != text:
+            raise ValueError(
+                f"{kept} has the labels of other test rows of {job.name}, which what lies in {folder.parent} was made "
+                "on; give the same --test-rows, or choose another --output"
+            )
+        with new_file(kept) as file:
+            file.write_text(text)

@@ -286,6 +286,12 @@ def test_threads_may_share_a_session(session):
         (lambda session: session.exit_logits(["a"], length_config=[0.5]), r"one entry per layer, 4 in all"),
         (lambda session: session.exit_logits(["a"], length_config={"mass": [0.5]}), r"4 shares in \(0, 1\]"),
         (lambda session: session("a", budget={"latency_ms": 3}), r"latency_ms"),
+        (lambda session: session(None), r"texts must be a string, a pair of strings, or a list of them, got None"),
+        (lambda session: session(b"a"), r"texts must be a string, .* got b'a'"),
+        (
+            lambda session: ElasticSession(session.file, session.file, threads=0),
+            r"threads must be at least 1 .* got 0",
+        ),
     ],
 )
 def test_bad_calls_say_what_is_allowed(session, call, says):
@@ -296,7 +302,10 @@ def test_bad_calls_say_what_is_allowed(session, call, says):
 def test_folders_that_are_not_artefacts(exported, tmp_path):
     with pytest.raises(ValueError, match="is not a folder"):
         ElasticSession.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="present: none"):
+    with pytest.raises(ValueError, match="has no folder onnx: it is not an export; make one by `python -m export"):
+        ElasticSession.from_pretrained(tmp_path)
+    (tmp_path / "onnx").mkdir()
+    with pytest.raises(ValueError, match="has no file for this CPU; present: none"):
         ElasticSession.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no model_fp4; present: "):
         ElasticSession.from_pretrained(exported, "model_fp4")

@@ -216,3 +216,25 @@ def test_attentions_are_those_of_all_layers_or_none(tiny_config, batch, attentio
 def test_predictions_leave_out_what_no_metric_reads(tiny_config):
     """`Trainer.evaluate` gathers every output that is not named here; those of pre-training have no rows."""
     assert {"mlm_right", "distillation_loss"} <= set(tiny_config.keys_to_ignore_at_inference)
+
+
+def test_the_modules_of_exits_are_reached_as_in_a_module_dict(tiny_config):
+    tiny_config.exit_layers = [2, 4]
+    classifiers = ElasticBertForSequenceClassification(tiny_config).classifiers
+    assert list(classifiers) == list(classifiers.keys()) == ["1", "3"] and len(classifiers) == 2
+    assert classifiers["3"] is classifiers.at(4) is list(classifiers.values())[1] is dict(classifiers.items())["3"]
+    assert "1" in classifiers and "2" not in classifiers
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_act": "foo"}, "hidden_act must be one of .*gelu.* got 'foo'"),
+        ({"pooler_act": "tan"}, "pooler_act must be one of .*tanh.* got 'tan'"),
+        ({"position_offset": -1}, r"position_offset must be 0 to 511 .* got -1"),
+        ({"position_offset": 600}, r"position_offset must be 0 to 511 .* got 600"),
+    ],
+)
+def test_a_config_that_no_model_can_be_made_of_is_refused(fields, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        ElasticBertConfig(**fields)

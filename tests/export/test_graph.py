@@ -110,6 +110,11 @@ def test_a_row_does_not_depend_on_its_batch(lively_model, file):
         assert layer[0] == together[1][row]
 
 
+def test_outputs_come_in_the_order_that_is_documented(lively_model):
+    outputs = [one.name for one in session_of(lively_model).get_outputs()]
+    assert outputs == ["logits", "exit_layer", "exit_logits", "kept_tokens"]
+
+
 def test_padding_on_either_side_is_the_same(lively_model):
     """Positions count from the first column, so a left-padded row is compared with the tokens at those positions."""
     session, batch = session_of(lively_model), batch_of(lively_model.config, [7, 12])

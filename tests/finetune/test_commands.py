@@ -238,6 +238,12 @@ def test_evaluate_takes_a_policy_and_thresholds(trained, small_task, capsys):
     evaluate(evaluation_of(trained, small_task, exit_policy="confidence", thresholds=[0.2, 0.9]))
     printed = capsys.readouterr().out
     assert "confidence, threshold 0.2  1.00" in printed and "confidence, threshold 0.9" in printed
+    evaluate(evaluation_of(trained, small_task, exit_policy="voting", thresholds=[2.0]))
+    assert "voting, votes 2" in capsys.readouterr().out
+    for name, what in (("voting", "votes"), ("patience", "patience")):
+        for wrong in (1.5, 0.0, float("nan")):  # 1.5 was measured as 1
+            with pytest.raises(ValueError, match=f"of {name} are whole numbers of at least 1, {what}, got {wrong:g}"):
+                evaluate(evaluation_of(trained, small_task, exit_policy=name, thresholds=[wrong]))
 
 
 def test_evaluate_takes_lengths(trained, small_task, tmp_path, capsys):

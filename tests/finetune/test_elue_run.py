@@ -85,10 +85,15 @@ def test_from_checkpoint_to_leaderboard(elue_data, elue_start, capsys):
     assert run(lambda: _command(["elue", "leaderboard", *flags])) == 0
     assert "\n".join(board["notes"]) in capsys.readouterr().out
     capsys.readouterr()
-    flags = ["--tasks", "sst2", "--test-rows", "10", "--checkpoints", f"sst2={taken}", "--methods", "elasticbert"]
-    assert elue(elue_data, elue_start, *flags) == 0
+    flags = ["--tasks", "sst2", "--checkpoints", f"sst2={taken}", "--methods", "elasticbert"]
+    # on other test rows the submissions that lie there could be scored no more: their labels would be gone
+    labels = (elue_data / "run" / "labels" / "sst2.tsv").read_text()
+    assert elue(elue_data, elue_start, *flags, "--test-rows", "10") == 2
+    assert "has the labels of other test rows of sst2" in capsys.readouterr().err
+    assert (elue_data / "run" / "labels" / "sst2.tsv").read_text() == labels
+    assert elue(elue_data, elue_start, *flags, "--test-rows", "20") == 0
     board = json.loads((elue_data / "run" / "leaderboard.json").read_text())
-    assert board["test_rows"] == {"sst2": 10, "stsb": 40} and [one["name"] for one in board["entries"]] == [
+    assert board["test_rows"] == {"sst2": 20, "stsb": 40} and [one["name"] for one in board["entries"]] == [
         "elasticbert"
     ]
     assert "elastic.json: SST-2 was run at other sizes (SST-2: " in capsys.readouterr().out
