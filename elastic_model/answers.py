@@ -77,6 +77,8 @@ def best_span(
         start[number, :size], end[number, :size] = value["start_logits"], value["end_logits"]
         offsets[number, :size] = window.offsets
         in_context[number, :size] = [sequence == 1 for sequence in window.sequence_ids]
+    if not in_context.any():
+        raise ValueError(f"the context {text[1]!r:.80} has no token that could answer; leave such rows out")
     found = best_answer(
         text[1], start, end, offsets, in_context, max_tokens=LONGEST_ANSWER, no_answer_threshold=no_answer_threshold
     )

@@ -14,6 +14,10 @@ from filelock import FileLock, Timeout
 
 MARKER = ".elastic-model"  # the file that says: this folder was made by us and may be replaced by us
 MARKER_TEXT = "This folder was written by elastic-model, which may replace it. Delete this file to protect it.\n"
+PARTS = (
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "operating_points.json"),
+    *("provenance.json", "export_report.json", "README.md"),
+)  # files of a folder of ours that others are read with
 LOCK = ".lock"  # held by the job that is adding files to a folder
 PACKAGES = ("elastic_model", "pretrain", "finetune", "export")
 RENAME_EXCHANGE = 2  # linux/fs.h
@@ -59,6 +63,25 @@ def check_replaceable(path: Path, *read: Path | str | None) -> None:
     inner = next((one.parent for one in sorted(path.rglob(MARKER)) if one.parent != path), None)
     if inner is not None:
         raise ValueError(f"output {path} would replace what other jobs made there, as {inner}; choose another output")
+
+
+def check_no_checkpoint(path: Path) -> None:
+    """ValueError where a folder to which jobs add folders of their own is a checkpoint or an export."""
+    if (Path(path) / "config.json").is_file():
+        raise ValueError(f"output {path} is a checkpoint; choose another output")
+
+
+def check_file(path: Path, *read: Path | str | None) -> None:
+    """ValueError unless a file can be written at `path`: not over a folder, a file that the job reads or a part of a
+    checkpoint or an export, nor into a folder that is not there."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"output {path} is a folder; give a file")
+    if not path.resolve().parent.is_dir():
+        raise ValueError(f"output {path}: there is no folder {path.parent}; make it, or choose another output")
+    parts = path.exists() and is_ours(path.parent) and path.name in PARTS
+    if parts or path.resolve() in [Path(source).resolve() for source in read if source is not None]:
+        raise ValueError(f"output {path} would replace that file, which is read; choose another output")
 
 
 def claim_folder(path: Path) -> Path:
@@ -108,7 +131,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     step and removed. A folder that is not ours, or holds other jobs' folders: ValueError, before anything is written.
     On an error inside the block the temporary folder is removed and `path` stays as it was.
     """
-    target = Path(os.path.abspath(path))
+    target = Path(os.path.realpath(path))  # of a link, what it leads to
     check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(target)

@@ -1,13 +1,14 @@
 """`python -m export benchmark`: the files of an exported folder, timed side by side on real rows in one run."""
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from elastic_model.folders import new_file
+from elastic_model.folders import check_file, new_file
 from elastic_model.processor import ONNX_FILES, cpu_flags, cpu_name, fitting_files
 from elastic_model.session import ElasticSession
 from export.config import BenchmarkOptions
@@ -30,6 +31,13 @@ class Timing:
 
 def benchmark_folder(options: BenchmarkOptions) -> None:
     """Time every file that fits this CPU at full depth, at its own default and at each operating point."""
+    for name in ("batch_sizes", "threads"):
+        if not getattr(options, name) or min(getattr(options, name)) < 1:
+            raise ValueError(f"{name} must be at least 1, got {' '.join(map(str, getattr(options, name)))}")
+    if not 0 < options.seconds < math.inf:
+        raise ValueError(f"seconds must be above 0, got {options.seconds:g}")
+    if options.output:
+        check_file(options.output, options.input)
     texts = read_texts(options.input, options.text, options.pair, options.max_rows)
     files = [name for name in fitting_files(cpu_flags()) if (options.folder / "onnx" / f"{name}.onnx").is_file()]
     if not files:

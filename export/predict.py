@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
-from elastic_model.folders import new_file
+from elastic_model.folders import check_file, new_file
 from elastic_model.operating_points import BUDGETS
 from elastic_model.session import ElasticSession
 from export.config import PredictOptions
@@ -17,6 +17,8 @@ LAST = ("exit_layer", "point")
 
 def predict_file(options: PredictOptions) -> None:
     """A line per text, in order: label, score, what else the task answers, exit_layer, point; lists as JSON."""
+    if options.output:
+        check_file(options.output, options.input)
     session = ElasticSession.from_pretrained(options.folder, options.file, options.threads)
     texts = read_texts(options.input, options.text, options.pair)
     results = session(

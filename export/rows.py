@@ -1,5 +1,6 @@
 """Texts of a file: a .txt has one a line, a .tsv has columns under a header; either may be compressed."""
 
+import bz2
 import gzip
 import lzma
 import zlib
@@ -10,8 +11,7 @@ from typing import IO, Any
 from elastic_model.folders import shipped
 from elastic_model.session import Text
 
-OTHERS = {".csv", ".json", ".jsonl", ".parquet", ".xlsx"}  # tables whose lines are no texts
-OPENERS: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".xz": lzma.open}
+OPENERS: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 
 
 def read_texts(file: Path, text: str, pair: str | None = None, limit: int | None = None) -> list[Text]:
@@ -19,11 +19,18 @@ def read_texts(file: Path, text: str, pair: str | None = None, limit: int | None
 
     Raises ValueError for a missing column, a line with too few cells, text that is not UTF-8, or a file without texts.
     """
-    if OTHERS & set(file.suffixes):
+    if limit is not None and limit < 1:
+        raise ValueError(f"at least 1 row must be read, got max_rows {limit}")
+    kind = _kind(file)
+    if kind not in (".txt", ".tsv"):
         raise ValueError(f"{file}: a .txt (a text a line) or a .tsv (columns under a header) is read, not this kind")
     lines = _lines(file)
-    plain = ".tsv" not in file.suffixes
-    texts: list[Text] = [line for line in lines if line.strip()] if plain else _columns(file, lines, text, pair)
+    header = lines[0].split("\t") if lines else []
+    if kind == ".txt" and (pair is not None or (len(header) > 1 and text in header)):
+        raise ValueError(f"{file}: a .txt is read as a text a line, this looks like a table; name it .tsv")
+    texts: list[Text] = (
+        [line for line in lines if line.strip()] if kind == ".txt" else _columns(file, lines, text, pair)
+    )
     if not texts:
         raise ValueError(f"{file} has no texts")
     return texts[:limit]
@@ -31,16 +38,25 @@ def read_texts(file: Path, text: str, pair: str | None = None, limit: int | None
 
 def read_column(file: Path, name: str, limit: int | None = None) -> list[str]:
     """One column of a .tsv file; at most `limit` cells."""
-    if ".tsv" not in file.suffixes:
+    if _kind(file) != ".tsv":
         raise ValueError(f"{file}: a column {name!r} needs a .tsv file with a header")
     return [str(cell) for cell in _columns(file, _lines(file), name, None)][:limit]
 
 
+def _kind(file: Path) -> str:
+    """The ending of a file, before that of its compression."""
+    endings = [ending.lower() for ending in file.suffixes]
+    return "".join((endings[:-1] if endings and endings[-1] in OPENERS else endings)[-1:])
+
+
 def _lines(file: Path) -> list[str]:
     try:
-        with OPENERS.get(file.suffix, open)(shipped(file), "rt", encoding="utf-8", newline="\n") as content:
+        opener = OPENERS.get(file.suffix.lower(), open)
+        with opener(shipped(file), "rt", encoding="utf-8-sig", newline="\n") as content:
             return [line.rstrip("\r\n") for line in content]
-    except (UnicodeDecodeError, lzma.LZMAError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (UnicodeDecodeError, lzma.LZMAError, EOFError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the file system; those of damage have none
+            raise
         raise ValueError(f"{file}: not readable as UTF-8 text: {error}") from error
 
 

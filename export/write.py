@@ -124,6 +124,8 @@ def read_sample(options: ExportOptions) -> Sample | None:
     """The rows to compare on, where they are given."""
     if options.rows is None:
         return None
+    if not 0 <= options.min_agreement <= 1:
+        raise ValueError(f"min_agreement must be from 0 to 1, got {options.min_agreement:g}")
     texts = read_texts(options.rows, options.text, options.pair, options.max_rows)
     labels = read_column(options.rows, options.label, options.max_rows) if options.label else None
     return Sample(texts, labels)

@@ -15,7 +15,7 @@ from elastic_model.calibration import Drift, drift, fixed_sequence, rows_needed,
 from elastic_model.checks import check_length_config
 from elastic_model.cost import exit_flops
 from elastic_model.exit_policies import sweep
-from elastic_model.folders import new_file
+from elastic_model.folders import check_file, new_file
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from elastic_model.operating_points import FILE, FULL, OperatingPoint, OperatingPoints, checkpoint_hash
 from elastic_model.provenance import read_provenance
@@ -355,6 +355,9 @@ def calibrate(options: CalibrateOptions) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder = Path(options.model)
+    if options.output:
+        for file in (Path(options.output), Path(options.output).with_suffix(".png")):
+            check_file(file, options.texts, options.drift, options.train, options.dev, options.test)
     if options.drift is not None:
         return check_drift(options)
     tokenizer = load_tokenizer(folder)
@@ -438,6 +441,12 @@ def served_counts(file: Path) -> dict[int, int]:
         found = ", ".join(rows[0]) if rows else "no rows"
         raise ValueError(
             f"{file} has no column exit_layer (found: {found}); give what `python -m export predict` writes"
+        )
+    others = {row["point"] for row in rows if row.get("point") not in (None, NAME)}
+    if others:
+        raise ValueError(
+            f"{file} holds answers at the point {', '.join(sorted(others))}, not {NAME!r}; give those of predict "
+            f"--budget {NAME}"
         )
     try:
         return dict(Counter(int(row["exit_layer"]) for row in rows))

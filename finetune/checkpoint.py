@@ -209,4 +209,7 @@ def _draw(run: TaskRun, folder: Path, scored: Scored, full: Outcome) -> None:
 def is_finished(run: Run) -> bool:
     """Whether the output already holds the checkpoint of a run with the same settings."""
     saved = Path(run.options.output) / SETTINGS
-    return saved.is_file() and json.loads(saved.read_text()) == run.settings
+    try:
+        return saved.is_file() and bool(json.loads(saved.read_text()) == run.settings)
+    except ValueError as error:
+        raise ValueError(f"{saved} is damaged ({error}); remove {saved.parent}, or choose another output") from error

@@ -1,11 +1,14 @@
 """The rows of a split as examples: texts, second texts, labels as the source has them, and their places."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from finetune.sources import DatasetSource
 from finetune.tables import Row
 from finetune.tasks import DATA_VARIABLE, ProblemType, Task
+
+BETWEEN_LABELS = "|"  # of one cell that holds several labels
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,9 @@ def _text(row: Row, column: str) -> Any:
 def find_problem_type(task: Task, examples: Examples) -> ProblemType:
     """The task's problem type; where it does not say one, the kind of its texts and labels.
 
-    Lists of words: tags; answers with their places: question answering; lists of labels: multi-label; at least half
-    the labels fractional numbers (3.8): regression; otherwise classes.
+    Lists of words: tags; answers with their places: question answering; lists of labels, or labels joined by `|` of
+    which each stands in other rows too, alone or joined to others: multi-label; at least half the labels fractional
+    numbers (3.8): regression; otherwise classes.
     """
     if task.problem_type is not None:
         return task.problem_type
@@ -72,9 +76,19 @@ def find_problem_type(task: Task, examples: Examples) -> ProblemType:
         return "question_answering"
     if all(isinstance(label, list) for label in examples.labels):
         return "multi_label_classification"
+    if _joined([str(label) for label in examples.labels]):
+        return "multi_label_classification"
     numbers = [number_of(label) for label in examples.labels]
     fractional = sum(number is not None and not number.is_integer() for number in numbers)
     return "regression" if 2 * fractional >= len(numbers) else "single_label_classification"
+
+
+def _joined(labels: list[str]) -> bool:
+    """Whether some cells hold several labels."""
+    cells = [label.split(BETWEEN_LABELS) for label in set(labels)]
+    seen = Counter(name for names in cells for name in names)
+    several = [names for names in cells if len(names) > 1]
+    return bool(several) and all(seen[name] > 1 for names in several for name in names)
 
 
 def number_of(label: Any) -> float | None:
@@ -97,6 +111,8 @@ def check_shape(examples: Examples, problem_type: ProblemType) -> None:
         expected = "answers as SQuAD has them" if problem_type == "question_answering" else "labels"
         raise ValueError(f"{examples.places[0]}: {problem_type} needs {expected}, got {examples.labels[0]!r:.80}")
     if problem_type in ("single_label_classification", "multi_label_classification"):
+        several = problem_type == "multi_label_classification"  # of which a row may have none
         for label, place in zip(examples.labels, examples.places, strict=True):
-            if label is None or label != label or not str(label).strip():
+            nothing = label is None or label != label or str(label).strip().lower() == "nan"
+            if nothing or not (str(label).strip() or several):
                 raise ValueError(f"{place}: the row has no label (its value: {label!r}); remove it")

@@ -15,8 +15,8 @@ from elastic_model import (
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from finetune import questions, tokens
 from finetune.data import Encoded, encode
-from finetune.examples import Examples
-from finetune.labels import BETWEEN_LABELS, Labels, check_labels, encode_labels, find_labels
+from finetune.examples import BETWEEN_LABELS, Examples
+from finetune.labels import Labels, check_labels, encode_labels, find_labels
 from finetune.tasks import ProblemType, Task
 
 MULTI_LABEL_THRESHOLD = 0.0  # of a logit: probability one half

@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from finetune.examples import Examples, number_of
+from finetune.examples import BETWEEN_LABELS, Examples, number_of
 from finetune.tasks import ProblemType, Task
-
-BETWEEN_LABELS = "|"  # of one cell that holds several labels
 
 
 @dataclass(frozen=True)

@@ -194,6 +194,8 @@ def check_numbers(options: LoopOptions, phases: tuple[Phase, ...]) -> None:
     for name in SHARES:
         if (value := getattr(options, name)) is not None and not 0 <= value <= 1:
             raise ValueError(f"{name} must be from 0 to 1, got {value}")
+    if not 0 <= options.weight_decay < math.inf:
+        raise ValueError(f"weight_decay must be at least 0, got {options.weight_decay:g}")
     for name in ("learning_rate", "temperature", "max_grad_norm"):
         if not 0 < getattr(options, name) < math.inf:
             raise ValueError(f"{name} must be above 0, got {getattr(options, name)}")
@@ -268,6 +270,8 @@ def prepare(
     """Everything read and checked, the model as `load` has it; nothing is written yet."""
     phases = find_recipe(options.recipe).phases
     check_numbers(options, phases)
+    if not 0 <= options.permitted_loss <= 1:
+        raise ValueError(f"permitted_loss must be from 0 to 1 (1 % is 0.01), got {options.permitted_loss}")
     check_replaceable(Path(options.output), options.model, options.teacher)
     task, tokenizer = chosen_task(options), load_tokenizer(Path(options.model))
     train = some_rows(read_examples(task, "train"), options.train_rows, options.seed)

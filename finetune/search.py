@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, logging
 from elastic_model.cost import exit_flops
 from elastic_model.distributed import working_together_in
 from elastic_model.exit_policies import sweep
-from elastic_model.folders import check_output, empty_folder, new_file
+from elastic_model.folders import LOCK, MARKER, check_replaceable, empty_folder, new_file
 from elastic_model.operating_points import FILE, OperatingPoint, OperatingPoints, checkpoint_hash
 from elastic_model.session import ElasticSession
 from finetune.by_row import FIT_ROWS, by_row, explore_by_row, fit_share
@@ -333,7 +333,13 @@ def search(options: SearchOptions) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder = Path(options.output or f"{options.model.rstrip('/')}.search")
-    check_output(folder)
+    check_replaceable(folder, options.model, options.latency, options.graph)
+    if (
+        folder.is_dir()
+        and {one.name for one in folder.iterdir()} - {MARKER, LOCK}
+        and not (folder / JOURNAL).is_file()
+    ):
+        raise ValueError(f"output {folder} holds what is not a search; choose another output")
     accelerator = start_processes()
     work, every = prepare(options)
     work.model.to(accelerator.device)

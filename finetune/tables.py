@@ -15,7 +15,9 @@ from typing import IO, Any
 OPENERS: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 FORMS = {".tsv": "tsv", ".txt": "tsv", ".csv": "csv", ".jsonl": "jsonl", ".json": "squad"}
 FORMS |= dict.fromkeys((".conll", ".iob", ".iob2", ".bio"), "conll")
+csv.field_size_limit(2**31 - 1)  # a cell may be a whole book, as in the other forms
 COMMENT = re.compile(r"# \S+ = ")  # of CoNLL-U
+BLANKS = re.compile(" +")  # between columns; a no-break space is part of a word
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def _conll(lines: IO[str], file: Path) -> Iterator[Row]:
     """A row a sentence: columns 1, 2, ... hold one cell a word. A blank line or -DOCSTART- ends a sentence."""
     words: list[list[str]] = []
     for number, line in enumerate([*lines, ""], start=1):
-        cells = [cell.strip() for cell in line.split("\t")] if "\t" in line else line.split()
+        cells = [cell.strip() for cell in line.split("\t")] if "\t" in line else BLANKS.split(line.strip(" \r\n"))
         if not any(cells) or cells[0] == "-DOCSTART-" or (not words and COMMENT.match(line)):
             if words:
                 columns = {str(column): list(cells) for column, cells in enumerate(zip(*words, strict=True), start=1)}

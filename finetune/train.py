@@ -217,6 +217,18 @@ def fit(run: Run, progress: Progress) -> bool:
     return True
 
 
+def _lines_up_to(log: Path, update: int) -> list[str]:
+    """The lines of a log up to an update; half a line, as a full disk leaves it, ends them."""
+    kept = []
+    for line in log.read_text().splitlines() if log.exists() else []:
+        try:
+            if json.loads(line)["update"] <= update:
+                kept.append(line)
+        except ValueError:
+            break
+    return kept
+
+
 def start(run: Run) -> Progress:
     """From the saved state with --resume, else from nothing; the log is cut to the same update."""
     progress = Progress()
@@ -226,9 +238,7 @@ def start(run: Run) -> Progress:
         run.accelerator.print(f"resuming at update {progress.update}")
     if run.accelerator.is_main_process:
         log = run.folder / METRICS
-        lines = log.read_text().splitlines() if log.exists() else []
-        kept = [line for line in lines if json.loads(line)["update"] <= progress.update]
-        log.write_text("".join(line + "\n" for line in kept))
+        log.write_text("".join(line + "\n" for line in _lines_up_to(log, progress.update)))
         if not progress.update:
             for folder in (run.state, run.folder / TRACKED):
                 shutil.rmtree(folder, ignore_errors=True)

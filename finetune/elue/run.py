@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import AutoConfig, logging
 
-from elastic_model.folders import check_output, claim_folder, new_folder
+from elastic_model.folders import check_no_checkpoint, check_output, claim_folder, new_folder
 from elastic_model.provenance import file_hash
 from finetune.elue.config import RunOptions
 from finetune.elue.costs import CostTable, ModuleCost, table_of, write_table
@@ -35,6 +35,7 @@ def _check(options: RunOptions, methods: Mapping[str, Method], jobs: list[Job]) 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("elue run is one process: its stages follow each other; start it without accelerate launch")
     check_output(Path(options.output))
+    check_no_checkpoint(Path(options.output))
     if options.points < 1:
         raise ValueError(f"points must be at least 1, got {options.points}")
     if not options.shares or not all(0 < share <= 1 for share in options.shares):

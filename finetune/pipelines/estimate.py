@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic_model.folders import new_file
+from elastic_model.folders import check_file, new_file
 from finetune.evaluate import table
 from finetune.pipelines.config import EstimateOptions
 from finetune.pipelines.letters import NOTHING, name_of, parse
@@ -197,8 +197,9 @@ def estimate(options: EstimateOptions) -> None:
     letters = parse(options.pipeline)
     if options.draws < 0:
         raise ValueError(f"draws must be at least 0, got {options.draws}")
-    if options.output and Path(options.output).is_dir():
-        raise ValueError(f"output {options.output} is a folder; give a JSON file")
+    if options.output:
+        Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+        check_file(Path(options.output), *options.measured)
     metric, measured = read_parts(options.measured)
     name, parts = name_of(letters), parts_needed(letters)
     found = estimate_of(letters, measured, options.draws, options.seed)
@@ -215,7 +216,5 @@ def estimate(options: EstimateOptions) -> None:
             points = f"{100 * error['quality']:.2f} points in {metric}"
             print(f"measured too: median error {error['time']:.1%} in time, {points}")
     if options.output:
-        file = Path(options.output)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(file) as new:
+        with new_file(Path(options.output)) as new:
             new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

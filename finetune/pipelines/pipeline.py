@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import logging
 
-from elastic_model.folders import check_output, new_file, working_in
+from elastic_model.folders import check_no_checkpoint, check_output, new_file, working_in
 from elastic_model.processor import cpu_name
 from elastic_model.provenance import versions
 from finetune.evaluate import table
@@ -131,6 +131,7 @@ def pipeline(options: PipelineOptions) -> int:
     logging.disable_progress_bar()
     root = Path(options.output)
     check_output(root)
+    check_no_checkpoint(root)
     work = begin(options, root, letters)
     known, stages = known_measurements(root / MEASURED, work), prefixes(stage_of(letters))
     for stage in stages:  # whatever is there already must be of these data: said before any training

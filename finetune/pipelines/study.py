@@ -20,7 +20,7 @@ import torch
 from scipy.stats import t as student_t
 from transformers import logging
 
-from elastic_model.folders import check_output, new_file, working_in
+from elastic_model.folders import check_no_checkpoint, check_output, new_file, working_in
 from finetune.data import collate
 from finetune.evaluate import table
 from finetune.kinds import kind_of
@@ -336,6 +336,7 @@ def study(options: StudyOptions) -> int:
     logging.disable_progress_bar()
     root = Path(options.output)
     check_output(root)
+    check_no_checkpoint(root)
     stages, began = stages_of(orders), time.monotonic()
     letters = "".join(dict.fromkeys("".join(stages)))
     works = [begin(replace(options, seed=seed), root / f"seed-{seed}", letters) for seed in options.seeds]

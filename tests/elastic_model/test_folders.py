@@ -10,6 +10,7 @@ from elastic_model import folders
 from elastic_model.folders import (
     LOCK,
     MARKER,
+    check_file,
     check_replaceable,
     claim_folder,
     empty_folder,
@@ -139,6 +140,32 @@ def test_one_process_works_in_a_folder_until_it_ends_or_is_killed(tmp_path):
         other.wait()
     with working_in(tmp_path / "out") as folder, working_in(folder):  # a job within a job of this process
         assert is_ours(folder)
+
+
+def test_a_file_does_not_replace_what_is_read(tmp_path):
+    texts = tmp_path / "texts.tsv"
+    texts.write_text("text\n")
+    with pytest.raises(ValueError, match="texts.tsv would replace that file, which is read"):
+        check_file(tmp_path / "a" / ".." / "texts.tsv", texts, None)
+    with pytest.raises(ValueError, match="is a folder; give a file"):
+        check_file(tmp_path)
+    with pytest.raises(ValueError, match="there is no folder .*nowhere; make it"):
+        check_file(tmp_path / "nowhere" / "report.json")
+    checkpoint = claim_folder(tmp_path / "checkpoint")
+    for name in ("config.json", "report.json"):
+        (checkpoint / name).write_text("{}")
+    with pytest.raises(ValueError, match="config.json would replace that file"):
+        check_file(checkpoint / "config.json")
+    check_file(checkpoint / "report.json", texts)  # of a run before
+
+
+def test_a_link_is_written_through(tmp_path):
+    claim_folder(tmp_path / "real")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with new_folder(tmp_path / "link") as folder:
+        (folder / "weights").write_text("1")
+    assert (tmp_path / "link").is_symlink() and contents(tmp_path / "real") == {"weights", MARKER}
+    assert contents(tmp_path) == {"link", "real"}
 
 
 def test_an_emptied_folder_is_still_ours(tmp_path):

@@ -13,8 +13,10 @@ from elastic_model import ElasticBertForSequenceClassification
 from elastic_model.operating_points import OperatingPoint, OperatingPoints, checkpoint_hash
 from export import arithmetic, check, write
 from export.__main__ import main
-from export.config import ExportOptions
+from export.benchmark import benchmark_folder
+from export.config import BenchmarkOptions, ExportOptions, PredictOptions
 from export.emulated import EmulatedSession
+from export.predict import predict_file
 from export.rows import read_texts
 from export.write import export_checkpoint
 
@@ -250,9 +252,36 @@ def test_the_commands_end_to_end(tiny_checkpoint, tmp_path, run_export):
         ("rows.txt.xz", b"not xz", "not readable"),
         ("rows.txt.gz", b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\xff\xff\xff\xff\xff", "not readable"),
         ("rows.csv", b"text,label\nx,y\n", "a .txt .* or a .tsv"),
+        ("rows.conll", b"one B-x\n", "a .txt .* or a .tsv"),  # each line was a text, with its tag
+        ("rows", b"one\n", "a .txt .* or a .tsv"),
+        ("rows.txt", b"text\tlabel\nx\ty\n", "a .txt is read as a text a line, this looks like a table"),
+        ("rows.txt.bz2", b"not bz2", "not readable"),
     ],
 )
 def test_a_file_of_texts_that_is_not_one(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=says):
         read_texts(tmp_path / name, "text")
+
+
+def test_tables_are_read_as_in_training(tmp_path):
+    """With a mark of UTF-8, which was part of the first column's name, and in capitals, which were no table."""
+    (tmp_path / "ROWS.TSV").write_text("text\tlabel\none\t1\n", encoding="utf-8-sig")
+    assert read_texts(tmp_path / "ROWS.TSV", "text") == ["one"]
+    with pytest.raises(ValueError, match="at least 1 row must be read, got max_rows 0"):
+        read_texts(tmp_path / "ROWS.TSV", "text", limit=0)
+    (tmp_path / "rows.txt").write_text("text\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="looks like a table; name it .tsv"):
+        read_texts(tmp_path / "rows.txt", "text", "second")
+    assert read_texts(tmp_path / "rows.txt", "text") == ["text"]
+
+
+def test_predict_does_not_replace_its_input(tmp_path):
+    texts = tmp_path / "texts.tsv"
+    texts.write_text("text\none\n")
+    with pytest.raises(ValueError, match="texts.tsv would replace that file, which is read"):
+        predict_file(PredictOptions(folder=tmp_path, input=texts, output=texts))
+    for changes, says in (({"batch_sizes": [0]}, "batch_sizes must"), ({"threads": [0]}, "threads must"),
+                          ({"seconds": float("nan")}, "seconds must be above 0, got nan")):  # fmt: skip
+        with pytest.raises(ValueError, match=says):
+            benchmark_folder(BenchmarkOptions(folder=tmp_path, input=texts, **changes))

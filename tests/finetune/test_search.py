@@ -21,6 +21,7 @@ from elastic_model import (
 )
 from elastic_model.arguments import run
 from elastic_model.checks import check_length_config
+from elastic_model.folders import MARKER
 from elastic_model.operating_points import OperatingPoints
 from elastic_model.session import ElasticSession
 from export.__main__ import export
@@ -283,6 +284,19 @@ def test_answers_of_the_exported_graph_can_be_searched(checkpoint, small_task, t
         search(replace(options, graph=None, resume=True))
     with pytest.raises(ValueError, match="PyTorch's costs: leave it or --graph away"):
         search(replace(options, by_row=True))
+
+
+def test_a_search_removes_nothing_but_an_earlier_search(checkpoint, small_task, tmp_path):
+    """Its output was emptied whatever it held: the checkpoint searched, another one, a folder of pipelines."""
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    for ours in (other, checkpoint, checkpoint.parent):
+        (ours / MARKER).write_text("")
+    with pytest.raises(ValueError, match="output .*other holds what is not a search; choose another output"):
+        search(options_of(checkpoint, small_task, other))
+    for output in (checkpoint, checkpoint.parent):
+        with pytest.raises(ValueError, match="would replace .*, which is read"):
+            search(options_of(checkpoint, small_task, output))
+    assert (checkpoint / "model.safetensors").is_file() and (other / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

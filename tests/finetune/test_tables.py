@@ -73,6 +73,13 @@ def test_a_bad_table_is_named_with_its_place(tmp_path, name, content, message):
     assert name in str(error.value)
 
 
+def test_long_cells_and_words_with_a_space_that_does_not_break(tmp_path):
+    (tmp_path / "a.csv").write_text(f'text,label\n"{"long " * 40_000}",1\n')
+    assert len(cells(tmp_path / "a.csv")[0]["text"]) == 200_000
+    (tmp_path / "a.conll").write_text("New\u00a0York B-LOC\n  is  O\n", encoding="utf-8")
+    assert cells(tmp_path / "a.conll") == [{"1": ["New\u00a0York", "is"], "2": ["B-LOC", "O"]}]
+
+
 def test_a_missing_column_lists_those_there(tmp_path):
     file = tmp_path / "a.tsv"
     file.write_text("text\tlabel\none\t1\n")

@@ -1,6 +1,7 @@
 """The table of tasks, labels as names, and what is wrong with a label."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,15 @@ def test_several_labels_in_a_cell(tmp_path):
     assert encoded.tolist() == [[1, 1], [0, 0], [0, 1]]
 
 
+def test_labels_joined_in_cells_are_several(tmp_path):
+    """As the README says; they were a class of their own each."""
+    _, examples = examples_of(tmp_path, "a\tx|y", "b\ty", "c\tx")
+    assert find_problem_type(_, examples) == "multi_label_classification"
+    check_shape(replace(examples, labels=["x|y", "", "x"]), "multi_label_classification")  # a row may have none
+    _, names_with_bars = examples_of(tmp_path, "a\tx|y", "b\tz", "c\tx|y")
+    assert find_problem_type(_, names_with_bars) == "single_label_classification"
+
+
 @pytest.mark.parametrize("value", ["nan", "inf", "", "high"])
 def test_a_regression_label_that_is_no_number_is_named_with_its_row(tmp_path, value):
     task, examples = examples_of(tmp_path, "a\t1.5", f"b\t{value}", problem_type="regression")
@@ -113,7 +123,7 @@ def test_an_empty_text_is_named_with_its_row(tmp_path):
         examples_of(tmp_path, "a\t1", " \t0")
 
 
-@pytest.mark.parametrize("label", [None, "", " ", float("nan")])
+@pytest.mark.parametrize("label", [None, "", " ", float("nan"), "NaN"])
 def test_a_row_without_a_class_is_named(label):
     with pytest.raises(ValueError, match="row 2: the row has no label"):
         check_shape(Examples(["a", "b"], None, ["1", label], ["row 1", "row 2"]), "single_label_classification")

@@ -152,6 +152,33 @@ def test_a_damaged_state_is_named(options, monkeypatch, file):
         train(options(resume=True))
 
 
+def test_half_a_line_of_the_log_does_not_bar_the_way(options, monkeypatch):
+    run = options(save_steps=5)
+
+    def crash(run, phase, model, number):
+        if number == 8:
+            raise Crash
+        return backward(run, phase, model, number)
+
+    monkeypatch.setattr(finetune.train, "backward", crash)
+    with pytest.raises(Crash):
+        train(run)
+    monkeypatch.undo()
+    log = Path(f"{run.output}.run") / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"update": 999, "lo')
+    assert train(dataclasses.replace(run, resume=True)) == 0
+    saved = Path(run.output) / "finetune.json"
+    saved.write_text("{")
+    with pytest.raises(ValueError, match="finetune.json is damaged .*; remove .*, or choose another output"):
+        train(dataclasses.replace(run, resume=True))
+
+
+@pytest.mark.parametrize(("name", "value"), [("permitted_loss", float("nan")), ("weight_decay", -0.1), ("seed", -1)])
+def test_numbers_out_of_range_are_named(options, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be .* got {value}"):
+        train(options(**{name: value}))
+
+
 def test_a_full_disk_leaves_the_state_before(options, monkeypatch):
     monkeypatch.setattr(finetune.train, "fit", _stop_after_one)
     train(options())
