@@ -246,6 +246,13 @@ def test_evaluate_takes_a_policy_and_thresholds(trained, small_task, capsys):
                 evaluate(evaluation_of(trained, small_task, exit_policy=name, thresholds=[wrong]))
 
 
+def test_another_length_than_in_training_is_told(trained, small_task, capsys):
+    evaluate(evaluation_of(trained, small_task, max_length=24))
+    assert "was trained at --max_length 32, it is read at 24" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"max_length must be 3 to 64 .* got 128; .* was trained at 32"):
+        evaluate(evaluation_of(trained, small_task, max_length=128))
+
+
 def test_evaluate_takes_lengths(trained, small_task, tmp_path, capsys):
     curves = []
     for number, lengths in enumerate([{}, {"length_rate": 0.5}, {"length_config": [0.5, 0.25, 0.125, 0.0625]}]):
