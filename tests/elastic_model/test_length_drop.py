@@ -101,7 +101,7 @@ def test_probabilities_are_written_out_only_where_tokens_drop():
     model = model_of("ElasticBertModel")
     written = []
     for number, layer in enumerate(model.encoder.layer, start=1):
-        hook = lambda module, args, output, number=number: written.append(number) if output[1] is not None else None  # noqa: E731
+        hook = lambda module, args, output, number=number: written.append(number) if output[2] is not None else None  # noqa: E731
         layer.attention.self.register_forward_hook(hook)
     model(rows_of([20])[0], length_config=[1.0, 0.5, 0.5, 0.2])
     assert model.config._attn_implementation == "sdpa" and written == [2, 4]
