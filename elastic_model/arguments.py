@@ -85,7 +85,12 @@ def run(command: Callable[[], int | None]) -> int:
     ELASTIC_MODEL_TRACEBACK=1 shows the whole traceback instead.
     """
     try:
-        return command() or 0
+        code = command() or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever reads the output, as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at its end
+        return 141  # 128 + SIGPIPE
     except Exception as error:
         if os.environ.get("ELASTIC_MODEL_TRACEBACK") == "1" or not _is_bad_input(error):
             raise

@@ -1,3 +1,4 @@
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -140,3 +141,16 @@ def test_help_lists_every_option(capsys):
 def test_parsing_loads_no_framework():
     code = "import sys, elastic_model.arguments; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """`... | head -1` said "error: [Errno 32] Broken pipe"."""
+    code = (
+        "import sys; from elastic_model.arguments import run\n"
+        "sys.exit(run(lambda: [print('line ' * 1000) for _ in range(1000)] and 0))"
+    )
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} | head -1; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (141, "") and done.stdout.startswith("line ")
