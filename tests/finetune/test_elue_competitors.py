@@ -129,11 +129,11 @@ def test_a_competitor_from_checkpoint_to_score(name, elue_data, elue_start):
     assert set(tasks) == {"sst2", "stsb"} and read_result(out / "results" / f"{name}.json").tasks == tasks
     board = json.loads((out / "leaderboard.json").read_text())
     assert board["entries"][0]["note"].startswith(COMPETITORS[name].paper) and len(board["notes"]) == 2
+    assert all(len(task.points) >= 4 for task in tasks.values())
+    if name == "power_bert":  # so few updates teach it to drop nothing: models at one cost are no reference curve
+        return
+    assert all(len({point.flops for point in task.points}) >= 4 for task in tasks.values())
     given = str(elue_data / "scored" / "scores.json")
     assert run(lambda: _command([name, *flags, "--reference", given])) == 0
     board = json.loads((out / "leaderboard.json").read_text())
     assert board["reference"] == given and board["entries"][0]["macro"] == 0.0
-    for task in tasks.values():
-        assert len(task.points) >= 4
-        # so few updates teach PoWER-BERT to drop nothing
-        assert name == "power_bert" or len({point.flops for point in task.points}) >= 4
