@@ -3,6 +3,7 @@
 Legend of shapes: rows, tokens, width, labels, vocabulary. "Real" tokens are those that the attention mask marks.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -129,16 +130,15 @@ def _check_inputs(config, input_ids, attention_mask, token_type_ids, position_id
         raise ValueError(f"every row needs at least one real token, rows {empty} are padding only.")
 
 
-def _check_first_token(attention_mask: torch.Tensor | None, pooling: list[str]) -> None:
-    """ValueError where an exit would read [CLS] and find padding."""
+def _warn_of_first_token(attention_mask: torch.Tensor | None, pooling: list[str]) -> None:
+    """A warning where an exit reads [CLS] and finds padding; an error would refuse what every BERT accepts."""
     if "cls" not in pooling or attention_mask is None or not _values(attention_mask):
         return
-    real = attention_mask.bool()
-    hidden = (real.any(1) & ~real[:, 0]).nonzero().squeeze(1).tolist()  # padding alone has an error of its own
-    if hidden:
-        raise ValueError(
-            f"attention_mask hides the first token of rows {hidden}, where exits read [CLS]: pad on the right "
-            '(tokenizer.padding_side = "right").'
+    if not attention_mask[:, 0].all():
+        warnings.warn(  # the same text each time, which Python shows once
+            "attention_mask hides some rows' first token, where exits read [CLS]: what they answer is made from "
+            'padding. Pad on the right (tokenizer.padding_side = "right").',
+            stacklevel=2,
         )
 
 
@@ -244,7 +244,7 @@ class ElasticBertTaskModel(ElasticBertPreTrainedModel):
         if not exits or not set(exits) <= set(self.exit_layers):
             raise ValueError(f"exits must be some of the exit layers {self.exit_layers}, got {exits}.")
         if self.pools:
-            _check_first_token(inputs[1], [self.config.exit_pooling[layer - 1] for layer in exits])
+            _warn_of_first_token(inputs[1], [self.config.exit_pooling[layer - 1] for layer in exits])
         weighted = all(exit_weights(self.config.exit_loss, exits))  # an exit without weight is not trained
         equilibrium = self.training and self.config.gradient_equilibrium and weighted
         return self.elasticbert.exits(inputs, exits, equilibrium, **kwargs)
