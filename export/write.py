@@ -116,6 +116,8 @@ def chosen_files(options: ExportOptions) -> list[str]:
         raise ValueError("--at chooses defaults of a file with exits; a plain file (--exit, --to) has none")
     if options.exit is not None and options.exit < 1:
         raise ValueError(f"--exit must be a layer from 1, got {options.exit}")
+    if not 0 <= options.min_agreement <= 1:
+        raise ValueError(f"min_agreement must be from 0 to 1, got {options.min_agreement:g}")
     best = options.files or [name for name in fitting_files(cpu_flags()) if name in INT8][:1]
     return list(dict.fromkeys([FLOAT32, *best]))
 
@@ -124,8 +126,6 @@ def read_sample(options: ExportOptions) -> Sample | None:
     """The rows to compare on, where they are given."""
     if options.rows is None:
         return None
-    if not 0 <= options.min_agreement <= 1:
-        raise ValueError(f"min_agreement must be from 0 to 1, got {options.min_agreement:g}")
     texts = read_texts(options.rows, options.text, options.pair, options.max_rows)
     labels = read_column(options.rows, options.label, options.max_rows) if options.label else None
     return Sample(texts, labels)

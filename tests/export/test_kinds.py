@@ -99,6 +99,8 @@ def test_questions_are_answered_from_the_end_of_a_long_context(checkpoint_of):
     np.testing.assert_allclose(logits[-1, 0, : len(windows[0].ids), 0], expected.start_logits[0], atol=1e-4)
     with pytest.raises(ValueError, match="pair of question and context"):
         session(["no context"])
+    with pytest.raises(ValueError, match="the context .* has no token that could answer"):
+        session([("Who was strong?", CONTEXT), ("Who was strong?", "\u200b")])  # what normalising removes
 
 
 def test_vectors_are_means_of_the_last_states(checkpoint_of):

@@ -66,6 +66,12 @@ def test_rows_to_compare_on(lively_checkpoint, tmp_path, monkeypatch):
         export_to(tmp_path / "strict", lively_checkpoint, **options)
 
 
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_share_that_rows_cannot_agree_in(lively_checkpoint, tmp_path, share):
+    with pytest.raises(ValueError, match=f"min_agreement must be from 0 to 1, got {share:g}"):
+        export_to(tmp_path / "out", lively_checkpoint, min_agreement=share)
+
+
 def test_operating_points_travel_with_the_weights_they_belong_to(lively_checkpoint, tmp_path):
     points = [OperatingPoint("half", [0.5] * 4, 2.0)]
     stay = {"name": "confidence", "threshold": 1.0}

@@ -100,6 +100,9 @@ def test_an_exported_folder_is_calibrated_on_what_it_serves(checkpoint, small_ta
     assert "no drift is seen" in capsys.readouterr().out
     calibrate(options_of(tmp_path / "exported", small_task, drift=str(tmp_path / "other.tsv")))
     assert "calibrate anew" in capsys.readouterr().out
+    (tmp_path / "full.tsv").write_text("label\texit_layer\tpoint\n" + "x\t4\tfull\n" * 9)
+    with pytest.raises(ValueError, match="full.tsv holds answers at the point full, not 'calibrated'"):
+        calibrate(options_of(tmp_path / "exported", small_task, drift=str(tmp_path / "full.tsv")))
 
 
 def test_accuracy_and_lengths(checkpoint, small_task, capsys):

@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 
 from elastic_model.arguments import run
+from elastic_model.folders import MARKER
 from elastic_model.provenance import read_provenance
 from finetune.__main__ import _command
 from finetune.elue.methods import METHODS
@@ -145,6 +147,13 @@ def test_bad_input_is_named_before_any_work(elue_data, elue_start, capsys, flags
     assert elue(elue_data, elue_start, *tasks, *flags) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (elue_data / "run").exists()
+
+
+def test_a_run_is_not_put_into_a_checkpoint(elue_data, elue_start, tmp_path, capsys):
+    folder = shutil.copytree(elue_start, tmp_path / "ours")
+    (folder / MARKER).write_text("")
+    assert elue(elue_data, elue_start, "--tasks", "sst2", "--output", str(folder)) == 2
+    assert f"output {folder} is a checkpoint; choose another output" in capsys.readouterr().err
 
 
 def test_a_model_is_needed_where_no_checkpoint_is_given(elue_data, capsys):

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,6 +80,12 @@ def test_the_operating_point_is_the_loosest_before_quality_first_falls():
     curve = [Point(None, 0.9, 9, 9, 6), Point(0.9, 0.91, 6, 6, 4), Point(0.8, 0.88, 4, 4, 3), Point(0.7, 0.9, 2, 2, 2)]
     assert operating_point(curve, 0.01).ms == 6
     assert operating_point(curve, 0.05).ms == 2
+
+
+def test_a_share_of_a_negative_quality_is_still_a_loss():
+    """A correlation can be below 0 at full depth, of which a permitted share was a demand for more."""
+    curve = [Point(None, -0.1, 9, 9, 6), Point(0.9, -0.11, 6, 6, 4), Point(0.8, -0.2, 4, 4, 3)]
+    assert operating_point(curve, 0.2).ms == 6
 
 
 def test_times_of_other_rows_follow_a_line_in_their_tokens():
@@ -217,6 +224,14 @@ def test_bad_input_is_named_before_training(flags, tmp_path, text, more, message
     with pytest.raises(ValueError, match=message):
         _command(["pipeline", text, *flags(*more)])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [["pipeline", "D"], ["study"]])
+def test_stages_are_not_put_into_a_checkpoint(flags, trained, command):
+    before = sorted(Path(trained.output).rglob("*"))
+    with pytest.raises(ValueError, match=f"output {trained.output} is a checkpoint; choose another output"):
+        _command([*command, *flags(f"--output={trained.output}")])
+    assert sorted(Path(trained.output).rglob("*")) == before
 
 
 def test_what_was_begun_with_other_settings_is_named_before_training(flags, tmp_path):

@@ -83,6 +83,7 @@ def test_a_checkpoint_is_evaluated_on_any_text(checkpoint, corpus_file, tmp_path
     same = evaluate(accelerator, model, held_out, unigram, None, rows=8)
     assert result["examples"] == same.examples
     assert list(result["mlm_loss"].values()) == pytest.approx(list(same.mlm_loss.values()))
+    assert result["unigram_loss"] == pytest.approx(same.unigram_loss)  # counted in what is not held out
     assert f"{result['mlm_loss']['2']:.4f}" in shown.out and "random" not in shown.out
     code, _ = command(monkeypatch, capsys, *flags, "--output", output, "--length_config", "0.5", "0.2")
     everything = json.loads(output.read_text())
