@@ -109,7 +109,8 @@ def _is_bad_input(error: Exception) -> bool:
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
+        target = f" -> {error.filename2}" if error.filename2 else ""  # of a copy: the disk that is full is this one's
+        return f"{error.filename}{target}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
 
 

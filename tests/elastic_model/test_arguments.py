@@ -1,3 +1,4 @@
+import errno
 import shlex
 import subprocess
 import sys
@@ -113,6 +114,17 @@ def test_run_turns_bad_input_into_one_line_and_code_2(capsys, tmp_path):
     assert run(lambda: (tmp_path / "missing").read_text() and None) == 2
     assert capsys.readouterr().err == f"error: {tmp_path / 'missing'}: No such file or directory\n"
     assert run(lambda: None) == 0 and run(lambda: 143) == 143
+
+
+def test_a_copy_that_fails_names_both_files(capsys):
+    """The file that was read alone was named, where the disk of the other was full."""
+
+    def copy():
+        raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors", None, "full/model.safetensors")
+
+    assert run(copy) == 2
+    said = "error: model.safetensors -> full/model.safetensors: No space left on device\n"
+    assert capsys.readouterr().err == said
 
 
 def test_run_reports_a_configuration_that_fails_its_checks_and_raises_what_is_a_defect(capsys):
