@@ -138,6 +138,12 @@ def check_exit_policy(policy, exits: int, problem_type: str | None = None) -> di
     return None if name == "never" else policy
 
 
+def policy_kind(policy: Mapping) -> tuple:
+    """What of a policy is built into an exported file, and shared by the points of a table: its name, and the steps
+    that a regression's patience counts beside its thresholds."""
+    return policy.get("name"), policy.get("patience") if "threshold" in policy else None
+
+
 def thresholds_of(policy: dict, exits: int) -> list[float]:
     """One threshold per exit (the last is never asked), from a scalar or a list."""
     threshold = policy["threshold"]

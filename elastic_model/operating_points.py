@@ -102,6 +102,15 @@ class OperatingPoints:
         return points
 
     @classmethod
+    def find(cls, folder: Path | str) -> "OperatingPoints | None":
+        """Those of the weights that lie beside them; None where there are none, or they are of other weights: whoever
+        measures new ones replaces them."""
+        if not (Path(folder) / FILE).is_file():
+            return None
+        points = cls.read(folder)
+        return points if points.checkpoint == checkpoint_hash(folder) else None
+
+    @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "OperatingPoints":
         """From what `to_dict` gives."""
         if content.get("format") != FORMAT:
@@ -167,7 +176,14 @@ class OperatingPoints:
                 )
             least = self._quality(self.full()) - limit / 100
             fitting = [point for point in measured if self._quality(point) >= least - 1e-9]
-            return min(fitting, key=lambda point: (point.flops or 0.0, point.mean_exit_layer, -self._quality(point)))
+            return min(
+                fitting,
+                key=lambda point: (
+                    math.inf if point.flops is None else point.flops,
+                    point.mean_exit_layer,
+                    -self._quality(point),
+                ),
+            )
         if name == "latency_ms":
             cost = {point.name: float(point.latency_ms["value"]) for point in self._measured(name) if point.latency_ms}
         else:

@@ -82,7 +82,7 @@ _KEYS = {
         (r"^vocab_projector\.", "predictions.decoder."),
         (r"^classifier\.", "HEAD."),
     ],
-    "elasticbert": [],  # read here only for static use: the last exit's head becomes `classifier`
+    "elasticbert": [],  # read here where static use begins or ends: the last exit's head is `classifier` there
 }
 # DistilBERT's own names of BERT's fields
 _DISTILBERT_FIELDS = {
@@ -149,8 +149,9 @@ def load_foreign(model_class, name, kwargs: dict) -> tuple[PreTrainedConfig, dic
         rest = {key: value for key, value in kwargs.items() if key not in ("config", *_DTYPES)}
         config, rest = reader.from_pretrained(config, return_unused_kwargs=True, **rest)
         kwargs = {**rest, **{key: kwargs[key] for key in _DTYPES if key in kwargs}, "config": config}
-    static = 1 in (kwargs.get("num_output_layers"), getattr(config, "num_output_layers", None))
-    if model_type == "elasticbert" and (not static or stock.get("num_output_layers") == 1):
+    was_static = stock.get("num_output_layers") == 1
+    given = getattr(config, "num_output_layers", None) if config is not None else stock.get("num_output_layers")
+    if model_type == "elasticbert" and (kwargs.get("num_output_layers", given) == 1) == was_static:
         return None
     kwargs = {key: value for key, value in kwargs.items() if key not in _HUB_ARGUMENTS}
     tensors = _read_weights(name, hub)
@@ -210,8 +211,11 @@ def _convert(tensors: dict, model_type: str, model_class, config) -> dict[str, t
         model = model_class(config)
     places = set(model.state_dict())
     rules = _KEYS[model_type] + _ENCODER_KEYS
-    if model_type == "elasticbert":
+    if model_type == "elasticbert" and config.num_output_layers == 1:
         rules = [(rf"^(?:classifiers|qa_outputs)\.{config.num_hidden_layers - 1}\.", "HEAD.")]
+    elif model_type == "elasticbert":  # exits for a static model start as those for a stock one
+        pooler = rf"^(?:elasticbert\.)?encoder\.pooler\.{config.num_hidden_layers - 1}\."
+        rules = [(r"^(?:classifier|qa_outputs)\.(?=weight|bias)", "HEAD."), (pooler, "POOLER.")]
     converted = {}
     for key, tensor in tensors.items():
         targets = [target for target in _targets(key, rules, model, config) if target in places]

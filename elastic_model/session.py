@@ -15,7 +15,7 @@ import onnxruntime
 from tokenizers import Tokenizer
 
 from elastic_model.answers import PER_TOKEN, best_span, label_and_score
-from elastic_model.checks import LengthConfig, shares_and_mass
+from elastic_model.checks import LengthConfig, policy_kind, shares_and_mass
 from elastic_model.operating_points import FILE, OperatingPoint, OperatingPoints
 from elastic_model.processor import ONNX_FILES, available_cores, cpu_flags, fitting_files
 from elastic_model.spans import question_tokens
@@ -66,6 +66,7 @@ class ElasticSession:
         self.policy: dict[str, Any] | None = metadata["policy"]
         self.thresholds: list[float] = metadata["thresholds"]
         self.lengths: LengthConfig = metadata["length_config"]
+        self.max_layer: int = metadata["max_layer"]
         self.max_tokens: int = metadata["max_tokens"]
         self._flops: list[dict[str, float]] = metadata["flops"]
         self.no_answer_threshold: float | None = metadata["no_answer_threshold"]
@@ -227,8 +228,8 @@ class ElasticSession:
         }
 
     def default_point(self) -> str:
-        """The name of the operating point at which the file runs by itself."""
-        for point in self.points.points if self.points else []:
+        """The name of the operating point at which the file runs by itself; points go up to the last exit."""
+        for point in self.points.points if self.points and self.max_layer >= self.exit_layers[-1] else []:
             ours, theirs = (shares_and_mass(one, self.layers) for one in (self.lengths, point.length_config))
             if np.allclose(point.thresholds[:-1], self.thresholds[:-1], rtol=0, atol=1e-7) and np.allclose(
                 ours, theirs, rtol=0, atol=1e-7
@@ -543,12 +544,12 @@ def _load_graph(model: Path, threads: int) -> onnxruntime.InferenceSession:
 
 def _metadata(session: onnxruntime.InferenceSession, model: Path) -> dict[str, Any]:
     found = session.get_modelmeta().custom_metadata_map
-    names = ("exit_layers", "layers", "labels", "problem_type", "policy", "thresholds", "length_config", "max_tokens")
+    names = ("exit_layers", "layers", "labels", "problem_type", "policy", "thresholds", "length_config", "max_layer")
     try:
         written = json.loads(found["elastic_format"])
         if written != FORMAT:
             raise ValueError(f"{model}: written in format {written}, this version reads format {FORMAT}")
-        values = {name: json.loads(found[f"elastic_{name}"]) for name in (*names, "flops")}
+        values = {name: json.loads(found[f"elastic_{name}"]) for name in (*names, "max_tokens", "flops")}
         return {**values, "no_answer_threshold": json.loads(found.get("elastic_no_answer_threshold", "null"))}
     except KeyError as error:
         raise ValueError(
@@ -572,16 +573,15 @@ def _check_points(points: OperatingPoints | None, session: ElasticSession) -> No
                 f"{file}: point {point.name!r} has {len(given)} lengths for the {session.layers} layers "
                 f"of {session.file.name}; export the checkpoint again"
             )
-    if points and session.policy and _kind(points.policy) != _kind(session.policy):
+        try:
+            shares_and_mass(lengths, session.layers)
+        except ValueError as error:
+            raise ValueError(f"{file}: point {point.name!r}: {error}") from error
+    if points and session.policy and policy_kind(points.policy) != policy_kind(session.policy):
         raise ValueError(
             f"{file} was measured with the exit policy {points.policy}, {session.file.name} has {session.policy}; "
             "export the checkpoint again"
         )
-
-
-def _kind(policy: dict[str, Any]) -> tuple[Any, ...]:
-    """What of a policy is built into a file: the name, and beside thresholds a patience."""
-    return policy.get("name"), policy.get("patience") if "threshold" in policy else None
 
 
 def load_tokenizer(file: Path, max_tokens: int, problem_type: str) -> Tokenizer:

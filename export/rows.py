@@ -53,7 +53,10 @@ def _lines(file: Path) -> list[str]:
     try:
         opener = OPENERS.get(file.suffix.lower(), open)
         with opener(shipped(file), "rt", encoding="utf-8-sig", newline="\n") as content:
-            return [line.rstrip("\r\n") for line in content]
+            lines = [line.rstrip("\r\n") for line in content]
+        while lines and not lines[-1]:  # what editors leave at a file's end
+            lines.pop()
+        return lines
     except (UnicodeDecodeError, lzma.LZMAError, EOFError, zlib.error, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the file system; those of damage have none
             raise

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, logging
 
 from elastic_model.calibration import Drift, drift, fixed_sequence, rows_needed, upper_bound
-from elastic_model.checks import check_length_config
+from elastic_model.checks import check_length_config, policy_kind
 from elastic_model.cost import exit_flops
 from elastic_model.exit_policies import sweep
 from elastic_model.folders import check_file, new_file
@@ -27,7 +27,7 @@ from finetune.examples import read_examples
 from finetune.figures import plot_points
 from finetune.kinds import answers_of, problem_type_of
 from finetune.labels import Labels
-from finetune.policies import Policy, candidates, never, policy_name, thresholds
+from finetune.policies import Policy, candidates, never, patience_of, policy_name, thresholds
 from finetune.prepare import (
     chosen_task,
     encode_split,
@@ -36,6 +36,7 @@ from finetune.prepare import (
     load_tokenizer,
     rows_hash,
 )
+from finetune.tasks import ProblemType
 from finetune.teacher import ask, final_logits, label_order, load_stock
 from finetune.texts import Texts, read_texts
 
@@ -147,10 +148,10 @@ def observe(options: CalibrateOptions, rows: Rows, session: ElasticSession | Non
     texts: list[Any] = rows.texts.texts
     if rows.texts.pairs:
         texts = list(zip(rows.texts.texts, rows.texts.pairs, strict=True))
-    logits = session.exit_logits(texts, length_config=lengths)
-    return Served(
-        logits, session.exit_logits(texts, length_config=[1.0] * session.layers)[-1] if lengths else logits[-1]
-    )
+    logits, shortened = session.exit_logits(texts, length_config=lengths), lengths or session.lengths
+    if shortened == [1.0] * len(shortened):
+        return Served(logits, logits[-1])
+    return Served(logits, session.exit_logits(texts, length_config=[1.0] * session.layers)[-1])
 
 
 def reference_answers(options: CalibrateOptions, rows: Rows, full: np.ndarray) -> np.ndarray:
@@ -192,14 +193,19 @@ def failures(
     return wrong & (right if right.ndim == 1 else right.all(1))
 
 
-def certify(options: CalibrateOptions, rows: Rows, served: Served, reference: np.ndarray, config: Any) -> Certified:
-    """The loosest setting certified in the fixed order; ValueError where not even full depth is."""
+def certify(
+    options: CalibrateOptions, rows: Rows, served: Served, reference: np.ndarray, config: Any, patience: int = 1
+) -> Certified:
+    """The loosest setting certified in the fixed order; ValueError where not even full depth is.
+
+    patience: the steps that a regression's counts.
+    """
     logits, labels, epsilon = served.logits, rows.labels, options.max_disagreement or options.max_accuracy_loss
     assert epsilon is not None  # _check has seen to it
     name, exits = policy_name(options.exit_policy, labels.problem_type), len(logits)
     largest = None if options.tolerance is None else LOOSEST * options.tolerance
-    policies = [never(name, exits, labels.problem_type)]
-    policies += candidates(name, logits, labels.problem_type, largest) if exits > 1 else []
+    policies = [never(name, exits, labels.problem_type, patience)]
+    policies += candidates(name, logits, labels.problem_type, largest, patience) if exits > 1 else []
     how = (config.exit_layers, labels.problem_type, rows.encoded.mask, served.uncertainty)
     places = sweep(policies, logits, *how).numpy()
     failing = np.stack([failures(options, rows, logits, one, reference) for one in places])
@@ -315,10 +321,8 @@ def chosen_on(folder: Path, options: CalibrateOptions, rows: Rows) -> str | None
 
 
 def points_of(folder: Path) -> OperatingPoints:
-    """The operating points of a checkpoint or exported folder; none where it has no file."""
-    if (folder / FILE).is_file():
-        return OperatingPoints.load(folder)
-    return OperatingPoints(checkpoint_hash(folder), {})
+    """The operating points of a checkpoint or exported folder; none where it has none of its weights."""
+    return OperatingPoints.find(folder) or OperatingPoints(checkpoint_hash(folder), {})
 
 
 def save(
@@ -330,7 +334,7 @@ def save(
     the calibrated point costs the share that it cost of `full`, full depth on the calibration rows; where the table
     has none, `full` is put into it.
     """
-    same = points.policy.get("name") in (None, policy["name"])
+    same = not points.policy or policy_kind(points.policy) == policy_kind(policy)
     others = [one for one in points.points if one.name != NAME] if same else []
     there = next((one for one in others if one.name == FULL), None)
     if there is None:
@@ -373,13 +377,16 @@ def calibrate(options: CalibrateOptions) -> None:
         )
     points = points_of(folder)
     session = ElasticSession.from_pretrained(folder, options.file) if is_artefact(folder) else None
-    in_force = session.policy if session is not None else points.policy
-    options = replace(options, exit_policy=_policy(options, (in_force or {}).get("name"), session))
+    if session is not None and options.max_length != session.max_tokens:
+        print(f"note: an exported folder reads up to {session.max_tokens} tokens of a row, whatever --max_length")
+        options = replace(options, max_length=session.max_tokens)
+    in_force = session.policy if session is not None else points.policy or config.exit_policy
+    options = replace(options, exit_policy=_policy(options, in_force, problem_type, session))
     rows = read_rows(options, config, tokenizer)
     _enough(options, len(rows.encoded.labels))
     served = observe(options, rows, session)
     reference = reference_answers(options, rows, served.full)
-    found = certify(options, rows, served, reference, config)
+    found = certify(options, rows, served, reference, config, patience_of(in_force))
     point = point_of(options, rows, served.logits, found, config, session.file.stem if session else "pytorch")
     full = full_point(options, rows, served.full, found, config)
     result = report(point, full.flops or 0.0, per_class(rows, reference, found, options.confidence), found.policy)
@@ -393,12 +400,15 @@ def calibrate(options: CalibrateOptions) -> None:
     show(result, folder)
 
 
-def _policy(options: CalibrateOptions, in_force: str | None, session: ElasticSession | None) -> str | None:
-    if session is not None and options.exit_policy not in (None, in_force):
+def _policy(
+    options: CalibrateOptions, in_force: Policy | None, problem_type: ProblemType, session: ElasticSession | None
+) -> str:
+    built_in = (in_force or {}).get("name")
+    if session is not None and options.exit_policy not in (None, built_in):
         raise ValueError(
-            f"{session.file} has the exit policy {in_force!r}, not {options.exit_policy!r}; export one with it"
+            f"{session.file} has the exit policy {built_in!r}, not {options.exit_policy!r}; export one with it"
         )
-    return options.exit_policy or in_force
+    return policy_name(options.exit_policy, problem_type, in_force)
 
 
 def _enough(options: CalibrateOptions, rows: int) -> None:

@@ -88,10 +88,10 @@ def agreement(
     draw = np.random.default_rng(seed)
     samples = draw.integers(0, len(ours), (SAMPLES if seed is not None else 0, len(ours)))
     if problem_type == "regression":
-        values, truth = np.concatenate(ours).astype(float), np.concatenate(reference).astype(float)
+        values, truth = np.stack(ours).astype(float), np.stack(reference).astype(float)  # (rows, outputs)
 
         def fit(rows: np.ndarray) -> float:
-            spread = ((truth[rows] - truth[rows].mean()) ** 2).sum()
+            spread = ((truth[rows] - truth[rows].mean(0)) ** 2).sum()
             error = ((values[rows] - truth[rows]) ** 2).sum()
             return float(1 - error / spread) if spread else float(not error)  # of equal rows, as sklearn has it
 
@@ -146,7 +146,7 @@ def _load(name: str, problem_type: ProblemType, config: Any, options: ElastifyOp
     settings |= {"exit_pooling": pooling_with_new_exits(config, options.exit_pooling)}
     settings |= {"learned_exit_head": options.learned_exit_head or getattr(config, "learned_exit_head", False)}
     if options.exit_layers is not None:
-        settings |= {"exit_layers": options.exit_layers}
+        settings |= {"exit_layers": options.exit_layers, "num_output_layers": None}
     if options.dropout is not None:
         settings |= {"hidden_dropout_prob": options.dropout, "attention_probs_dropout_prob": options.dropout}
     set_seed(options.seed)
@@ -197,7 +197,7 @@ def prepare(options: ElastifyOptions, accelerator: Accelerator) -> ElastifyRun:
     """Everything read and checked; nothing is written yet."""
     phases = phases_of(options)
     check_numbers(options, phases)
-    check_replaceable(Path(options.output), options.model, options.texts)
+    check_replaceable(Path(options.output), options.model, options.texts, options.dev)
     if not Path(options.texts).is_file():
         raise ValueError(f"texts {options.texts} is not a file")
     check_name(options.model)

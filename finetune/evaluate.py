@@ -27,7 +27,7 @@ from finetune.figures import plot_front
 from finetune.kinds import answers_of, text_of
 from finetune.labels import Labels
 from finetune.metrics import interval, metric
-from finetune.policies import Policy, candidates, policy_name
+from finetune.policies import Policy, candidates, patience_of, policy_name
 from finetune.prepare import chosen_task, draw_rows, encode_split, labels_of_model, load_classifier, load_tokenizer
 from finetune.teacher import ask
 
@@ -99,10 +99,12 @@ def exit_uncertainty(
     batch_size: int,
     accelerator: Accelerator,
 ) -> np.ndarray | None:
-    """What a learned exit head says at every exit, float32 (exits, rows), in a pass of its own; None without one."""
+    """What a learned exit head says at every exit, float32 (exits, rows), in a pass of its own at the checkpoint's own
+    lengths; None without one."""
     if not model.config.learned_exit_head:
         return None
-    rows = ask(model, encoded, tokenizer, batch_size, accelerator, lambda output: output.exit_uncertainty.T)
+    how = (tokenizer, batch_size, accelerator, lambda output: output.exit_uncertainty.T)
+    rows = ask(model, encoded, *how, length_config=None)
     return np.stack(rows, axis=1)
 
 
@@ -183,9 +185,9 @@ def spread(outcomes: list[Outcome], count: int) -> list[Outcome]:
 
 
 def _policies(options: EvaluateOptions, logits: np.ndarray, labels: Labels, saved: Policy | None) -> list[Policy]:
-    name = policy_name(options.exit_policy or (saved or {}).get("name"), labels.problem_type)
+    name, patience = policy_name(options.exit_policy, labels.problem_type, saved), patience_of(saved)
     if not options.thresholds:
-        return candidates(name, logits, labels.problem_type)
+        return candidates(name, logits, labels.problem_type, patience=patience)
     counted = {"voting": "votes"} if labels.problem_type == "regression" else {"voting": "votes", "patience": name}
     if name in counted:
         if wrong := [value for value in options.thresholds if not (value >= 1 and value.is_integer())]:
@@ -193,7 +195,7 @@ def _policies(options: EvaluateOptions, logits: np.ndarray, labels: Labels, save
                 f"--thresholds of {name} are whole numbers of at least 1, {counted[name]}, got {wrong[0]:g}"
             )
         return [{"name": name, counted[name]: int(value)} for value in options.thresholds]
-    steps = {"patience": 1} if name == "patience" else {}
+    steps = {"patience": patience} if name == "patience" else {}
     return [{"name": name, **steps, "threshold": value} for value in options.thresholds]
 
 

@@ -55,9 +55,12 @@ CANDIDATES: Mapping[str, Candidates] = {
 FOR_REGRESSION = ("patience", "learned")
 
 
-def policy_name(given: str | None, problem_type: ProblemType) -> str:
-    """The policy to calibrate: the one given, else patience for regression and entropy for classes."""
-    name = given or ("patience" if problem_type == "regression" else "entropy")
+def policy_name(given: str | None, problem_type: ProblemType, saved: Policy | None = None) -> str:
+    """The policy to calibrate: the one given, else the checkpoint's where that has settings to choose from, else
+    patience for regression and entropy for classes."""
+    kept = (saved or {}).get("name")
+    usual = "patience" if problem_type == "regression" else "entropy"
+    name = given or (kept if kept in CANDIDATES else usual)
     allowed = FOR_REGRESSION if problem_type == "regression" else tuple(CANDIDATES)
     if name not in allowed:
         raise ValueError(
@@ -66,30 +69,38 @@ def policy_name(given: str | None, problem_type: ProblemType) -> str:
     return name
 
 
-def candidates(name: str, logits: np.ndarray, problem_type: ProblemType, largest: float | None = None) -> list[Policy]:
+def patience_of(saved: Policy | None) -> int:
+    """The steps that a regression's patience counts: those of the checkpoint's policy, which a file has built in."""
+    return saved["patience"] if saved and "threshold" in saved and "patience" in saved else 1
+
+
+def candidates(
+    name: str, logits: np.ndarray, problem_type: ProblemType, largest: float | None = None, patience: int = 1
+) -> list[Policy]:
     """The settings of a policy from strict to loose, for exit logits (exits, rows, labels).
 
     largest: the loosest threshold of a regression's patience, by default from the logits; a guarantee needs one that
-    the rows did not choose.
+    the rows did not choose. patience: the steps that it counts.
     """
-    return CANDIDATES[name](logits, problem_type, largest)
+    settings = CANDIDATES[name](logits, problem_type, largest)
+    return [{**one, "patience": patience} if "threshold" in one and "patience" in one else one for one in settings]
 
 
-def never(name: str, exits: int, problem_type: ProblemType) -> Policy:
-    """The setting of a policy at which every row goes to full depth."""
+def never(name: str, exits: int, problem_type: ProblemType, patience: int = 1) -> Policy:
+    """The setting of a policy at which every row goes to full depth; patience: as of `candidates`."""
     if name == "voting":
         return {"name": name, "votes": exits}
     if name == "patience" and problem_type != "regression":
         return {"name": name, "patience": exits}
     if name == "patience":
-        return {"name": name, "patience": 1, "threshold": 0.0}
+        return {"name": name, "patience": patience, "threshold": 0.0}
     return {"name": name, "threshold": 0.0 if name in ("entropy", "learned") else 1.0}
 
 
 def at_one_exit(loosest: Policy, exits: int, problem_type: ProblemType) -> list[Policy]:
     """The settings of a policy at which all rows leave at the same exit between the first and the last: its strictest
     threshold below that exit, its loosest (of `candidates`, the last) from there on; none of a policy that counts."""
-    strict = never(loosest["name"], exits, problem_type)
+    strict = never(loosest["name"], exits, problem_type, patience_of(loosest))
     if "threshold" not in strict:
         return []
     ends = strict["threshold"], loosest["threshold"]

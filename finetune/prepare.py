@@ -173,19 +173,15 @@ def load_for_training(options: TrainOptions, labels: Labels) -> ElasticBertExitM
     folder = Path(options.model)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     check_length(config, options.max_length)
-    if isinstance(getattr(config, "length_config", None), dict):
-        raise ValueError(
-            f"{folder}: rows choose their own lengths ({config.length_config}), which is for checkpoints that are "
-            "finished; set length_config to null in its config.json to train on"
-        )
     exit_weights(options.exit_loss, [1])
     settings: dict[str, Any] = {"exit_loss": options.exit_loss, "gradient_equilibrium": options.gradient_equilibrium}
-    settings |= {"exit_groups": options.exit_groups, "exit_policy": None, **find_recipe(options.recipe).config}
+    settings |= {"exit_groups": options.exit_groups, **find_recipe(options.recipe).config}
+    settings |= {"exit_policy": None, "length_config": None}  # both were chosen for the weights as they are
     settings |= {"exit_pooling": exit_pooling_of(config, options.exit_layers, options)}
     if options.learned_exit_head:
         settings |= {"learned_exit_head": True}
     if options.exit_layers is not None:
-        settings |= {"exit_layers": options.exit_layers}
+        settings |= {"exit_layers": options.exit_layers, "num_output_layers": None}
     if options.dropout is not None:
         settings |= {"hidden_dropout_prob": options.dropout, "attention_probs_dropout_prob": options.dropout}
     set_seed(options.seed)

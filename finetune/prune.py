@@ -173,8 +173,10 @@ def one_thread() -> Iterator[None]:
 @torch.inference_mode()
 def milliseconds_at(model: ElasticBertExitModel, widths: Widths, tokens: int) -> float:
     """Of one row of `tokens` tokens at full depth, on one thread, were the model that wide."""
-    layers = range(model.config.num_hidden_layers)
-    thin = narrowed(model, [list(range(widths.heads)) for _ in layers], [list(range(widths.neurons)) for _ in layers])
+    config = model.config  # a layer that is narrower already stays so
+    heads = [list(range(min(widths.heads, own))) for own in config.num_attention_heads_per_layer or ()]
+    neurons = [list(range(min(widths.neurons, own))) for own in config.intermediate_size_per_layer or ()]
+    thin = narrowed(model, heads, neurons)
     row = torch.full((1, tokens), model.config.vocab_size - 1, device=model.device)
     spent = []
     with one_thread():

@@ -147,9 +147,15 @@ def task_loss(
     return soft if output.loss is None else hard * output.loss + (1 - hard) * soft, output
 
 
+def _exits_of(config: ElasticBertConfig, update: Update) -> list[int]:
+    """The exits of an update: of its group, among no more groups than there are exits below the last."""
+    groups = max(1, min(config.exit_groups, len(config.exit_layers) - 1))
+    return exit_group(config.exit_layers, groups, update.number)
+
+
 def joint(model: torch.nn.Module, config: ElasticBertConfig, batch: Batch, update: Update) -> Iterator[torch.Tensor]:
     """All exits (of the update's group) under the config's weighting: ElasticBERT (Liu et al. 2022), section 3.2."""
-    exits = exit_group(config.exit_layers, config.exit_groups, update.number)
+    exits = _exits_of(config, update)
     yield task_loss(model, config, batch, update, exits)[0]
 
 
@@ -176,7 +182,7 @@ def distil_exits(
     The backbone is frozen, so one pass in evaluation mode gives the teacher and its students.
     """
     model.eval()
-    exits = exit_group(config.exit_layers, config.exit_groups, update.number)
+    exits = _exits_of(config, update)
     output = model(**inputs_of(batch), exits=exits, exit_policy=NEVER)
     answers = answers_of(output, config, batch, exits)
     teacher = answers.logits.pop(config.exit_layers[-1]).detach()
@@ -201,7 +207,7 @@ def sandwich(
     """
     options = update.options
     share = 1 / (2 + options.sampled)
-    exits = exit_group(config.exit_layers, config.exit_groups, update.number)
+    exits = _exits_of(config, update)
     loss, full = task_loss(model, config, batch, update, exits, length_config=1.0, exit_policy=NEVER)
     teacher = answers_of(full, config, batch, exits).logits[exits[-1]].detach()
     teacher = teacher if update.teacher is None else update.teacher

@@ -272,7 +272,8 @@ def prepare(
     check_numbers(options, phases)
     if not 0 <= options.permitted_loss <= 1:
         raise ValueError(f"permitted_loss must be from 0 to 1 (1 % is 0.01), got {options.permitted_loss}")
-    check_replaceable(Path(options.output), options.model, options.teacher)
+    files = (options.train, options.dev, options.test)
+    check_replaceable(Path(options.output), options.model, options.teacher, getattr(options, "student", None), *files)
     task, tokenizer = chosen_task(options), load_tokenizer(Path(options.model))
     train = some_rows(read_examples(task, "train"), options.train_rows, options.seed)
     if len(train) < options.batch_size:
@@ -285,6 +286,12 @@ def prepare(
     others = [split for split in ("dev", "test") if split == "dev" or options.test]
     examples = {"train": train, **{split: read_examples(task, split) for split in others}}
     model = load(options, labels)
+    names = [name for name, _ in model.named_parameters()]
+    if not all(any(phase.trains(name, model.config) for name in names) for phase in phases):
+        raise ValueError(
+            f"recipe {options.recipe!r} has a phase for the exits below the last, of which this model has none (exits "
+            f"{model.config.exit_layers}): choose recipe joint"
+        )
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer of {options.model} has {len(tokenizer)} tokens, its model {model.config.vocab_size}"

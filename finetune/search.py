@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, logging
 
+from elastic_model.checks import policy_kind
 from elastic_model.cost import exit_flops
 from elastic_model.distributed import working_together_in
 from elastic_model.exit_policies import sweep
@@ -33,7 +34,7 @@ from finetune.figures import plot_areas, plot_front, plot_points
 from finetune.kinds import answers_of
 from finetune.labels import Labels
 from finetune.latency import Latency, Served, measure_latency
-from finetune.policies import at_one_exit, candidates, never, policy_name, thresholds
+from finetune.policies import Policy, at_one_exit, candidates, never, patience_of, policy_name, thresholds
 from finetune.prepare import (
     chosen_task,
     encode_split,
@@ -89,7 +90,7 @@ def operating_points(search: Search, encoded: Encoded, weights: str) -> Operatin
         points += points_by_row(search, encoded, named)
     lossless = named.get("lossless", named["full"])
     policy = search.policies[lossless.setting]
-    return OperatingPoints(weights, policy, points + guaranteed(Path(options.model), policy["name"]))
+    return OperatingPoints(weights, policy, points)
 
 
 def measured_point(
@@ -135,12 +136,12 @@ def points_by_row(search: Search, encoded: Encoded, named: dict[str, Found]) -> 
     return points
 
 
-def guaranteed(folder: Path, policy: str) -> list[OperatingPoint]:
+def guaranteed(folder: Path, policy: Policy) -> list[OperatingPoint]:
     """The points there are that `calibrate` gave a guarantee: a search does not know better."""
-    if not (folder / FILE).is_file():
+    known = OperatingPoints.find(folder)
+    if known is None or policy_kind(known.policy) != policy_kind(policy):
         return []
-    known = OperatingPoints.load(folder)
-    return [one for one in known.points if one.calibration and known.policy["name"] == policy]
+    return [one for one in known.points if one.calibration]
 
 
 def ladder(
@@ -192,8 +193,9 @@ def prepare(options: SearchOptions) -> tuple[Search, Encoded]:
     some = some.select(random.Random(options.seed).sample(range(len(some)), len(some)))  # any first few are a sample
     rungs = ladder(some, task, labels, tokenizer, options)
     encoded = rungs[-1]
-    name = policy_name(options.exit_policy or (model.config.exit_policy or {}).get("name"), labels.problem_type)
-    policies = [never(name, len(model.exit_layers), labels.problem_type)]
+    saved = model.config.exit_policy
+    name, patience = policy_name(options.exit_policy, labels.problem_type, saved), patience_of(saved)
+    policies = [never(name, len(model.exit_layers), labels.problem_type, patience)]
     check_learned(policies[0], model.config)
     free = ("output", "resume", "model", "points", "by_row", "iterations", "eval_batch_size")
     settings = {name: value for name, value in vars(options).items() if name not in free}
@@ -206,7 +208,8 @@ def prepare(options: SearchOptions) -> tuple[Search, Encoded]:
         with work.graph.file.open("rb") as content:
             settings["graph"] = hashlib.file_digest(content, "sha256").hexdigest()
     if options.axes != "lengths" and len(model.exit_layers) > 1:
-        policies += candidates(name, work.explore(encoded, [work.whole])[work.whole].logits, labels.problem_type)
+        logits = work.explore(encoded, [work.whole])[work.whole].logits
+        policies += candidates(name, logits, labels.problem_type, patience=patience)
         policies += at_one_exit(policies[-1], len(model.exit_layers), labels.problem_type)
     return work, every
 
@@ -215,14 +218,14 @@ def open_graph(exported: Path, search: Search, threads: int | None) -> ElasticSe
     """The session of an exported folder; ValueError where it is not an export of the checkpoint that is searched, or
     cannot do what the search needs."""
     session = ElasticSession.from_pretrained(exported, threads=threads)
-    policy = search.policies[0]["name"]
+    policy = search.policies[0]
     if checkpoint_hash(exported) != search.settings["checkpoint"]:
         raise ValueError(
             f"{exported} is not an export of {search.options.model}: its weights are others; export it again"
         )
-    if "length_config" not in session.inputs or (session.policy or {}).get("name") != policy:
+    if "length_config" not in session.inputs or policy_kind(session.policy or {}) != policy_kind(policy):
         raise ValueError(
-            f"{session.file} must have length_config as an input and the exit policy {policy!r}, "
+            f"{session.file} must have length_config as an input and the exit policy {policy['name']!r}, "
             f"it has {sorted(session.inputs)} and {session.policy}; export the checkpoint again"
         )
     return session
@@ -270,9 +273,10 @@ def write(search: Search, folder: Path, history: list[dict[str, Any]], points: O
     lines = {name: [(one["cost"], one["quality"]) for one in result[name]] for name in ("constant_ratio", "front")}
     plot_front(folder / "front.png", lines, result["full"]["cost"], result["metric"])
     plot_points(folder / "points.png", points)
-    points.save(Path(search.options.model))
-    if search.options.latency is not None:
-        points.save(Path(search.options.latency))
+    for place in (search.options.model, search.options.latency):
+        if place is not None:  # a guarantee is of what was calibrated there: PyTorch or the file
+            kept = points.points + guaranteed(Path(place), points.policy)
+            replace(points, points=kept).save(Path(place))
 
 
 def show_two_points(search: Search) -> str:

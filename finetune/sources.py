@@ -50,7 +50,9 @@ class DatasetSource:
     def rows(self, folder: Path) -> list[Row]:
         """The rows, labels by their names; ValueError where the data set or the split cannot be had."""
         rows = list(_dataset_rows(self))
-        return [row for row in rows if self.label is None or str(row[self.label]) not in self.missing]
+        if self.label is None or not self.missing:
+            return rows
+        return [row for row in rows if row[self.label] is not None and str(row[self.label]) not in self.missing]
 
     def describe(self, folder: Path, task: str, split: str, sha256: str) -> Data:
         """What provenance records of it; sha256: of the rows as they were read."""
@@ -72,7 +74,9 @@ def _load(source: DatasetSource) -> Any:
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             loaded = load_from_disk(str(folder))
-            return loaded if isinstance(loaded, DatasetDict) else DatasetDict({source.splits[0]: loaded})
+            if isinstance(loaded, DatasetDict):
+                return loaded
+            return DatasetDict({str(loaded.split or "train"): loaded})  # a split alone is no other than itself
         return load_dataset(source.dataset, source.config)
     except Exception as error:  # `datasets` raises whatever its readers and the network raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -81,11 +85,11 @@ def _load(source: DatasetSource) -> Any:
 
 
 def _names(feature: Any) -> Any:
-    """What turns a column's values into labels by name; None where they are none."""
+    """What turns a column's values into labels by name (below 0: no label); None where they are none."""
     from datasets import ClassLabel
 
     if isinstance(feature, ClassLabel):
-        return lambda value: value if value is None or value < 0 else feature.int2str(value)
+        return lambda value: None if value is None or value < 0 else feature.int2str(value)
     inner = getattr(feature, "feature", None)
     if isinstance(inner, ClassLabel):
         return lambda values: [inner.int2str(value) for value in values]

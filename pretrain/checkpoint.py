@@ -42,7 +42,8 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write `checkpoint-STEP` in one piece (beside, fsynced, renamed), then remove all but the newest `keep`.
+    """Write `checkpoint-STEP` in one piece (beside, fsynced, renamed), then remove all but the newest `keep` up to it:
+    beyond it may lie one that a run has resumed before.
 
     OSError where that fails, a full disk say: the checkpoints before are as they were.
     """
@@ -56,7 +57,7 @@ def save_checkpoint(
         raise OSError(
             f"{folder} could not be written: {error}; earlier checkpoints are intact, --resume continues"
         ) from error
-    _remove_before(output, _step(find_checkpoints(output)[-keep:][0]))
+    _remove_before(output, [one for one in map(_step, find_checkpoints(output)) if one <= step][-keep:][0])
     return folder
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from elastic_model import ElasticBertConfig
 from pretrain.config import PretrainConfig
 from pretrain.masking import IGNORED, mask_tokens
 from pretrain.prepare import Corpus, TokenizedSource
@@ -22,14 +23,20 @@ Batch = dict[str, torch.Tensor]
 
 
 def split_documents(hashes: np.ndarray, fraction: float) -> np.ndarray:
-    """(documents,): true where a document is held out: a share of them, at least one, by the hash of their text.
+    """(documents,): true where a document is held out: a share of the different ones, at least one and not all, by the
+    hash of their text.
 
     Copies of a document have one hash, so they are on one side.
     """
-    held_out = hashes <= np.sort(hashes)[max(1, round(fraction * len(hashes))) - 1]
-    if held_out.all():
+    different = np.unique(hashes)
+    if len(different) < 2:
         raise ValueError(f"text: all {len(hashes)} documents are the same; at least 2 different ones are needed")
-    return held_out
+    return hashes <= different[min(max(1, round(fraction * len(different))), len(different) - 1) - 1]
+
+
+def fitting(batch: Batch, config: ElasticBertConfig) -> Batch:
+    """What of a batch the model takes: one of a single token type (RoBERTa) is not told which segment is which."""
+    return {name: values for name, values in batch.items() if name != "token_type_ids" or config.type_vocab_size > 1}
 
 
 def passages(

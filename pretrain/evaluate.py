@@ -14,7 +14,7 @@ from elastic_model import ElasticBertForPreTraining
 from elastic_model.folders import new_file
 from elastic_model.operating_points import checkpoint_hash
 from pretrain.config import EvaluateConfig, PretrainConfig
-from pretrain.data import Batch, Examples
+from pretrain.data import Batch, Examples, fitting
 from pretrain.masking import IGNORED
 from pretrain.prepare import prepare
 
@@ -76,7 +76,8 @@ def evaluate(
 
     Each process takes its share, `rows` at a time; the sums are added up over the processes.
     """
-    exit_layers = accelerator.unwrap_model(model).config.exit_layers
+    config = accelerator.unwrap_model(model).config
+    exit_layers = config.exit_layers
     chosen = np.random.default_rng(0).permutation(len(examples))[:limit]
     by_length = chosen[np.argsort(examples.lengths[chosen], kind="stable")]
     mine = by_length[accelerator.process_index :: accelerator.num_processes]
@@ -88,7 +89,7 @@ def evaluate(
         # parameters may be gathered in every pass: a process that has no examples left passes one that is not counted
         batch = examples.collate(0, share if len(share) else chosen[:1])
         batch = {name: values.to(accelerator.device) for name, values in batch.items()}
-        output = model(**batch, length_config=length_config, mlm_count=1, sop_count=1)
+        output = model(**fitting(batch, config), length_config=length_config, mlm_count=1, sop_count=1)
         if len(share):
             total += _sums(output, batch, unigram)
     model.train()

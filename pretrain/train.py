@@ -40,7 +40,7 @@ from pretrain.checkpoint import (
     save_model,
 )
 from pretrain.config import PretrainConfig
-from pretrain.data import Batch, Examples, GlobalBatches, Share, check_batch_size
+from pretrain.data import Batch, Examples, GlobalBatches, Share, check_batch_size, fitting
 from pretrain.evaluate import Evaluation, evaluate, unigram_losses
 from pretrain.masking import IGNORED
 from pretrain.metrics import METRICS, Update, Window, cut_metrics, flat, peak_flops, peak_memory, update_flops
@@ -75,11 +75,13 @@ def build_model(
         "exit_loss": config.exit_loss,
         "gradient_equilibrium": config.gradient_equilibrium,
         "exit_groups": config.exit_groups,
+        "exit_policy": None,  # a warm start's, as its lengths, was chosen for its weights
+        "length_config": None,
         "hidden_dropout_prob": config.dropout,
         "attention_probs_dropout_prob": config.dropout,
     }
     if config.exit_layers:
-        training["exit_layers"] = config.exit_layers
+        training |= {"exit_layers": config.exit_layers, "num_output_layers": None}
     torch.manual_seed(config.seed)
     if config.init_from:
         training["exit_pooling"] = pooling_with_new_exits(AutoConfig.from_pretrained(config.init_from))
@@ -246,6 +248,7 @@ class Run:
         update = Update(exits, students, zeros, zeros.sum() if students else None)
         for number, batch in enumerate(micro_batches, start=1):
             batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()}
+            batch = fitting(batch, self.plain_model.config)
             with self.engine.micro_batch(last=number == len(micro_batches)):
                 output = self.model(**batch, exits=exits, students=students, mlm_count=counts[0], sop_count=counts[1])
                 self.engine.backward(output.loss)

@@ -5,13 +5,20 @@ method joins its leaderboard.
 """
 
 import importlib
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from elastic_model.arguments import parse, run
 from elastic_model.folders import check_output, claim_folder, new_folder
 from finetune.elue.config import LAST_EXIT, SizeOptions
+
+if TYPE_CHECKING:
+    from finetune.elue.jobs import Job
+
+SETTINGS = "settings.json"  # what makes two submissions the same
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,18 @@ def _command(argv: list[str]) -> int:
     return compete(name, parse(SizeOptions, flags, prog=f"python -m benchmarks.competitors {name}"))
 
 
+def _settings(name: str, options: SizeOptions, job: "Job") -> dict[str, Any]:
+    """What a submission was made from: where that has changed, it is made again."""
+    from elastic_model.provenance import file_hash
+    from finetune.prepare import weight_files
+
+    sizes = {
+        size: getattr(job, size) for size in ("train_rows", "epochs", "learning_rate", "batch_size", "max_length")
+    }
+    start = [file_hash(file) for file in weight_files(Path(str(job.checkpoint or options.model)))]
+    return {"method": COMPETITORS[name].settings, "weights": start, "test rows": job.test_hash, **sizes}
+
+
 def compete(name: str, options: SizeOptions) -> int:
     """Fine-tune (or take a checkpoint), run the method, write its test files, a task and a seed after the other; what
     is there is not made again. Then its result, and the leaderboard of all that the folder holds."""
@@ -72,7 +91,8 @@ def compete(name: str, options: SizeOptions) -> int:
     for job in jobs:
         for seed in job.seeds:
             written = folder / "submissions" / name / f"seed-{seed}" / job.name
-            if (written / MODULES_FILE).is_file():
+            settings = _settings(name, options, job)
+            if (written / SETTINGS).is_file() and json.loads((written / SETTINGS).read_text()) == settings:
                 continue
             checkpoint = job.checkpoint
             if checkpoint is None:
@@ -86,6 +106,7 @@ def compete(name: str, options: SizeOptions) -> int:
             with new_folder(written) as new:
                 modules = method(Start(options, job, seed, subject, splits), new)
                 write_table(CostTable(modules), new / MODULES_FILE)
+                (new / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
     about = COMPETITORS[name]
     publish([result_of(name, f"{about.paper}; {about.settings}", jobs, folder)], jobs, folder, reference)
     return 0

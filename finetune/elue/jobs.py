@@ -52,6 +52,11 @@ class Job:
     seeds: list[int]
 
     @property
+    def test_hash(self) -> str:
+        """sha256 of the test rows."""
+        return hashlib.sha256(repr((self.test.texts, self.test.pairs, self.test.labels)).encode()).hexdigest()
+
+    @property
     def sizes(self) -> str:
         """The sizes that stand beside its numbers."""
         trained = "all" if self.train_rows is None else f"at most {self.train_rows:,}"

@@ -3,7 +3,6 @@
 A stage that is there is not made again: checkpoints/METHOD/TASK/seed-N, submissions/METHOD/seed-N/TASK, results.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -81,7 +80,7 @@ def _settings(options: RunOptions, job: Job, method: Method, checkpoints: list[P
         "lengths_and_depths": method.lengths_and_depths,
         "points": options.points,
         "shares": options.shares,
-        "test rows": hashlib.sha256(repr((job.test.texts, job.test.pairs, job.test.labels)).encode()).hexdigest(),
+        "test rows": job.test_hash,
         "max_length": job.max_length,
     }
 

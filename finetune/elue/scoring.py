@@ -48,6 +48,12 @@ class TaskResult:
     rows: int
     seeds: list[list[Point]]
 
+    def __post_init__(self) -> None:
+        for points in self.seeds:
+            names = [point.name for point in points]
+            if len(set(names)) != len(names):
+                raise ValueError(f"the points of a seed must have names of their own, got {', '.join(names)}")
+
     @property
     def curves(self) -> list[list[Point]]:
         """What is scored: one curve, the mean over seeds, where all have the same points at the same cost, as exits in
@@ -201,7 +207,7 @@ def read_result(path: Path) -> Result:
         if not isinstance(content["name"], str):
             raise ValueError(f"its name is {content['name']!r}, not text")
         tasks = {
-            name: TaskResult(
+            task_called(name): TaskResult(
                 task["metric"], task["rows"], [[Point(**point) for point in points] for points in task["seeds"]]
             )
             for name, task in content["tasks"].items()
@@ -234,9 +240,12 @@ def read_reference(path: Path, rows: Mapping[str, int]) -> dict[str, list[Point]
         raise ValueError(f"reference {path}, line 1: its columns must be task, flops, quality, tab-separated")
     curves: dict[str, list[Point]] = {}
     for number, line in enumerate(lines[1:], start=2):
+        if not line.strip():
+            continue
         try:
             task, flops, quality = line.split("\t")
-            curves.setdefault(task_called(task), []).append(Point(f"line {number}", float(flops), float(quality)))
+            point = Point(f"line {number}", float(flops), float(quality))
+            curves.setdefault(task_called(task.strip()), []).append(point)
         except ValueError as error:
             raise ValueError(f"reference {path}, line {number}: expected task, flops, quality ({error})") from None
     if not curves:

@@ -106,6 +106,11 @@ def test_budgets_count_against_full_depth_whatever_a_calibrated_point_costs(poin
         replace(points, points=[bare, *points.points[1:]]).at(max_drop=1)
 
 
+def test_a_cost_that_was_not_measured_is_not_the_lowest(points):
+    unknown = replace(points.points[-1], name="unknown", flops=None, quality=points.points[0].quality)
+    assert replace(points, points=[*points.points, unknown]).at(max_drop=0).name != "unknown"
+
+
 def test_what_was_not_measured_cannot_be_asked(points):
     bare = OperatingPoints(points.checkpoint, points.policy, [OperatingPoint("full", [0.1], 4.0)])
     for budget in ({"latency_ms": 5}, {"max_drop": 1}, {"flops": 1e9}, {"speedup": 2}):

@@ -130,6 +130,18 @@ def test_full_depth_needs_no_measured_point(exported, session):
     assert bare(TEXTS, budget="full") == session(TEXTS, budget="full")
 
 
+def test_a_file_that_stops_at_a_lower_layer_is_not_called_full(exported, tmp_path):
+    from export.config import ExportOptions
+    from export.write import export_checkpoint, patch_config
+
+    checkpoint = shutil.copytree(exported.parent / "checkpoint", tmp_path / "checkpoint")
+    patch_config(checkpoint, {"exit_policy": {"name": "constant", "layer": 2}})
+    export_checkpoint(ExportOptions(checkpoint, tmp_path / "out"))
+    session = ElasticSession.from_pretrained(tmp_path / "out", threads=1)
+    assert [(one["exit_layer"], one["point"]) for one in session(TEXTS[:2])] == [(2, "default")] * 2
+    assert {(one["exit_layer"], one["point"]) for one in session(TEXTS[:2], budget="full")} == {(4, "full")}
+
+
 def test_a_point_with_lengths_drops_tokens(session):
     short, full = session(TEXTS, budget="short", cost=True), session(TEXTS, budget="full", cost=True)
     assert all(less["flops"] < more["flops"] for less, more in zip(short, full, strict=True))

@@ -270,6 +270,11 @@ def test_a_file_of_texts_that_is_not_one(tmp_path, name, content, says):
         read_texts(tmp_path / name, "text")
 
 
+def test_a_blank_last_line_is_no_row(tmp_path):
+    (tmp_path / "t.tsv").write_text("text\tlabel\none\ta\ntwo\tb\n\n")
+    assert read_texts(tmp_path / "t.tsv", "text") == ["one", "two"]
+
+
 def test_tables_are_read_as_in_training(tmp_path):
     """With a mark of UTF-8, which was part of the first column's name, and in capitals, which were no table."""
     (tmp_path / "ROWS.TSV").write_text("text\tlabel\none\t1\n", encoding="utf-8-sig")

@@ -17,6 +17,7 @@ from export.__main__ import export
 from finetune.__main__ import _command
 from finetune.calibrate import _check, calibrate
 from finetune.config import CalibrateOptions
+from tests.export.graphs import lively
 
 
 @pytest.fixture
@@ -105,6 +106,45 @@ def test_an_exported_folder_is_calibrated_on_what_it_serves(checkpoint, small_ta
         calibrate(options_of(tmp_path / "exported", small_task, drift=str(tmp_path / "full.tsv")))
 
 
+def test_an_export_that_drops_tokens_is_held_against_the_full_model(
+    checkpoint, tiny_config, tiny_tokenizer, small_task, tmp_path
+):
+    """It was held against its own last exit, at the lengths that it drops to."""
+    tiny_config.length_config = [0.3, 0.2, 0.15, 0.1]
+    shorter = lively(tiny_config)
+    lines = [line.split("\t")[0] for line in (small_task / "more.tsv").read_text().splitlines()[1:]]
+    with torch.no_grad():  # classes as likely as each other, so that lengths decide some answers
+        batch = tiny_tokenizer(lines, padding=True, return_tensors="pt")
+        shorter.classifiers.at(4).bias -= shorter(**batch, exit_policy={"name": "never"}).logits.mean(0)
+    shorter.save_pretrained(checkpoint)
+    assert run(lambda: export([str(checkpoint), str(tmp_path / "exported"), "--min_agreement", "0.5"])) == 0
+    session = ElasticSession.from_pretrained(tmp_path / "exported")
+    whole = session.exit_logits(lines, length_config=[1.0] * 4)[-1].argmax(-1)
+    differing = (session.exit_logits(lines)[-1].argmax(-1) != whole).mean()
+    assert differing > 0.02
+    with pytest.raises(ValueError, match=f"not even full depth can be certified: {round(differing * 240)} of 240"):
+        calibrate(options_of(tmp_path / "exported", small_task, max_disagreement=float(differing)))
+
+
+def test_an_export_reads_its_rows_whole(checkpoint, small_task, tmp_path, capsys):
+    """Its costs, and what a reference read, were of rows cut at --max_length."""
+    assert run(lambda: export([str(checkpoint), str(tmp_path / "exported")])) == 0
+    calibrate(options_of(tmp_path / "exported", small_task, max_length=8))
+    cut = OperatingPoints.load(tmp_path / "exported").points
+    assert "note: an exported folder reads up to 64 tokens" in capsys.readouterr().out
+    calibrate(options_of(tmp_path / "exported", small_task, max_length=64))
+    assert OperatingPoints.load(tmp_path / "exported").points == cut and cut[0].name == "full"
+
+
+def test_points_of_other_weights_are_replaced(checkpoint, small_task, capsys):
+    """They were refused, with the advice to calibrate, which refused them."""
+    calibrate(options_of(checkpoint, small_task))
+    table = OperatingPoints.load(checkpoint)
+    replace(table, checkpoint="0" * 64).save(checkpoint)
+    calibrate(options_of(checkpoint, small_task))
+    assert OperatingPoints.load(checkpoint) == table
+
+
 def test_accuracy_and_lengths(checkpoint, small_task, capsys):
     bound = {"max_disagreement": None, "max_accuracy_loss": 0.2}
     calibrate(options_of(checkpoint, small_task, **bound, length_config=[1.0, 0.9, 0.9, 0.9]))
@@ -161,6 +201,16 @@ def test_the_learned_head(checkpoint, small_task, tiny_tokenizer, texts, capsys)
     _, left = answers(model, tiny_tokenizer, texts.read_text().splitlines(), exit_policy=policy)
     assert policy["name"] == "learned" and Counter(map(str, left.tolist())) == point.calibration["exit_counts"]
 
+    # the head was asked at full length, whatever the checkpoint's own
+    model.config.length_config = [0.5, 0.4, 0.3, 0.3]
+    (checkpoint / FILE).unlink()
+    model.save_pretrained(checkpoint)
+    calibrate(options_of(checkpoint, small_task, exit_policy="learned", max_disagreement=0.9))
+    point = OperatingPoints.load(checkpoint).at("calibrated")
+    how = {"exit_policy": point.policy, "length_config": point.length_config}
+    _, left = answers(model, tiny_tokenizer, texts.read_text().splitlines(), **how)
+    assert Counter(map(str, left.tolist())) == point.calibration["exit_counts"]
+
 
 def test_regression_within_a_tolerance(tiny_config, tiny_tokenizer, small_task, tmp_path, capsys):
     torch.manual_seed(0)
@@ -176,6 +226,16 @@ def test_regression_within_a_tolerance(tiny_config, tiny_tokenizer, small_task, 
     assert policy["name"] == "patience" and max(policy["threshold"]) > 0
     with pytest.raises(ValueError, match="regression needs --tolerance"):
         calibrate(options_of(tmp_path / "checkpoint", small_task))
+
+    # the steps that a patience counts are built into a file: a table of others made it unloadable
+    model.config.exit_policy = {"name": "patience", "patience": 2, "threshold": 0.5}
+    model.save_pretrained(tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / FILE).unlink()
+    assert run(lambda: export([str(tmp_path / "checkpoint"), str(tmp_path / "exported")])) == 0
+    for folder in (tmp_path / "exported", tmp_path / "checkpoint"):
+        calibrate(replace(options, model=str(folder)))
+        assert OperatingPoints.load(folder).policy["patience"] == 2
+    assert ElasticSession.from_pretrained(tmp_path / "exported")("the army", budget="calibrated")
 
 
 @pytest.mark.parametrize(

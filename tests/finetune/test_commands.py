@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from transformers import AutoConfig, RobertaConfig, RobertaModel
 
 from elastic_model import ElasticBertForPreTraining
 from elastic_model.arguments import run
+from export.write import patch_config
 from finetune.__main__ import _command
 from finetune.config import EvaluateOptions
 from finetune.evaluate import evaluate
@@ -57,6 +59,15 @@ def table(tmp_path, *rows, name="bad.tsv"):
 
 
 ROWS = [f"the {word}\t{label}" for label in ("early", "middle", "late") for word in "abcdefgh"]
+
+
+def test_a_checkpoint_that_always_leaves_at_one_layer_can_be_evaluated(trained, small_task, tmp_path, capsys):
+    """Its policy has no settings to sweep: the commands stopped there, as at one asked for."""
+    folder = shutil.copytree(trained.output, tmp_path / "constant")
+    patch_config(folder, {"exit_policy": {"name": "constant", "layer": 2}})
+    own = [f"--dev={trained.dev}", "--text=text", "--label=label", "--max_length=32", "--timed_rows=0"]
+    assert run(lambda: _command(["evaluate", str(folder), *own])) == 0
+    assert "the checkpoint's own       2.00 " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

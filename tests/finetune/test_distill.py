@@ -1,6 +1,7 @@
 """Distillation: the map of layers, the loss, a teacher that stays in evaluation mode, students of any width."""
 
 import random
+import shutil
 
 import pytest
 import torch
@@ -91,6 +92,12 @@ def test_the_teacher_is_in_evaluation_mode_whatever_was_done_to_it(tiny_config, 
     assert first == second and not teacher.training
     next(objective(student, student.config, batch, update(options))).backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_a_student_is_not_replaced_by_what_it_becomes(distilled, trained, tmp_path):
+    student = shutil.copytree(trained.output, tmp_path / "student")  # of ours: it would have been replaced
+    with pytest.raises(ValueError, match=f"output {student} would replace {student}, which is read"):
+        distill(distilled(student=str(student)))
 
 
 def test_a_narrower_student_learns_through_projections(tiny_model, tiny_config, batch, distilled):

@@ -137,6 +137,9 @@ def test_agreement_on_known_answers():
     assert several["agreement"] == 0.75 and several["low"] <= 0.75 <= several["high"]
     numbers = agreement([np.array([1.0]), np.array([3.0])], [np.array([1.0]), np.array([2.0])], "regression")
     assert numbers == {"r2": -1.0, "absolute_difference": 0.5}
+    several = [np.array([row, row + 1.0]) for row in range(10)]  # two numbers a row; the last five are wrong
+    wrong = [one + (100 if row > 4 else 0) for row, one in enumerate(several)]
+    assert agreement(wrong, several, "regression")["r2"] < 0 and agreement(several, several, "regression")["r2"] == 1
     for rows in (1, 2, 3):  # resamples of few rows have no spread: R^2 was minus infinity, the interval not a number
         few = agreement([np.array([1.0])] * rows, list(np.arange(1.0, rows + 1)[:, None]), "regression", seed=0)
         assert all(np.isfinite(value) for value in few.values()), few

@@ -122,7 +122,7 @@ def test_a_result_survives_its_file_and_serves_as_reference(tmp_path):
     assert read_reference(tmp_path / "scores.json", {"mrpc": 1725}) == {"mrpc": REFERENCE}
     with pytest.raises(ValueError, match="reference .* has 1725 test rows of mrpc, not 408: they do not compare"):
         read_reference(tmp_path / "scores.json", {"mrpc": 408})
-    (tmp_path / "curve.tsv").write_text("task\tflops\tquality\nMRPC\t100\t60\nmrpc\t200\t80\n")
+    (tmp_path / "curve.tsv").write_text("task\tflops\tquality\nMRPC \t100\t60\nmrpc\t200\t80\n\n")
     curve = read_reference(tmp_path / "curve.tsv", {"mrpc": 408})["mrpc"]
     assert [(point.flops, point.quality) for point in curve] == [(100.0, 60.0), (200.0, 80.0)]
 
@@ -149,6 +149,12 @@ def test_a_reference_in_another_encoding_is_named(tmp_path):
     (tmp_path / "curve.tsv").write_text("task\tflops\tquality\nmrpc\t1\t2\n", encoding="utf-16")
     with pytest.raises(ValueError, match="reference .*curve.tsv: not a readable tsv file in UTF-8"):
         read_reference(tmp_path / "curve.tsv", {})
+
+
+def test_points_of_one_name_are_refused():
+    """One of the two was left out of the score and of the curve, without a word."""
+    with pytest.raises(ValueError, match="the points of a seed must have names of their own, got a, a"):
+        TaskResult("accuracy", 9, [[Point("a", 1.0, 10.0), Point("a", 2.0, 20.0)]])
 
 
 def test_a_reference_of_other_tasks_scores_nothing_and_says_so():

@@ -11,7 +11,7 @@ from elastic_model import ElasticBertForSequenceClassification
 from elastic_model.provenance import read_provenance
 from finetune.__main__ import _command
 from finetune.config import PruneOptions
-from finetune.prune import Kept, Widths, _probe, best, loss_without_labels, prune, schedule
+from finetune.prune import Kept, Widths, _probe, best, loss_without_labels, milliseconds_at, prune, schedule
 from finetune.widths import gated, importance, loss_on_labels, narrowed
 
 
@@ -165,6 +165,12 @@ def test_a_run_begun_anew_and_killed_at_once_does_not_meet_the_state_before(prun
     assert prune(pruned(latency_ms=5.0, rounds=1, save_steps=1, resume=True)) == 0
     model = ElasticBertForSequenceClassification.from_pretrained(tmp_path / "pruned")
     assert max(model.config.intermediate_size_per_layer) <= 25
+
+
+def test_the_latency_of_a_model_whose_layers_differ(tiny_model):
+    """Layers narrower than the mean were asked for heads that they have not."""
+    uneven = narrowed(tiny_model, [[0, 1, 2, 3], [0], [1, 3], [0]], [list(range(size)) for size in (64, 8, 40, 16)])
+    assert milliseconds_at(uneven, Widths(2, 32), tokens=8) > 0
 
 
 def test_a_latency_that_half_the_width_meets_is_met(pruned, monkeypatch, tmp_path):

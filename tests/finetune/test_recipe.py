@@ -57,6 +57,21 @@ def test_micro_batches_sum_to_the_gradient_of_the_batch(options, recipe, phase, 
         assert_close(whole, parts)
 
 
+@pytest.mark.parametrize("recipe", ["two_stage", "self_distillation"])
+def test_there_are_no_more_groups_than_exits_to_deal(options, recipe):
+    """An update whose group was empty had no loss: the second phase of a run stopped with an error of torch's."""
+    run, gradient = prepared(options, recipe=recipe, exit_groups=9)
+    below = set(run.exit_layers[:-1])
+    trained = [below & set(trained_exits(gradient(1, number))) for number in range(9)]
+    assert all(trained) and set().union(*trained) == below
+
+
+@pytest.mark.parametrize("recipe", ["two_stage", "self_distillation"])
+def test_a_phase_without_anything_to_train_is_named(options, recipe):
+    with pytest.raises(ValueError, match=f"recipe '{recipe}' has a phase for the exits below the last, of which"):
+        prepare(options(recipe=recipe, exit_layers=[4]), Accelerator())
+
+
 def trained_exits(gradient):
     return [layer for layer in (1, 2, 3, 4) if gradient[f"classifiers.{layer - 1}.weight"].abs().sum() > 0]
 

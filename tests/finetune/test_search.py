@@ -257,6 +257,11 @@ def test_latency_as_the_cost(checkpoint, small_task, tmp_path):
     for folder in (checkpoint, tmp_path / "exported"):
         points = OperatingPoints.load(folder)
         assert all(one.latency_ms["value"] > 0 and one.latency_ms["batch"] == 1 for one in points.points)
+    promised = replace(points.points[1], name="calibrated", calibration={"at_most": 0.1})  # of what is served
+    replace(points, points=[*points.points, promised]).save(tmp_path / "exported")
+    search(replace(options, iterations=0))
+    kept = [OperatingPoints.load(folder) for folder in (checkpoint, tmp_path / "exported")]
+    assert [[one.name for one in table.points if one.calibration] for table in kept] == [[], ["calibrated"]]
     slowest = max(one.latency_ms["value"] for one in points.points)
     assert points.at(latency_ms=slowest) and result_of(tmp_path / "out")["latency"]["batch"] == 1
     with pytest.raises(ValueError, match="is not an export of"):

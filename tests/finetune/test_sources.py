@@ -7,7 +7,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
 from finetune import sources
 from finetune.config import TrainOptions
-from finetune.examples import find_problem_type, read_examples
+from finetune.examples import check_shape, find_problem_type, read_examples
 from finetune.kinds import KINDS
 from finetune.labels import find_labels
 from finetune.prepare import chosen_task, labels_of_training
@@ -42,6 +42,23 @@ def test_a_saved_data_set_has_its_labels_by_name(folder):
         assert (examples.texts, examples.labels) == (["a", "b"], ["good", "bad"])
     assert examples.places[1] == f"{saved}, test, row 2"
     assert find_labels(task, examples, find_problem_type(task, examples)) == ["bad", "good"]
+
+
+def test_a_split_that_was_saved_alone_is_no_other_split(tmp_path):
+    """It was read as whichever was asked for: trained on, chosen by and tested on the same rows."""
+    Dataset.from_list([{"sentence": "a", "label": 1}], features=Features(TWO)).save_to_disk(tmp_path / "alone")
+    task = chosen_task(options(dataset=str(tmp_path / "alone"), text="sentence", label="label"))
+    assert read_examples(task, "train").texts == ["a"]
+    with pytest.raises(ValueError, match="has no split validation or .*; it has: train"):
+        read_examples(task, "dev")
+
+
+def test_a_row_without_a_label_is_no_class(folder):
+    """`datasets` writes -1, which became a class of that name."""
+    saved = folder([{"sentence": "a", "label": 1}, {"sentence": "b", "label": -1}], TWO)
+    task = chosen_task(options(dataset=saved, text="sentence", label="label"))
+    with pytest.raises(ValueError, match="row 2: the row has no label .its value: None."):
+        check_shape(read_examples(task, "train"), "single_label_classification")
 
 
 def test_a_folder_of_files_is_a_data_set_too(tmp_path):

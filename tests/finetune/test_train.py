@@ -22,6 +22,7 @@ import finetune.train
 from elastic_model import ElasticBertForSequenceClassification
 from elastic_model.arguments import parse
 from elastic_model.operating_points import OperatingPoints, checkpoint_hash
+from export.write import patch_config
 from finetune.config import TrainOptions
 from finetune.data import collate
 from finetune.recipe import RECIPES, Update
@@ -43,6 +44,27 @@ def assert_same_weights(first, second):
 def log_of(folder):
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "updates_per_second"} for line in lines]
+
+
+def test_a_run_starts_without_lengths_chosen_for_other_weights(options, tiny_checkpoint):
+    """They stayed the default: what the table called full depth dropped tokens."""
+    patch_config(tiny_checkpoint, {"length_config": [0.5, 0.4, 0.3, 0.3]})
+    assert train(options(epochs=1)) == 0
+    model = ElasticBertForSequenceClassification.from_pretrained(options().output)
+    assert model.config.length_config is None
+    assert OperatingPoints.load(options().output).at("full").length_config == [1.0] * 4
+
+
+def test_a_static_checkpoint_may_get_exits(options, tiny_checkpoint, tmp_path):
+    """The layers asked for were left out without a word."""
+    static = ElasticBertForSequenceClassification.from_pretrained(tiny_checkpoint, num_output_layers=1)
+    static.save_pretrained(tiny_checkpoint)
+    run = prepare(options(exit_layers=[2, 4]), Accelerator())
+    assert run.exit_layers == [2, 4]
+    assert torch.equal(run.model.classifiers.at(4).weight, static.classifier.weight)  # full depth is what it was
+    for layer in (2, 4):
+        ours, theirs = (one.elasticbert.encoder.pooler for one in (run.model, static))
+        assert torch.equal(ours.at(layer).dense.weight, theirs.at(4).dense.weight)
 
 
 def test_a_run_learns_and_leaves_a_checkpoint(trained, small_task):

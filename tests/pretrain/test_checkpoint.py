@@ -79,6 +79,8 @@ def test_the_newest_checkpoints_are_kept_in_the_order_of_their_steps(trained, tm
     save(tmp_path, trained, 11)
     assert checkpoint_to_resume(tmp_path, previous=False).state["step"] == 12
     assert checkpoint_to_resume(tmp_path, previous=True).state["step"] == 11
+    save(tmp_path, trained, 11, keep=1)  # resumed before 12: what is written is not what is removed
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-11", "checkpoint-12"]
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "trainer_state.json"])

@@ -47,6 +47,9 @@ def test_a_document_is_on_one_side_and_its_copies_too():
     held_out = split_documents(hashes, 0.25)
     assert held_out.tolist() == [False, True, False, True, False, True, False, False]
     assert split_documents(np.array([4, 2], dtype=np.uint64), 0.001).tolist() == [False, True]
+    assert split_documents(np.array([1, 5, 5], dtype=np.uint64), 0.5).tolist() == [True, False, False]
+    copied = np.array([1] * 300 + [*range(2, 702)], dtype=np.uint64)  # the share is of different documents
+    assert len(np.unique(copied[split_documents(copied, 0.05)])) == 35
     with pytest.raises(ValueError, match="all 3 documents are the same"):
         split_documents(np.array([4, 4, 4], dtype=np.uint64), 0.1)
 

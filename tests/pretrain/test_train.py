@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
-from elastic_model import ElasticBertForPreTraining, ElasticBertForSequenceClassification
+from elastic_model import ElasticBertConfig, ElasticBertForPreTraining, ElasticBertForSequenceClassification
 from elastic_model.distributed import start_accelerator
 from elastic_model.folders import is_ours
+from export.write import patch_config
 from pretrain.checkpoint import find_checkpoints
 from pretrain.metrics import update_flops
 from pretrain.prepare import prepare
@@ -322,6 +323,26 @@ def test_gradients_are_clipped_to_the_norm_asked_for(options):
     steps = [parameter.detach() - before[name] for name, parameter in run.plain_model.named_parameters()]
     moved = torch.stack([step.norm() for step in steps]).norm()
     assert run.norm > 1 and moved.item() == pytest.approx(0.01 * learning_rate(0, config), rel=1e-2)
+
+
+def test_a_warm_start_leaves_the_operating_point_behind(options, tmp_path):
+    """Its lengths stayed: what taught the sub-networks, as the full model, dropped tokens."""
+    train(options(output=tmp_path / "first", steps=1))
+    patch_config(
+        tmp_path / "first", {"length_config": [0.5, 0.2], "exit_policy": {"name": "entropy", "threshold": 0.3}}
+    )
+    config = options(init_from=tmp_path / "first")
+    model = Run(config, start_accelerator(config, config.output), prepare(config)).plain_model
+    assert model.config.length_config is None and model.config.exit_policy is None
+
+
+def test_a_warm_start_from_a_model_of_one_token_type(options, tmp_path):
+    train(options(output=tmp_path / "first", steps=1))
+    old = ElasticBertForPreTraining.from_pretrained(tmp_path / "first")
+    settings = {**old.config.to_dict(), "type_vocab_size": 1}
+    ElasticBertForPreTraining(ElasticBertConfig.from_dict(settings)).save_pretrained(tmp_path / "first")
+    train(options(init_from=tmp_path / "first", steps=2))
+    assert weights(tmp_path / "run")
 
 
 def test_a_warm_start_takes_shape_weights_and_tokenizer(options, tmp_path):
