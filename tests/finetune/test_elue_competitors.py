@@ -141,3 +141,16 @@ def test_a_competitor_from_checkpoint_to_score(name, elue_data, elue_start, caps
     assert is_curve or "the reference has two qualities at" in capsys.readouterr().err
     board = json.loads((out / "leaderboard.json").read_text())
     assert not is_curve or (board["reference"] == given and board["entries"][0]["macro"] == 0.0)
+
+
+@pytest.mark.slow
+def test_other_sizes_are_run_again(elue_data, elue_start, capsys):
+    """What lay there was published with the new sizes beside it."""
+    short = ["--max-length", "32", "--batch-size", "16", "--learning-rate", "1e-3", "--seeds", "0", "--tasks", "sst2"]
+    flags = ["head_prune", "--model", str(elue_start), "--output", str(elue_data / "out"), *short]
+    folder = elue_data / "out" / "submissions" / "head_prune" / "seed-0" / "sst2"
+    made = []
+    for epochs in ("1", "1", "2"):
+        assert run(lambda epochs=epochs: _command([*flags, "--epochs", epochs])) == 0
+        made.append((folder.stat().st_ino, json.loads((folder / "settings.json").read_text())["epochs"]))
+    assert made[0] == made[1] and made[2][1] == 2 and made[2][0] != made[0][0]
