@@ -28,6 +28,9 @@ from benchmarks.demo import commit, machine
 from benchmarks.systems import peak_mib
 from elastic_model.arguments import run
 from elastic_model.folders import new_file
+from elastic_model.operating_points import checkpoint_hash
+from elastic_model.provenance import file_hash
+from elastic_model.session import REPORT
 from export.predict import read_budget
 
 Answer = Callable[[list], np.ndarray]  # texts -> class numbers, or the numbers of a regression
@@ -78,6 +81,18 @@ def keep_rows(options: argparse.Namespace) -> None:
             raise ValueError(f"{options.results} holds answers to other {split} rows; choose another folder")
         with new_file(kept) as file:
             file.write_text(content)
+
+
+def check_same(options: argparse.Namespace) -> None:
+    """ValueError where the folder holds the answers of another checkpoint, export or length."""
+    served = {"checkpoint": checkpoint_hash(options.checkpoint), "max_length": options.max_length}
+    served["exported"] = file_hash(options.exported / REPORT)
+    kept = options.results / "served.json"
+    for name, value in (json.loads(kept.read_text()) if kept.exists() else served).items():
+        if served[name] != value:
+            raise ValueError(f"{options.results} holds answers of another {name}; choose another folder")
+    with new_file(kept) as file:
+        file.write_text(json.dumps(served))
 
 
 def kept_rows(options: argparse.Namespace, split: str) -> Rows:
@@ -403,6 +418,7 @@ def main() -> None:
         return
     options.results.mkdir(parents=True, exist_ok=True)
     keep_rows(options)
+    check_same(options)
     entries = []
     for threads in options.threads:
         for batch in options.batch_sizes:

@@ -108,7 +108,8 @@ class OperatingPoints:
         if not (Path(folder) / FILE).is_file():
             return None
         points = cls.read(folder)
-        return points if points.checkpoint == checkpoint_hash(folder) else None
+        beside = any(Path(folder).glob("*.safetensors"))
+        return points if not beside or points.checkpoint == checkpoint_hash(folder) else None
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "OperatingPoints":
@@ -233,9 +234,10 @@ class OperatingPoints:
 
 
 def checkpoint_hash(folder: Path | str) -> str:
-    """sha256 over the safetensors files of a checkpoint folder, in the order of their names."""
+    """sha256 over the safetensors files of a checkpoint folder, in the order of their names; of a stock one that has
+    none, over its `pytorch_model*.bin`."""
     digest = hashlib.sha256()
-    for file in sorted(Path(folder).glob("*.safetensors")):
+    for file in sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("pytorch_model*.bin")):
         with file.open("rb") as content:
             while block := content.read(1 << 20):
                 digest.update(block)

@@ -228,7 +228,12 @@ def target(options: PruneOptions, model: ElasticBertExitModel) -> Widths:
     if options.share is not None:
         if not 0 < options.share < 1:
             raise ValueError(f"share must be above 0 and below 1, got {options.share}")
-        return _at_share(options.share, before, options.multiple_of)
+        left = _at_share(options.share, before, options.multiple_of)
+        if left == before:
+            raise ValueError(
+                f"share {options.share:g} leaves all {before.heads} heads and {before.neurons} FFN neurons of a layer"
+            )
+        return left
     if options.latency_ms is not None:
         if not 0 < options.latency_ms < math.inf:
             raise ValueError(f"latency_ms must be above 0, got {options.latency_ms:g}")

@@ -1,8 +1,10 @@
 """Unlabelled texts: one a line, or the columns of a table."""
 
 import lzma
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finetune.tables import OPENERS, form_of, read_table
 
@@ -26,8 +28,19 @@ def _lines(file: Path) -> list[str]:
     try:
         with OPENERS.get(file.suffix.lower(), open)(file, "rt", encoding="utf-8-sig") as lines:
             return [line.strip() for line in lines if line.strip()]
-    except (UnicodeDecodeError, EOFError, lzma.LZMAError) as error:
+    except (UnicodeDecodeError, EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the file system; those of damage have none
+            raise
         raise ValueError(f"{file}: not a readable text file in UTF-8 ({error})") from error
+
+
+def _text(value: Any, place: str) -> str:
+    """A cell as text; words that stand apart, as taggers are trained on, with spaces between."""
+    if isinstance(value, list) and all(isinstance(word, str) for word in value):
+        return " ".join(value).strip()
+    if isinstance(value, list | dict):
+        raise ValueError(f"{place}: a text is needed, got {value!r:.80}")
+    return str(value or "").strip()
 
 
 def read_texts(file: Path, text: str | None, pair: str | None) -> Texts:
@@ -42,7 +55,7 @@ def read_texts(file: Path, text: str | None, pair: str | None) -> Texts:
         found = Texts(_lines(file), None)
     else:
         rows = read_table(file)
-        cells = {column: [str(row[column] or "").strip() for row in rows] for column in (text, pair) if column}
+        cells = {column: [_text(row[column], row.place) for row in rows] for column in (text, pair) if column}
         empty = [row.place for number, row in enumerate(rows) if not all(cell[number] for cell in cells.values())]
         if empty:
             raise ValueError(f"{empty[0]}: there is no text in it ({len(empty)} such rows); remove them")

@@ -41,6 +41,8 @@ def test_a_run_that_was_cut_off_goes_on(tiny_config, tiny_tokenizer, tmp_path):
     assert all(path.stat().st_mtime_ns == kept[path] for path in kept if path != gone)
     other = subprocess.run([*command, "--max_rows", "5"], capture_output=True, text=True, cwd=ROOT)
     assert other.returncode == 2 and "holds answers to other test rows" in other.stderr
+    other = subprocess.run([*command, "--max_length", "30"], capture_output=True, text=True, cwd=ROOT)
+    assert other.returncode == 2 and "holds answers of another max_length" in other.stderr
 
 
 @pytest.mark.slow

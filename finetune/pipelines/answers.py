@@ -50,14 +50,16 @@ def answer(work: Work, stage: str) -> ExitMetrics:
     if "Q" in stage:
         session = ElasticSession.from_pretrained(folder)
         exits, logits = session.exit_layers, _of_export(session, work.dev, size)
+        labels = work.labels_of(session.no_answer_threshold)
     else:
         accelerator = Accelerator()
         model = load_classifier(folder, work.options.max_length).to(accelerator.device)
         exits, logits = model.exit_layers, exit_logits(model, work.dev, load_tokenizer(folder), size, accelerator)
+        labels = work.labels_of(model.config.no_answer_threshold)
     with new_file(folder / ANSWERS) as file, file.open("wb") as kept:
         np.savez_compressed(kept, logits=logits)
     return {
-        layer: quality(answers_of(one, work.dev, work.labels), work.dev, work.labels)
+        layer: quality(answers_of(one, work.dev, labels), work.dev, labels)
         for layer, one in zip(exits, logits, strict=True)
     }
 

@@ -169,7 +169,7 @@ def _curve(
     exits = list(config.exit_layers or ())
     points: list[Point] = []
     for policy in _policies(work, logits):
-        one = outcome(policy, logits, exits, work.dev, work.labels)
+        one = outcome(policy, logits, exits, work.dev, work.labels_of(config.no_answer_threshold))
         places = np.searchsorted(exits, one.left_at)
         setting = policy["threshold"] if "threshold" in policy else policy["patience"]
         points.append(

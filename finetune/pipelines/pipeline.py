@@ -66,15 +66,23 @@ def write_measured(file: Path, work: Work, measurements: Iterable[Measurement]) 
 
 
 def known_measurements(file: Path, work: Work) -> Known:
-    """What was measured before under the same settings; ValueError where it is of other data."""
+    """What was measured before; ValueError where it is of other data or by another metric."""
     if not file.is_file():
         return {}
     content = read_measured(file)
-    if content["dev"] != work.data["dev"]:
-        raise ValueError(f"{file} was measured on other data; choose another --output, or remove the file")
-    if work.options.again or content["settings"] != _measuring(work) or content["machine"] != cpu_name():
-        return {}
+    for name, value in (("dev", work.data["dev"]), ("metric", work.labels.metrics[0])):
+        if content[name] != value:
+            other = "on other data" if name == "dev" else f"by {content[name]!r}, not {value!r}"
+            raise ValueError(f"{file} was measured {other}; choose another --output, or remove the file")
     return {(one.pipeline, one.seed): one for one in content["measurements"]}
+
+
+def _holds(file: Path, work: Work) -> bool:
+    """Whether the times of a file compare with those taken now: the same settings and machine, not asked for again."""
+    if work.options.again or not file.is_file():
+        return False
+    content = read_measured(file)
+    return bool(content["settings"] == _measuring(work) and content["machine"] == cpu_name())
 
 
 def summary(measurements: list[Measurement]) -> str:
@@ -108,12 +116,12 @@ def against_doubled(measurements: list[Measurement], max_length: int) -> list[st
 
 
 def measured_together(work: Work, pipelines: list[str], known: Known, file: Path) -> list[Measurement]:
-    """What is known of pipelines whose stages are there, of one seed. Where something is missing, all are timed anew
-    in turns, and with them whatever else was measured in this folder: times of one seed always compare. They are kept
-    in `file`."""
+    """What is known of pipelines whose stages are there, of one seed. Where something is missing or was measured under
+    other settings, all are timed anew in turns, and with them whatever else was measured in this folder: times of one
+    seed always compare. They are kept in `file`."""
     own = {key: one for key, one in known.items() if key[1] == work.options.seed and is_current(work, one)}
     keys = [(name_of(letters), work.options.seed) for letters in pipelines]
-    if any(key not in own for key in keys):
+    if any(key not in own for key in keys) or not _holds(file, work):
         names = list(dict.fromkeys(name for name, _ in [*own, *keys]))
         print(f"measuring {' '.join(names)}, seed {work.options.seed}, in turns", flush=True)
         for one in measure(work, [letters_of(name) for name in names]):

@@ -28,6 +28,7 @@ from finetune.run import run_folder
 from finetune.state import PROGRESS
 
 RECORD = "stage.json"
+SPENT = "seconds"  # of a stage that was interrupted
 SHARED = ("epochs", "batch_size", "learning_rate", "train_rows", "max_length", "seed")
 PRUNING = ("rounds", "importance_rows", "uneven", "label_free")  # options of `prune` that P hands on as they are
 OF_OPERATOR: dict[str, tuple[str, ...]] = {  # the options that a stage depends on, beside its parent
@@ -61,6 +62,7 @@ def _nothing(work: Work, stage: str, parent: Path, folder: Path) -> int:
         return _run("train", options)
     given = load_teacher(options)
     settings = settings_of_student(options, work.labels, given.exit_layers)
+    settings |= {"no_answer_threshold": given.config.no_answer_threshold}  # it is taken as it is
     with new_folder(folder) as new:
         shallower(given, config.num_hidden_layers, settings).save_pretrained(new)
         load_tokenizer(parent).save_pretrained(new)
@@ -120,8 +122,11 @@ JOBS: dict[str, Job] = {
 
 
 def settings_of(work: Work, letters: str) -> dict[str, Any]:
-    """The options that the last operator of a pipeline depends on."""
-    return {name: getattr(work.options, name) for name in OF_OPERATOR[letters[-1:]]}
+    """What the last operator of a pipeline depends on: options, the weights of a student, the metrics that decide."""
+    found = {name: getattr(work.options, name) for name in OF_OPERATOR[letters[-1:]]}
+    if found.get("student") is not None:
+        found["student"] = checkpoint_hash(found["student"])
+    return found if letters.endswith("Q") else {**found, "metrics": list(work.labels.metrics)}
 
 
 def _parent(work: Work, stage: str) -> Path:
@@ -145,7 +150,7 @@ def _check_begun(work: Work, stage: str) -> None:
         found = dict(json.loads(file.read_text(encoding="utf-8"))["settings"])
     except (ValueError, KeyError, TypeError):
         return  # damaged: the job itself says so, and how
-    for name in SHARED:
+    for name in (*SHARED, "metrics"):
         if found.get(name) != getattr(work.options, name):
             raise ValueError(
                 f"stage {running} was begun with {name} = {found.get(name)!r}, not {getattr(work.options, name)!r}; "
@@ -163,6 +168,8 @@ def read_record(work: Work, stage: str) -> dict[str, Any] | None:
     file = folder / RECORD
     if not file.is_file():
         _check_begun(work, stage)
+        return None
+    if stage and not (_parent(work, stage) / RECORD).is_file():
         return None
     remedy = "choose another --output, or remove the folder to make it anew"
     try:
@@ -197,7 +204,8 @@ def carry_out(work: Work, stage: str) -> int:
         shutil.rmtree(folder)
         shutil.rmtree(running, ignore_errors=True)
     print(f"stage {name_of(stage)}: {OPERATORS.get(stage[-1:], 'fine-tuned')}", flush=True)
-    began = time.monotonic()
+    spent = running / SPENT  # by the processes that were interrupted
+    began = time.monotonic() - (float(spent.read_text()) if spent.is_file() else 0.0)
     try:
         code = JOBS[stage[-1:]](work, stage, parent, folder)
     except ValueError as error:
@@ -205,6 +213,8 @@ def carry_out(work: Work, stage: str) -> int:
             raise
         raise ValueError(f"{error} (of a pipeline: remove {running} to begin the stage anew)") from error
     if code:
+        if running.is_dir():
+            spent.write_text(f"{time.monotonic() - began:.1f}")
         return code
     record = {
         "stage": name_of(stage),

@@ -207,7 +207,9 @@ def savings(measured: Measured) -> dict[str, dict[str, Any]]:
             "difference_with_Q": paired(measured[name], measured[names["Q"]]),
             "ms": ms,
             **{f"saved_{top}": 1 - _mean(measured, one, "ms") / ms for top, one in names.items()},
-            "estimated_LQ": 1 - float(estimate_of(names["LQ"], measured).curve[0, 0]) / ms,
+            "estimated_LQ": 1 - float(estimate_of(names["LQ"], measured).curve[0, 0]) / ms
+            if all(part in measured for part in parts_needed(names["LQ"]))
+            else None,
         }
     return found
 

@@ -1,6 +1,6 @@
 """What the stages of a pipeline share: the options, the rows, and where each stage is kept."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,10 @@ class Work:
     def folder(self, stage: str) -> Path:
         """Where a stage is kept."""
         return self.root / name_of(stage)
+
+    def labels_of(self, no_answer_threshold: float | None) -> Labels:
+        """The labels with the threshold that a stage has tuned."""
+        return replace(self.labels, no_answer_threshold=no_answer_threshold)
 
     @property
     def policy(self) -> str:

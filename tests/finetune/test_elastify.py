@@ -1,5 +1,6 @@
 """elastify: exits for stock models that learn from the models themselves; the last exit stays what they are."""
 
+import gzip
 import json
 import lzma
 from pathlib import Path
@@ -126,6 +127,19 @@ def test_texts_are_lines_or_columns(tmp_path):
     assert read_texts(tmp_path / "my.t.txt.xz", None, None).texts == ["one", "two"]
     (tmp_path / "t.txt").write_text("first\n\n second\tstill the second \n")
     assert read_texts(tmp_path / "t.txt", None, None).texts == ["first", "second\tstill the second"]
+
+
+def test_texts_of_words_and_damaged_ones(tmp_path):
+    """A list of words was read as Python prints it, a damaged archive ended in a traceback."""
+    (tmp_path / "t.jsonl").write_text('{"words": ["EU", "rejects", "it"]}\n')
+    assert read_texts(tmp_path / "t.jsonl", "words", None).texts == ["EU rejects it"]
+    (tmp_path / "t.jsonl").write_text('{"words": {"a": 1}}\n')
+    with pytest.raises(ValueError, match="a text is needed, got {'a': 1}"):
+        read_texts(tmp_path / "t.jsonl", "words", None)
+    whole = gzip.compress(b"one\ntwo\n" * 99)
+    (tmp_path / "t.txt.gz").write_bytes(whole[:12] + bytes([whole[12] ^ 255]) + whole[13:])
+    with pytest.raises(ValueError, match="t.txt.gz: not a readable text file"):
+        read_texts(tmp_path / "t.txt.gz", None, None)
 
 
 def test_agreement_on_known_answers():

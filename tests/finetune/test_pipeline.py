@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,22 @@ from elastic_model.operating_points import checkpoint_hash
 from elastic_model.provenance import read_provenance
 from export.write import patch_config
 from finetune.__main__ import _command
-from finetune.pipelines.letters import checkpoint_of, parse, prefixes, stage_of
-from finetune.pipelines.measure import TURNS, Point, Trial, line_in_tokens, operating_point, times_in_turns
-from finetune.pipelines.stages import stage_hash
-from finetune.pipelines.study import all_orders, measured_pipelines, stages_of
+from finetune.labels import Labels
+from finetune.pipelines.config import PipelineOptions
+from finetune.pipelines.estimate import by_pipeline
+from finetune.pipelines.letters import checkpoint_of, name_of, parse, prefixes, stage_of
+from finetune.pipelines.measure import (
+    TURNS,
+    Measurement,
+    Point,
+    Trial,
+    line_in_tokens,
+    operating_point,
+    times_in_turns,
+)
+from finetune.pipelines.stages import read_record, settings_of, stage_hash
+from finetune.pipelines.study import all_orders, measured_pipelines, savings, stages_of
+from finetune.pipelines.work import Work
 
 
 @pytest.fixture
@@ -243,6 +256,62 @@ def test_what_was_begun_with_other_settings_is_named_before_training(flags, tmp_
     with pytest.raises(ValueError, match="DE.run was begun with epochs = 7, not 1; choose another --output"):
         _command(["pipeline", "DE", *flags()])
     assert not (tmp_path / "out" / "O").exists()
+
+
+def test_a_stage_whose_parent_is_gone_is_made_again(tiny_checkpoint, tmp_path):
+    """As its own remedy has it, "remove the folder to make it anew": every run ended at the folder that was gone."""
+    labels = Labels("single_label_classification", ["a", "b"], ("accuracy",))
+    work = Work(PipelineOptions(pipeline="DE", model=str(tiny_checkpoint), output="o"), tmp_path, labels, None, 9, {})
+    for stage, parent in (("", tiny_checkpoint), ("D", tmp_path / "O"), ("DE", tmp_path / "D")):
+        folder = shutil.copytree(tiny_checkpoint, work.folder(stage))
+        record = {"settings": settings_of(work, stage), "data": {}, "parent": {"sha256": stage_hash(parent)}}
+        (folder / "stage.json").write_text(json.dumps(record))
+    assert all(read_record(work, stage) for stage in ("", "D", "DE"))
+    shutil.rmtree(work.folder("D"))
+    assert [read_record(work, stage) is None for stage in ("", "D", "DE")] == [False, True, True]
+    by_f1 = replace(work, labels=Labels("single_label_classification", ["a", "b"], ("f1",)))
+    with pytest.raises(ValueError, match=r"stage .*O was made with metrics = \['accuracy'\], not \['f1'\]"):
+        read_record(by_f1, "")
+
+
+def test_a_student_is_known_by_its_weights(tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "student")
+    options = PipelineOptions(pipeline="D", model="m", output="o", student=str(tmp_path / "student"))
+    labels = Labels("single_label_classification", ["a", "b"], ("accuracy",))
+    work = Work(options, tmp_path, labels, None, 9, {})
+    before = settings_of(work, "D")["student"]
+    assert before == checkpoint_hash(tiny_checkpoint)
+    weights = tmp_path / "student" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert settings_of(work, "D")["student"] != before
+
+
+def test_a_stock_start_is_known_by_its_weights(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pytorch_model.bin").write_bytes(name.encode())
+    assert checkpoint_hash(tmp_path / "a") != checkpoint_hash(tmp_path / "b")
+
+
+def test_orders_without_p_alone_have_no_estimate_of_lq():
+    """The study ended there, when all was trained and measured."""
+    one = Measurement(
+        "O", 0, "", "accuracy", 0.9, 0.9, 4.0, 1.0, 4.0, 1, 1, [4.0], None, [Point(None, 0.9, 4, 1, 4)], {}
+    )
+    measured = by_pipeline([replace(one, pipeline=name_of(letters)) for letters in measured_pipelines(["DP"])])
+    found = savings(measured)
+    assert found["DP"]["estimated_LQ"] is None and found["D"]["estimated_LQ"] is not None
+
+
+def test_what_was_measured_stays_in_the_turns(flags, trained, tmp_path, capsys):
+    """`--again`, or other settings of the times, forgot all other pipelines of the folder."""
+    given = [*flags("--epochs=1", "--layers=2"), f"--model={trained.output}"]
+    for text, more in (("E", []), ("D", []), ("O", ["--again"]), ("O", ["--timed_rows=3"])):
+        assert not _command(["pipeline", text, *given, *more])
+        if more:
+            assert "measuring" in capsys.readouterr().out
+    names = {one["pipeline"] for one in json.loads((tmp_path / "out" / "measured.json").read_text())["measurements"]}
+    assert names == {"O", "D", "E"}
 
 
 def test_two_jobs_do_not_share_a_folder(flags, tmp_path):

@@ -191,6 +191,7 @@ def test_a_latency_that_half_the_width_meets_is_met(pruned, monkeypatch, tmp_pat
     [
         ([], "give one target"),
         (["--heads", "3", "--share", "0.5"], "give one target"),
+        (["--share", "0.99", "--multiple_of", "64"], "share 0.99 leaves all 4 heads and 64 FFN neurons of a layer"),
         (["--heads", "5"], "heads must be 1 to 4, what a layer of the model has, got 5"),
         (["--intermediate", "0"], "intermediate must be 1 to 64"),
         (["--intermediate", "30", "--multiple_of", "8"], "intermediate must be a multiple of multiple_of 8, got 30"),
