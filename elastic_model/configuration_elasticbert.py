@@ -189,8 +189,9 @@ _EXIT_FIELDS = ("num_hidden_layers", "exit_layers", "num_output_layers", "max_ou
 def _policy_of_fewer(policy: dict, before: list[int], after: list[int]) -> dict:
     """A policy of the exits `before` where only `after` are left: their thresholds, a constant layer that is there."""
     thresholds = policy.get("threshold")
-    if isinstance(thresholds, list) and len(thresholds) == len(before) and set(after) <= set(before):
-        return {**policy, "threshold": [thresholds[before.index(layer)] for layer in after]}
+    if isinstance(thresholds, list) and len(thresholds) == len(before) and set(after[:-1]) <= set(before):
+        own = dict(zip(before, thresholds, strict=True))  # a new last exit is never asked
+        return {**policy, "threshold": [own.get(layer, thresholds[-1]) for layer in after]}
     if policy.get("name") == "constant" and policy.get("layer") not in after:
         return {**policy, "layer": max([layer for layer in after if layer <= policy["layer"]], default=after[0])}
     return policy

@@ -346,7 +346,9 @@ def zero_for_others(model: nn.Module, layers: list[int]) -> torch.Tensor | float
     outside of one.
     """
     width = next(module.config.hidden_size for module in model.modules() if isinstance(module, ElasticBertEncoder))
-    nothing = next(model.parameters()).new_zeros(0, width)
+    # not of model.parameters(), which the replicas of DataParallel do not have
+    weight = next(module.weight for module in model.modules() if isinstance(module, nn.Embedding))
+    nothing = weight.new_zeros(0, width)
     per_exit = [module for module in model.modules() if isinstance(module, PerExit)]
     return sum(module(nothing).sum() for one in per_exit for module in one.others(layers))
 
@@ -366,8 +368,8 @@ class ElasticBertEncoder(nn.Module):
     def exits(
         self, flow: Flow, lengths, layers: list[int], wanted: list[int], equilibrium: bool, **kwargs
     ) -> Iterator[Exit]:
-        """The only loop over layers and exits: yields each exit of `wanted` whose layer is executed, and always the
-        last.
+        """The only loop over layers and exits, up to the last that is wanted: yields each exit of `wanted` whose layer
+        is executed, and the top one whatever is.
 
         lengths: one entry per layer, or None; layers: those executed; equilibrium: scale the gradients of the exits
         yielded.
@@ -375,6 +377,8 @@ class ElasticBertEncoder(nn.Module):
         before = None
         top = self.exit_layers[-1]
         computed = [layer for layer in wanted if layer in layers or layer == top]
+        if not computed:
+            raise ValueError(f"exits {wanted} are after layers that layer_config {layers} leaves out.")
         for number, layer in enumerate(self.layer, start=1):
             if number in layers:
                 length = None if lengths is None or lengths[number - 1] in (before, 1.0) else lengths[number - 1]
@@ -386,5 +390,5 @@ class ElasticBertEncoder(nn.Module):
             exits_from_here = len(computed) - computed.index(number)
             branch = flow.branch_off(exits_from_here) if equilibrium and exits_from_here > 1 else replace(flow)
             yield Exit(number, self.exit_layers.index(number), number == top, branch, flow)
-            if not flow.hidden.shape[0]:
+            if number == computed[-1] or not flow.hidden.shape[0]:
                 return

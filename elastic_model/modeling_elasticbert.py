@@ -203,7 +203,10 @@ class ElasticBertModel(ElasticBertPreTrainedModel):
         **kwargs: Unpack[RecordingArguments],
     ) -> ElasticBertModelOutput:
         """length_config, layer_config: the sub-network, None = the config's; exit_policy: only "never" and "constant"
-        here."""
+        here, None = the config's where that is constant."""
+        own = self.config.exit_policy or {}
+        if exit_policy is None and own.get("name") == "constant":  # others ask a head, for which they are kept
+            exit_policy = own
         policy = check_exit_policy(exit_policy, len(self.encoder.exit_layers))
         if policy is not None and policy["name"] != "constant":
             raise ValueError(

@@ -135,7 +135,12 @@ def load_foreign(model_class, name, kwargs: dict) -> tuple[PreTrainedConfig, dic
             raise
         return None  # weights alone, with the config as an argument: ours
     if not stock and kwargs.get("config") is None:
+        if cached_file(name, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **hub):
+            return None  # of PEFT: transformers finds its base
         raise OSError(f"{name} has no config.json: it is not a checkpoint.")
+    files = _weight_files(kwargs.get("variant"), kwargs.get("use_safetensors"))
+    if stock and "model_type" not in stock:
+        stock["model_type"] = _family(_read_weights(name, files, hub), name)
     model_type = stock.get("model_type", "elasticbert")
     if model_type not in _KEYS:
         allowed = ", ".join(_KEYS)
@@ -153,8 +158,9 @@ def load_foreign(model_class, name, kwargs: dict) -> tuple[PreTrainedConfig, dic
     given = getattr(config, "num_output_layers", None) if config is not None else stock.get("num_output_layers")
     if model_type == "elasticbert" and (kwargs.get("num_output_layers", given) == 1) == was_static:
         return None
-    kwargs = {key: value for key, value in kwargs.items() if key not in _HUB_ARGUMENTS}
-    tensors = _read_weights(name, hub)
+    read = (*_HUB_ARGUMENTS, "variant", "use_safetensors")
+    kwargs = {key: value for key, value in kwargs.items() if key not in read}
+    tensors = _read_weights(name, files, hub)
     config = kwargs.pop("config", None)
     kwargs = {key: value for key, value in kwargs.items() if key not in _DTYPES or value != "auto"}  # as without it
     if config is not None and config.model_type in _KEYS and config.model_type != "elasticbert":
@@ -188,9 +194,27 @@ def commit_of(name, kwargs: dict) -> str | None:
     return extract_commit_hash(file, None) if isinstance(file, str) else None
 
 
-def _read_weights(name, hub: dict) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, safetensors first; a `.bin` is read with `weights_only=True`."""
-    for file in _WEIGHT_FILES:
+def _weight_files(variant: str | None, use_safetensors: bool | None) -> list[str]:
+    """The files that may hold a checkpoint's weights, in the order in which they are looked for: those of a variant
+    have its name before their ending."""
+    found = [file for file in _WEIGHT_FILES if use_safetensors in (None, file.startswith("model."))]
+    if variant is None:
+        return found
+    return ["{}.{}.{}".format(file.rpartition(".")[0], variant, file.rpartition(".")[2]) for file in found]
+
+
+def _family(tensors: dict, name) -> str:
+    """The model type of a checkpoint whose config.json names none, as those made before 2020: by its tensors."""
+    for family in ("elasticbert", "distilbert", "roberta", "bert"):
+        if any(key.startswith(f"{family}.") for key in tensors):
+            return family
+    raise ValueError(f"config.json of {name} has no model_type, and its tensors do not tell it: add it.")
+
+
+def _read_weights(name, files: list[str], hub: dict) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, from the first of the files that is there; a `.bin` is read with
+    `weights_only=True`."""
+    for file in files:
         path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
         if path is None:
             continue
@@ -201,7 +225,7 @@ def _read_weights(name, hub: dict) -> dict[str, torch.Tensor]:
         for shard in shards:
             tensors |= load_state_dict(str(cached_file(name, shard, **hub)), map_location="cpu", weights_only=True)
         return tensors
-    raise OSError(f"{name} holds no weights: expected one of {', '.join(_WEIGHT_FILES)}.")
+    raise OSError(f"{name} holds no weights: expected one of {', '.join(files)}.")
 
 
 def _convert(tensors: dict, model_type: str, model_class, config) -> dict[str, torch.Tensor]:

@@ -187,6 +187,8 @@ def _leaves_at(
     if "threshold" in policy:
         highest = np.inf if task.problem_type == REGRESSION else 1.0
         policy["threshold"] = [float(np.clip(value + shift, 0.0, highest)) for value in thresholds]
+    else:  # a count: where the configuration has no policy, one that nobody reaches
+        policy[{"voting": "votes"}.get(policy["name"], policy["name"])] = int(thresholds[0])
     _, layers = simulate(policy, logits, exit_layers, task.problem_type, None if task.head.pools else mask)
     return layers.numpy()
 
@@ -287,7 +289,8 @@ def same_answers(ours: list[np.ndarray], theirs: list[np.ndarray], kind: str) ->
     if kind == MULTI_LABEL:
         return ((a > 0) == (b > 0)).all(axis=-1)
     if kind == REGRESSION:
-        return (np.abs(a - b) <= 0.1 * b.std(axis=1, keepdims=True)).all(axis=-1)
+        spread = b.std(axis=1, keepdims=True)  # between rows; of one row, or equal ones, the numbers' own size
+        return (np.abs(a - b) <= 0.1 * np.where(spread > 1e-6 * np.abs(b), spread, np.abs(b))).all(axis=-1)
     return a.argmax(axis=-1) == b.argmax(axis=-1)
 
 
@@ -295,7 +298,7 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(axis=-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1) + 1e-12)
 
 
-def quality(session: ElasticSession, answers: Answers, labels: list[str]) -> dict[str, float]:
+def quality(session: ElasticSession, answers: Answers, labels: list[str]) -> dict[str, float | None]:
     """What a file scores on labelled rows, at full depth and as it runs by itself: accuracy, or for a regression
     Pearson's correlation."""
     said = {
@@ -307,7 +310,14 @@ def quality(session: ElasticSession, answers: Answers, labels: list[str]) -> dic
         right = np.array([places[label] for label in labels])
         return {name: float((logits.argmax(axis=-1) == right).mean()) for name, logits in said.items()}
     values = np.array([float(label) for label in labels])
-    return {name: float(np.corrcoef(logits[:, 0], values)[0, 1]) for name, logits in said.items()}
+    return {name: _correlation(logits[:, 0], values) for name, logits in said.items()}
+
+
+def _correlation(answers: np.ndarray, values: np.ndarray) -> float | None:
+    """Pearson's; None where either side is the same for all rows."""
+    if not (np.ptp(answers) and np.ptp(values)):
+        return None
+    return float(np.corrcoef(answers, values)[0, 1])
 
 
 def matrix_products(model: OnnxModel) -> dict[str, Any]:

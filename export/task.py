@@ -81,7 +81,9 @@ def task_of(config: ElasticBertConfig, measured: dict[str, Any] | None = None, a
     lengths: LengthConfig = shares if min(mass) == 1 else {"mass": mass}
     labels = {QUESTIONS: 2, EMBEDDING: config.hidden_size}.get(problem_type, config.num_labels)
     if problem_type == EMBEDDING:
-        return Task(head, problem_type, None, [], exits[-1], lengths, labels)
+        own = config.exit_policy or {}
+        layer = own["layer"] if own.get("name") == "constant" else exits[-1]
+        return Task(head, problem_type, None, [], layer, lengths, labels)
     policy, thresholds, max_layer = _policy_of(config, measured, problem_type)
     return Task(head, problem_type, policy, thresholds, max_layer, lengths, labels)
 
@@ -151,7 +153,10 @@ def _flops(config: ElasticBertConfig, task: Task, layer: int) -> dict[str, int]:
     width, heads = config.hidden_size, config.head_sizes[layer - 1]
     head = width * task.labels
     pooled = width * width + head if task.head.pools else 0
-    asked = layer in config.exit_layers and task.problem_type != EMBEDDING
+    if task.problem_type == EMBEDDING:  # its one pooler, wherever it is asked: counted with the first layer
+        asked, pooled, head = layer == 1, width * width, 0
+    else:
+        asked = layer in config.exit_layers
     return {
         "attention": 8 * width * heads,
         "pairs": 4 * heads,

@@ -211,6 +211,35 @@ def train(model, batches, learning_rate):
     return losses
 
 
+def test_a_replica_of_data_parallel_has_a_loss(tiny_config):
+    """Trainer's way with several GPUs in one process: replicas have no parameters, as `parameters()` counts them."""
+
+    def replica(module):
+        copy = module._replicate_for_data_parallel()
+        for name, inner in module._modules.items():
+            copy._modules[name] = replica(inner)
+        for name, parameter in module._parameters.items():
+            setattr(copy, name, None if parameter is None else parameter.view_as(parameter))
+        return copy
+
+    model = ElasticBertForSequenceClassification(tiny_config).train()
+    ids, labels = torch.randint(1, 200, (3, 7)), torch.tensor([0, 1, 2])
+    assert not list(replica(model).parameters())
+    torch.testing.assert_close(replica(model)(ids, labels=labels).loss, model(ids, labels=labels).loss)
+
+
+def test_an_adapter_finds_its_base(tiny_config, tmp_path):
+    peft = pytest.importorskip("peft")
+    ElasticBertForSequenceClassification(tiny_config).save_pretrained(tmp_path / "base")
+    base = ElasticBertForSequenceClassification.from_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(base, peft.LoraConfig(target_modules=["query"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    found = ElasticBertForSequenceClassification.from_pretrained(tmp_path / "adapter").eval()
+    ids = torch.randint(1, 200, (3, 7))
+    with torch.no_grad():
+        torch.testing.assert_close(found(ids).logits, adapted.eval()(ids).logits)
+
+
 def test_lora_trains_merges_and_gives_the_same_numbers(tiny_config, generator, tmp_path):
     """A model that has learned its task learns the same task with the classes renamed."""
     peft = pytest.importorskip("peft")

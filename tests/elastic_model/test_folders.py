@@ -168,6 +168,21 @@ def test_a_link_is_written_through(tmp_path):
     assert contents(tmp_path) == {"link", "real"}
 
 
+def test_what_is_no_file_is_written_to(tmp_path):
+    """`--output /dev/null` as root replaced the device, a link to a file the link."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with new_file(tmp_path / "pipe") as file:
+        file.write_text("answers")
+    assert os.read(reader, 99) == b"answers" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with new_file(tmp_path / "link") as file:
+        file.write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
+
+
 def test_an_emptied_folder_is_still_ours(tmp_path):
     with working_in(tmp_path / "out") as folder:
         (folder / "inner").mkdir()

@@ -212,6 +212,15 @@ def test_static_use_of_a_stock_model_has_its_names(task, tmp_path):
     assert heads == [key for key in stock.state_dict() if not key.startswith("bert.")]
 
 
+def test_thresholds_follow_where_the_cut_adds_an_exit(tmp_path):
+    policy = {"name": "entropy", "threshold": [0.1, 0.3]}
+    config = ElasticBertConfig(**{**BERT, "num_hidden_layers": 4}, exit_layers=[2, 4], exit_policy=policy)
+    config.save_pretrained(tmp_path)
+    for layers, expected in ((1, [0.3]), (3, [0.1, 0.3]), (4, [0.1, 0.3])):
+        fewer = ElasticBertConfig.from_pretrained(tmp_path, num_hidden_layers=layers)
+        assert fewer.exit_policy["threshold"] == expected
+
+
 def test_fewer_layers_cut_lists_and_exits():
     config = ElasticBertConfig(
         num_hidden_layers=6,
@@ -233,6 +242,36 @@ def test_other_model_types_and_empty_folders_are_refused_by_name(tmp_path):
     stock_model("Bert", "Model").config.save_pretrained(tmp_path)
     with pytest.raises(OSError, match="holds no weights"):
         elastic_model.ElasticBertModel.from_pretrained(tmp_path)
+
+
+def test_the_variant_that_is_asked_for_is_read(tmp_path):
+    """The usual weights were loaded instead, without a word."""
+    stock = stock_model("Bert", "ForSequenceClassification")
+    stock.save_pretrained(tmp_path)
+    torch.nn.init.constant_(stock.classifier.weight, 7.0)
+    stock.save_pretrained(tmp_path, variant="other")
+    ours = elastic_model.ElasticBertForSequenceClassification
+    assert (ours.from_pretrained(tmp_path, variant="other").classifiers.at(3).weight == 7).all()
+    assert (ours.from_pretrained(tmp_path).classifiers.at(3).weight != 7).all()
+    with pytest.raises(OSError, match="expected one of model.none.safetensors, model.safetensors.index.none.json"):
+        ours.from_pretrained(tmp_path, variant="none")
+    with pytest.raises(OSError, match="expected one of pytorch_model.bin, pytorch_model.bin.index.json"):
+        ours.from_pretrained(tmp_path, use_safetensors=False)
+
+
+@pytest.mark.parametrize("family", ["Bert", "DistilBert"])
+def test_a_config_without_a_model_type_is_told_by_its_tensors(family, tmp_path):
+    """As those of 2019: the body was drawn at random."""
+    stock_model(family, "ForSequenceClassification").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    whole = elastic_model.ElasticBertForSequenceClassification.from_pretrained(tmp_path).state_dict()
+    (tmp_path / "config.json").write_text(json.dumps({key: config[key] for key in config if key != "model_type"}))
+    found = elastic_model.ElasticBertForSequenceClassification.from_pretrained(tmp_path).state_dict()
+    last = [name for name in whole if "classifiers" not in name or ".2." in name]
+    assert last and all(torch.equal(found[name], whole[name]) for name in last)
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="has no model_type, and its tensors do not tell it"):
+        elastic_model.ElasticBertForSequenceClassification.from_pretrained(tmp_path)
 
 
 def test_label_names_come_along(tmp_path):

@@ -103,6 +103,42 @@ def test_questions_are_answered_from_the_end_of_a_long_context(checkpoint_of):
         session([("Who was strong?", CONTEXT), ("Who was strong?", "\u200b")])  # what normalising removes
 
 
+def test_a_bare_model_stops_where_its_configuration_says(checkpoint_of):
+    """A constant policy of its own was left out, in PyTorch and in the file; so was the pooler, in its FLOPs."""
+    model, checkpoint = checkpoint_of(ElasticBertModel, exit_policy={"name": "constant", "layer": 2})
+    batch = AutoTokenizer.from_pretrained(checkpoint)(TEXTS[0], return_tensors="pt")
+    with torch.no_grad():
+        own, asked = model(**batch), model(**batch, exit_policy={"name": "constant", "layer": 2})
+        full = model(**batch, exit_policy={"name": "never"})
+    assert torch.equal(own.pooler_output, asked.pooler_output) and not torch.equal(own[0], full[0])
+    session = ElasticSession.from_pretrained(exported(checkpoint)[0], "model", threads=1)
+    (found,) = session(TEXTS[:1], cost=True)
+    np.testing.assert_allclose(found["embedding"], own.last_hidden_state[0].mean(0), atol=1e-5)
+    tokens = batch["input_ids"].shape[1]
+    assert found["exit_layer"] == 2
+    assert found["flops"] == cost.flops(model.config, tokens, exit_layer=2, head="none")
+
+
+@pytest.mark.parametrize("policy", [{"name": "patience", "patience": 1}, {"name": "voting", "votes": 2}])
+def test_points_of_a_policy_that_counts_are_exported_without_a_default(checkpoint_of, policy):
+    """The check followed the points' count, and the file the count that lets nobody leave."""
+    _, checkpoint = checkpoint_of()
+    points = [OperatingPoint("full", [4.0] * 4, 4.0), OperatingPoint("fast", [float(policy.get("votes", 1))] * 4, 2.0)]
+    OperatingPoints(checkpoint_hash(checkpoint), policy, points).save(checkpoint)
+    session = ElasticSession.from_pretrained(exported(checkpoint)[0], "model", threads=1)
+    assert [one["exit_layer"] for one in session(TEXTS)] == [4] * 3
+    assert min(one["exit_layer"] for one in session(TEXTS, budget="fast")) < 4
+
+
+def test_one_row_of_a_regression_is_enough_to_compare(checkpoint_of, tmp_path):
+    """No spread between rows allowed no difference; a correlation without one was NaN, which JSON has not."""
+    _, checkpoint = checkpoint_of(num_labels=1)
+    (tmp_path / "rows.tsv").write_text("text\tlabel\n" + f"{TEXTS[0]}\t1.5\n")
+    out, report = exported(checkpoint, rows=tmp_path / "rows.tsv", label="label", min_agreement=0.5)
+    assert report["files"][INT8]["quality"] == {"full": None, "default": None}
+    assert "NaN" not in (out / "export_report.json").read_text()
+
+
 def test_vectors_are_means_of_the_last_states(checkpoint_of):
     model, checkpoint = checkpoint_of(ElasticBertModel)
     out, _ = exported(checkpoint)
