@@ -152,13 +152,14 @@ def new_folder(path: Path) -> Iterator[Path]:
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary file that becomes `path` when the block ends: fsynced, then renamed over what was there, of a link
     over what it leads to. What is no file, as /dev/null or a pipe, is written to instead."""
-    path = Path(os.path.realpath(path))
+    path = Path(path)
     if path.exists() and not path.is_file():
         with TemporaryDirectory() as folder:
             yield Path(folder) / path.name
             with (Path(folder) / path.name).open("rb") as written, path.open("wb") as target:
                 shutil.copyfileobj(written, target)
         return
+    path = Path(os.path.realpath(path))
     temporary = _beside(path)
     try:
         yield temporary

@@ -80,8 +80,9 @@ class ElasticBertPreTrainedModel(PreTrainedModel):
                 config, state_dict, kwargs = foreign
                 loaded = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
         if name is not None:
-            config = (loaded[0] if isinstance(loaded, tuple) else loaded).config
-            config._name_or_path, config._commit_hash = str(name), commit
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            model.name_or_path = str(name)  # which PEFT notes as an adapter's base
+            model.config._name_or_path, model.config._commit_hash = str(name), commit
         return loaded
 
     def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
@@ -203,9 +204,10 @@ class ElasticBertModel(ElasticBertPreTrainedModel):
         **kwargs: Unpack[RecordingArguments],
     ) -> ElasticBertModelOutput:
         """length_config, layer_config: the sub-network, None = the config's; exit_policy: only "never" and "constant"
-        here, None = the config's where that is constant."""
+        here, None = the config's where that is constant and the model does not train."""
         own = self.config.exit_policy or {}
-        if exit_policy is None and own.get("name") == "constant":  # others ask a head, for which they are kept
+        # others ask a head, for which they are kept; none holds while training, as of the task models
+        if exit_policy is None and own.get("name") == "constant" and not self.training:
             exit_policy = own
         policy = check_exit_policy(exit_policy, len(self.encoder.exit_layers))
         if policy is not None and policy["name"] != "constant":

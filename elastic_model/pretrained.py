@@ -135,7 +135,9 @@ def load_foreign(model_class, name, kwargs: dict) -> tuple[PreTrainedConfig, dic
             raise
         return None  # weights alone, with the config as an argument: ours
     if not stock and kwargs.get("config") is None:
-        if cached_file(name, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **hub):
+        adapter = cached_file(name, "adapter_config.json", _raise_exceptions_for_missing_entries=False, **hub)
+        if adapter is not None:
+            _check_base(name, Path(adapter))
             return None  # of PEFT: transformers finds its base
         raise OSError(f"{name} has no config.json: it is not a checkpoint.")
     files = _weight_files(kwargs.get("variant"), kwargs.get("use_safetensors"))
@@ -171,7 +173,7 @@ def load_foreign(model_class, name, kwargs: dict) -> tuple[PreTrainedConfig, dic
         if "pre_classifier.weight" in tensors:  # DistilBERT's classifiers pool with a ReLU
             fields["pooler_act"] = "relu"
         config, kwargs = model_class.config_class.from_dict(fields, return_unused_kwargs=True, **kwargs)
-    return config, _convert(tensors, model_type, model_class, config), kwargs
+    return config, _convert(tensors, model_type, model_class, config, stock.get("num_hidden_layers")), kwargs
 
 
 @contextmanager
@@ -192,6 +194,17 @@ def commit_of(name, kwargs: dict) -> str | None:
         str(name), config, cache_dir=kwargs.get("cache_dir"), revision=kwargs.get("revision")
     )
     return extract_commit_hash(file, None) if isinstance(file, str) else None
+
+
+def _check_base(name, adapter: Path) -> None:
+    """ValueError where an adapter's base is a stock checkpoint: transformers would read it without our names."""
+    base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    found = PreTrainedConfig.get_config_dict(base)[0].get("model_type") if base else None
+    if found != "elasticbert":
+        raise ValueError(
+            f"{name} is an adapter of {base or 'a base that it does not name'} ({found or 'unknown'}), no elastic "
+            "checkpoint: load that with from_pretrained, then the adapter with peft.PeftModel.from_pretrained."
+        )
 
 
 def _weight_files(variant: str | None, use_safetensors: bool | None) -> list[str]:
@@ -228,9 +241,9 @@ def _read_weights(name, files: list[str], hub: dict) -> dict[str, torch.Tensor]:
     raise OSError(f"{name} holds no weights: expected one of {', '.join(files)}.")
 
 
-def _convert(tensors: dict, model_type: str, model_class, config) -> dict[str, torch.Tensor]:
+def _convert(tensors: dict, model_type: str, model_class, config, depth: int | None) -> dict[str, torch.Tensor]:
     """Stock tensors under our names; one that the model has no place for keeps its own name, so that it is reported
-    by it."""
+    by it. depth: the layers of the checkpoint, which the model may have fewer of."""
     with torch.device("meta"):
         model = model_class(config)
     places = set(model.state_dict())
@@ -238,8 +251,12 @@ def _convert(tensors: dict, model_type: str, model_class, config) -> dict[str, t
     if model_type == "elasticbert" and config.num_output_layers == 1:
         rules = [(rf"^(?:classifiers|qa_outputs)\.{config.num_hidden_layers - 1}\.", "HEAD.")]
     elif model_type == "elasticbert":  # exits for a static model start as those for a stock one
-        pooler = rf"^(?:elasticbert\.)?encoder\.pooler\.{config.num_hidden_layers - 1}\."
-        rules = [(r"^(?:classifier|qa_outputs)\.(?=weight|bias)", "HEAD."), (pooler, "POOLER.")]
+        last = (depth or config.num_hidden_layers) - 1
+        rules = [
+            (r"^(?:classifier|qa_outputs)\.(?=weight|bias)", "HEAD."),
+            (rf"^(?:elasticbert\.)?encoder\.pooler\.{last}\.", "POOLER."),
+            (rf"^predictions\.transforms\.{last}\.", "TRANSFORM."),
+        ]
     converted = {}
     for key, tensor in tensors.items():
         targets = [target for target in _targets(key, rules, model, config) if target in places]

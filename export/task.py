@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastic_model import ElasticBertConfig
-from elastic_model.checks import LengthConfig, check_exit_policy, shares_and_mass, thresholds_of
+from elastic_model.checks import LengthConfig, check_exit_policy, policy_kind, shares_and_mass, thresholds_of
 from elastic_model.session import FORMAT, never
 
 EMBEDDING, QUESTIONS, TOKENS = "embedding", "question_answering", "token_classification"
@@ -97,10 +97,10 @@ def _policy_of(config, measured: dict[str, Any] | None, problem_type: str) -> tu
     if policy is None:
         policy = measured or (STAY_REGRESSION if problem_type == REGRESSION else STAY)
         return policy, never(policy, problem_type, len(exits)), max_layer
-    if measured and measured.get("name") != policy["name"]:
+    if measured and policy_kind(measured) != policy_kind(policy):
         raise ValueError(
-            f"the configuration's exit policy is {policy['name']!r}, but the operating points were measured with "
-            f"{measured.get('name')!r}; evaluate the checkpoint again"
+            f"the configuration's exit policy is {policy}, but the operating points were measured with {measured}; "
+            "evaluate the checkpoint again"
         )
     counts = {"patience": policy.get("patience"), "voting": policy.get("votes")}
     settings = policy if "threshold" in policy else {"threshold": counts[policy["name"]]}

@@ -306,12 +306,22 @@ def report(point: OperatingPoint, full_flops: float, classes: list[dict[str, Any
     }
 
 
-def chosen_on(folder: Path, options: CalibrateOptions, rows: Rows) -> str | None:
-    """What to say of rows that an earlier stage of the checkpoint was trained or chosen on; None of others."""
-    if not rows.labelled:
+def chosen_on(
+    folder: Path, options: CalibrateOptions, config: Any, tokenizer: PreTrainedTokenizerBase, labelled: bool
+) -> str | None:
+    """What to say of rows that an earlier stage of the checkpoint was trained or chosen on; None of others.
+
+    A stage has noted its rows as it read them, cut at its own length.
+    """
+    if not labelled:
         return None
-    read, split = rows_hash(rows.encoded), options.split
+    known: dict[int, str] = {}
+    split = options.split
     for stage in read_provenance(folder):
+        length = stage.settings.get("max_length", options.max_length)
+        if length not in known:
+            known[length] = rows_hash(read_rows(replace(options, max_length=length), config, tokenizer).encoded)
+        read = known[length]
         if any(data.sha256 == read or (data.name, data.split) == (options.task, split) for data in stage.data):
             return (
                 f"the stage {stage.stage!r} of this checkpoint was trained or chosen on these rows ({split}): the "
@@ -390,7 +400,7 @@ def calibrate(options: CalibrateOptions) -> None:
     point = point_of(options, rows, served.logits, found, config, session.file.stem if session else "pytorch")
     full = full_point(options, rows, served.full, found, config)
     result = report(point, full.flops or 0.0, per_class(rows, reference, found, options.confidence), found.policy)
-    if chosen := chosen_on(folder, options, rows):
+    if chosen := chosen_on(folder, options, config, tokenizer, rows.labelled):
         result["warning"] = chosen
     saved = save(folder, points, point, full, found.policy)
     if options.output:

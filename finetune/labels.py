@@ -31,7 +31,9 @@ def _several(label: Any) -> list[str]:
 
 
 def _named(task: Task, label: Any) -> str:
-    return (task.labels or {}).get(str(label), str(label))
+    name, names = str(label), task.labels or {}
+    numbered = name.isdecimal() and int(name) < len(names) and not any(key.isdecimal() for key in names)
+    return list(names.values())[int(name)] if numbered else names.get(name, name)  # a number: as files of SNLI have it
 
 
 def find_labels(task: Task, examples: Examples, problem_type: ProblemType) -> list[str]:

@@ -222,9 +222,12 @@ def load_classifier(folder: Path, max_length: int) -> ElasticBertExitModel:
 
 def settings_of(options: LabelledOptions, splits: Mapping[str, Encoded]) -> dict[str, Any]:
     """What makes two runs the same: the options, the starting weights and the rows."""
-    free = ("output", "resume", "model", "student", "save_steps", "log_steps", "tracker")
+    free = ("output", "resume", "model", "student", "teacher", "save_steps", "log_steps", "tracker", "eval_batch_size")
     settings = {name: value for name, value in vars(options).items() if name not in free}
-    for name in ("model", "student"):
-        if folder := getattr(options, name, None):
-            settings[f"{name} weights"] = [file_hash(file) for file in weight_files(Path(folder))]
+    for name in ("model", "student", "teacher"):
+        given = getattr(options, name, None)
+        if given and Path(given).is_dir():  # wherever it lies
+            settings[f"{name} weights"] = [file_hash(file) for file in weight_files(Path(given))]
+        elif given:
+            settings[name] = given
     return settings | {f"{split} rows": rows_hash(encoded) for split, encoded in splits.items()}

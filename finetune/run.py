@@ -287,7 +287,8 @@ def prepare(
     examples = {"train": train, **{split: read_examples(task, split) for split in others}}
     model = load(options, labels)
     names = [name for name, _ in model.named_parameters()]
-    if not all(any(phase.trains(name, model.config) for name in names) for phase in phases):
+    run = [phase for number, phase in enumerate(phases) if not options.phase_epochs or options.phase_epochs[number]]
+    if not all(any(phase.trains(name, model.config) for name in names) for phase in run):
         raise ValueError(
             f"recipe {options.recipe!r} has a phase for the exits below the last, of which this model has none (exits "
             f"{model.config.exit_layers}): choose recipe joint"

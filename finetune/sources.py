@@ -76,7 +76,7 @@ def _load(source: DatasetSource) -> Any:
             loaded = load_from_disk(str(folder))
             if isinstance(loaded, DatasetDict):
                 return loaded
-            return DatasetDict({str(loaded.split or "train"): loaded})  # a split alone is no other than itself
+            return DatasetDict({str(loaded.split or "train").split("[")[0]: loaded})  # a split alone is no other one
         return load_dataset(source.dataset, source.config)
     except Exception as error:  # `datasets` raises whatever its readers and the network raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elastic_model.arguments import parse, run
-from elastic_model.folders import check_output, claim_folder, new_folder
+from elastic_model.folders import check_no_checkpoint, check_output, claim_folder, new_folder
 from finetune.elue.config import LAST_EXIT, SizeOptions
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def compete(name: str, options: SizeOptions) -> int:
     from finetune.train import train
 
     check_output(Path(options.output))
+    check_no_checkpoint(Path(options.output))
     method = getattr(importlib.import_module(f"benchmarks.competitors.{name}"), name)
     jobs = jobs_of(options)
     reference = reference_of(options, jobs)

@@ -24,7 +24,7 @@ def widths_of(scores: Gates, width: float) -> list[list[int]]:
 
 
 def _masks(scores: Gates, kept: list[list[int]]) -> Gates:
-    masks = [torch.zeros(len(score)) for score in scores]  # float32, whatever importance is summed in
+    masks = [torch.zeros(len(score), device=score.device) for score in scores]  # float32, whatever they are summed in
     for mask, indices in zip(masks, kept, strict=True):
         mask[indices] = 1.0
     return masks
@@ -35,15 +35,15 @@ def dynabert(start: Start, folder: Path) -> dict[str, ModuleCost]:
     heads, neurons = importance(start.model, start.train_batches(epoch=0))
     nested = {width: (widths_of(heads, width), widths_of(neurons, width)) for width in WIDTHS}
     teacher, model = start.model, copy.deepcopy(start.model)
+    whole = {"exit_policy": {"name": "never"}, "length_config": 1.0, "output_hidden_states": True}
 
     def losses(batch: Batch) -> Iterator[torch.Tensor]:
         inputs = inputs_of(batch)
         with torch.no_grad():
-            taught = teacher(**inputs, output_hidden_states=True)
+            taught = teacher(**inputs, **whole)
         for kept_heads, kept_neurons in nested.values():
             with gated(model, _masks(heads, kept_heads), _masks(neurons, kept_neurons)):
-                # without a policy all rows run to the top also in training
-                output = model(**inputs, output_hidden_states=True)
+                output = model(**inputs, **whole)
             logits = inplace_distillation(output.logits, taught.logits, start.problem_type)
             real = batch["attention_mask"].bool()
             states = zip(output.hidden_states, taught.hidden_states, strict=True)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,11 +81,17 @@ class CostTable:
     def parameters(self, names: Iterable[str]) -> int | None:
         """See `Costs`; a layer that is used whole and in parts is counted once."""
         wanted = dict.fromkeys(names)
-        if any(name not in self.modules or self.modules[name].parameters is None for name in wanted):
+        sizes = {name: self._parameters(name) for name in wanted}
+        if None in sizes.values():
             return None
         whole = {name.partition("_")[2] for name in wanted if name.startswith("layer_")}
         parts = [name for name in wanted if name.startswith(("attention_", "ffn_")) and name.split("_", 1)[1] in whole]
-        return sum(self.modules[name].parameters or 0 for name in wanted if name not in parts)
+        return sum(size or 0 for name, size in sizes.items() if name not in parts)
+
+    def _parameters(self, name: str) -> int | None:
+        """Of a module, also where it is there for single shapes alone."""
+        rows = [row for key, row in self.modules.items() if key.rpartition("),")[2] == name]
+        return next((row.parameters for row in rows if row.parameters is not None), None)
 
 
 def table_of(config: ElasticBertConfig, outputs: int) -> CostTable:
@@ -174,8 +181,8 @@ def load_costs(path: Path, kind: Answers, trust_model_code: bool = False) -> Cos
     if path.suffix == ".tsv":
         return _read_tsv(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+    except ValueError as error:  # of JSON, of its encoding, or a name that is there twice
         raise ValueError(f"model file {path} is not JSON ({error}); tables are .tsv or .json") from error
     if not isinstance(content, dict):
         raise ValueError(f"model file {path}: expected an object of modules, got a {type(content).__name__}")
@@ -184,7 +191,7 @@ def load_costs(path: Path, kind: Answers, trust_model_code: bool = False) -> Cos
     modules = content.get("modules", content)
     if not isinstance(modules, dict) or not modules:
         raise ValueError(f"model file {path}: expected modules with their costs, got {str(modules)[:60]!r}")
-    return CostTable({name: _module(name, value, str(path)) for name, value in modules.items()})
+    return CostTable({_plain(name): _module(name, value, str(path)) for name, value in modules.items()})
 
 
 def _config_of(content: dict[str, Any], path: Path) -> ElasticBertConfig:
@@ -200,8 +207,9 @@ def _config_of(content: dict[str, Any], path: Path) -> ElasticBertConfig:
 
 
 def _read_tsv(path: Path) -> CostTable:
-    lines = [line.split("\t") for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    header = [cell.strip() for cell in lines[0]] if lines else []
+    text = enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1)
+    lines = [(number, line.split("\t")) for number, line in text if line.strip()]
+    header = [cell.strip() for cell in lines[0][1]] if lines else []
     unknown = [name for name in header if name not in COLUMNS]
     if "module" not in header or unknown:
         raise ValueError(
@@ -209,15 +217,29 @@ def _read_tsv(path: Path) -> CostTable:
             f"got {', '.join(header) or 'nothing'}"
         )
     modules: dict[str, ModuleCost] = {}
-    for number, cells in enumerate(lines[1:], start=2):
+    for number, cells in lines[1:]:
         row = {name: cell.strip() for name, cell in zip(header, cells, strict=False) if cell.strip()}
-        name = row.pop("module", "")
+        name = _plain(row.pop("module", ""))
         if not name or len(cells) > len(header):
             raise ValueError(f"model file {path}, line {number}: expected {len(header)} cells and a module's name")
         if name in modules:
             raise ValueError(f"model file {path}, line {number}: module {name!r} is there twice")
         modules[name] = _module(name, row, f"{path}, line {number}")
     return CostTable(modules)
+
+
+def _plain(name: str) -> str:
+    """The name of a row, without the spaces that one of a single shape may be written with."""
+    return re.sub(r"\s+", "", name) if name.startswith("(") else name
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError where a name is there twice, of which one would be left out."""
+    found = dict(pairs)
+    twice = next((name for name, _ in pairs if [one for one, _ in pairs].count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice!r} is there twice")
+    return found
 
 
 def _module(name: str, value: Any, where: str) -> ModuleCost:
@@ -257,6 +279,8 @@ class CodeCosts:
         if spec is None or spec.loader is None:
             raise ValueError(f"model file {path} cannot be read as Python")
         code = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name], found = code, sys.path[:]  # as where Python runs a file
+        sys.path.insert(0, str(path.resolve().parent))
         try:
             spec.loader.exec_module(code)
             self.modules: dict[str, torch.nn.Module] = dict(code.module_list)
@@ -265,6 +289,8 @@ class CodeCosts:
                 f"model file {path}: it must define module_list, pairs of a name and a torch module; running it gave "
                 f"{type(error).__name__}: {error}"
             ) from error
+        finally:
+            sys.path[:] = found
         self.counted: dict[Step, int] = {}
 
     def flops(self, step: Step) -> int:
@@ -285,7 +311,8 @@ class CodeCosts:
 
 
 def _counted(module: torch.nn.Module, shape: tuple[int, ...]) -> int:
-    reads_ids = any(isinstance(part, torch.nn.Embedding) for part in module.modules())
+    # a row's ids have one size; a layer may have an embedding of its own, of relative positions say
+    reads_ids = len(shape) == 1 and any(isinstance(part, torch.nn.Embedding) for part in module.modules())
     inputs = torch.zeros(1, *shape, dtype=torch.long if reads_ids else torch.float32)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the counter sees neither fused layers nor fused attention

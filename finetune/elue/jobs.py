@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from finetune.prepare import (
     weight_files,
 )
 from finetune.recipe import find_recipe
-from finetune.tasks import Task
+from finetune.sources import DatasetSource
+from finetune.tasks import SPLIT_NAMES, Task
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,16 @@ def jobs_of(options: SizeOptions) -> list[Job]:
         if checkpoint is None and options.model is None:
             raise ValueError(f"--model is required: --checkpoints has none for {name}")
         task = chosen_task(TaskOptions(model="", task=name, dataset=data.get(name)))
+        own = task.splits.get("dev")
+        if name in data and "test" not in task.splits and isinstance(own, DatasetSource):  # of GLUE's tasks on the hub
+            task = replace(task, splits={**task.splits, "test": replace(own, splits=SPLIT_NAMES["test"])})
         test_rows = _count(sizes["test_rows"], name, "test-rows")
         jobs.append(
             Job(
                 name,
                 task,
                 answers_to(name),
-                some_rows(read_examples(task, "test"), test_rows, seed=0),
+                _test_rows(task, test_rows),
                 data.get(name),
                 checkpoint,
                 _count(sizes["epochs"], name, "epochs") or 0,
@@ -153,6 +157,17 @@ def jobs_of(options: SizeOptions) -> list[Job]:
     if not jobs:
         raise ValueError(f"--tasks is empty; allowed: {', '.join(ELUE_TASKS)}")
     return jobs
+
+
+def _test_rows(task: Task, count: int | None) -> Examples:
+    """Rows of the test split; ValueError where labels are hidden, all of them the same, as GLUE publishes it."""
+    rows = read_examples(task, "test")
+    if len(rows) > 1 and len(set(map(str, rows.labels))) == 1:
+        raise ValueError(
+            f"{task.name}: all {len(rows)} test rows have the label {rows.labels[0]!r}, as where labels are hidden; "
+            "give a folder with labels (--data)"
+        )
+    return some_rows(rows, count, seed=0)
 
 
 def layers_of(folder: str) -> int:

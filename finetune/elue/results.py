@@ -24,7 +24,13 @@ def reference_of(options: SizeOptions, jobs: list[Job]) -> Reference | None:
     """What `--reference` names, read; None where the exits of `elasticbert` are the reference."""
     if options.reference is None:
         return None
-    return options.reference, read_reference(Path(options.reference), {job.name: len(job.test) for job in jobs})
+    rows = {job.name: len(job.test) for job in jobs}
+    for file in sorted((Path(options.output) / RESULTS).glob("*.json")):  # which the leaderboard will score as well
+        rows = {task: one.rows for task, one in read_result(file).tasks.items()} | rows
+    curves = read_reference(Path(options.reference), rows)
+    if not curves.keys() & rows.keys():
+        raise ValueError(f"reference {options.reference} has {', '.join(curves)}, none of {', '.join(rows)}")
+    return options.reference, curves
 
 
 def result_of(name: str, note: str, jobs: list[Job], folder: Path) -> Result:

@@ -46,11 +46,18 @@ def _check(options: RunOptions, methods: Mapping[str, Method], jobs: list[Job]) 
             for name, method in methods.items():
                 if method.depths:
                     raise ValueError(f"method {name} makes models of its own: it cannot be run on --checkpoints")
+                if method.policy_for(job.kind.problem_type) and len(config.exit_layers or ()) == 1:
+                    raise ValueError(
+                        f"method {name}: the checkpoint of {job.name} has one exit, nothing to choose from"
+                    )
                 if method.policy_for(job.kind.problem_type) == "learned" and not config.learned_exit_head:
                     raise ValueError(f"method {name}: the checkpoint of {job.name} has no learned exit head")
     if options.model is not None and any(job.checkpoint is None for job in jobs):
         weight_files(Path(options.model))
         _depths(options)
+        asked = any(one.policy_for(job.kind.problem_type) for one in methods.values() for job in jobs)
+        if asked and layers_of(options.model) == 1:
+            raise ValueError(f"{options.model} has one layer: a method with an exit policy has nothing to choose from")
         config = AutoConfig.from_pretrained(options.model, local_files_only=True)
         for job in (job for job in jobs if job.checkpoint is None):
             try:

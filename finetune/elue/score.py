@@ -63,6 +63,7 @@ def _model_file(options: ScoreOptions, task: str) -> Path:
     if options.model_file is not None:
         return Path(options.model_file)
     folder = Path(options.submission)
+    folder = folder if folder.is_dir() else folder.parent
     for file in (folder / task / MODULES_FILE, folder / MODULES_FILE):
         if file.is_file():
             return file

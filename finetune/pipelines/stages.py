@@ -62,7 +62,8 @@ def _nothing(work: Work, stage: str, parent: Path, folder: Path) -> int:
         return _run("train", options)
     given = load_teacher(options)
     settings = settings_of_student(options, work.labels, given.exit_layers)
-    settings |= {"no_answer_threshold": given.config.no_answer_threshold}  # it is taken as it is
+    if given.config.no_answer_threshold is not None:  # it is taken as it is; a stock one has none
+        settings |= {"no_answer_threshold": given.config.no_answer_threshold}
     with new_folder(folder) as new:
         shallower(given, config.num_hidden_layers, settings).save_pretrained(new)
         load_tokenizer(parent).save_pretrained(new)
@@ -124,7 +125,7 @@ JOBS: dict[str, Job] = {
 def settings_of(work: Work, letters: str) -> dict[str, Any]:
     """What the last operator of a pipeline depends on: options, the weights of a student, the metrics that decide."""
     found = {name: getattr(work.options, name) for name in OF_OPERATOR[letters[-1:]]}
-    if found.get("student") is not None:
+    if found.get("student") is not None:  # wherever it lies
         found["student"] = checkpoint_hash(found["student"])
     return found if letters.endswith("Q") else {**found, "metrics": list(work.labels.metrics)}
 
@@ -169,8 +170,6 @@ def read_record(work: Work, stage: str) -> dict[str, Any] | None:
     if not file.is_file():
         _check_begun(work, stage)
         return None
-    if stage and not (_parent(work, stage) / RECORD).is_file():
-        return None
     remedy = "choose another --output, or remove the folder to make it anew"
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -183,8 +182,10 @@ def read_record(work: Work, stage: str) -> dict[str, Any] | None:
                 f"stage {folder} was made from other data: its {split} rows differ from those given now; {remedy}"
             )
     for name, value in settings_of(work, stage).items():
-        if found.get(name) != value:
+        if found.get(name) != value and not (name == "metrics" and name not in found):  # noted only since
             raise ValueError(f"stage {folder} was made with {name} = {found.get(name)!r}, not {value!r}; {remedy}")
+    if stage and not (_parent(work, stage) / RECORD).is_file():
+        return None
     if parent != stage_hash(_parent(work, stage)):
         if not stage:
             raise ValueError(f"stage {folder} was made from other weights than {work.options.model} has; {remedy}")

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 from elastic_model import (
     ElasticBertForMaskedLM,
@@ -238,6 +238,14 @@ def test_an_adapter_finds_its_base(tiny_config, tmp_path):
     ids = torch.randint(1, 200, (3, 7))
     with torch.no_grad():
         torch.testing.assert_close(found(ids).logits, adapted.eval()(ids).logits)
+
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    BertForSequenceClassification(BertConfig(vocab_size=200, **small)).save_pretrained(tmp_path / "stock")
+    ours = ElasticBertForSequenceClassification.from_pretrained(tmp_path / "stock")
+    assert ours.name_or_path == str(tmp_path / "stock")  # which an adapter names as its base
+    peft.get_peft_model(ours, peft.LoraConfig(target_modules=["query"])).save_pretrained(tmp_path / "of stock")
+    with pytest.raises(ValueError, match=f"is an adapter of {tmp_path}/stock .bert., no elastic checkpoint"):
+        ElasticBertForSequenceClassification.from_pretrained(tmp_path / "of stock")
 
 
 def test_lora_trains_merges_and_gives_the_same_numbers(tiny_config, generator, tmp_path):

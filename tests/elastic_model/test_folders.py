@@ -176,6 +176,8 @@ def test_what_is_no_file_is_written_to(tmp_path):
         file.write_text("answers")
     assert os.read(reader, 99) == b"answers" and (tmp_path / "pipe").is_fifo()
     os.close(reader)
+    code = "from elastic_model.folders import new_file\nwith new_file('/dev/stdout') as file: file.write_text('said')"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "said"
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with new_file(tmp_path / "link") as file:

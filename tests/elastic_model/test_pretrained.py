@@ -212,6 +212,22 @@ def test_static_use_of_a_stock_model_has_its_names(task, tmp_path):
     assert heads == [key for key in stock.state_dict() if not key.startswith("bert.")]
 
 
+def test_a_static_model_gets_exits_at_fewer_layers_too(tmp_path):
+    static = elastic_model.ElasticBertForPreTraining(ElasticBertConfig(**BERT, num_output_layers=1))
+    static.save_pretrained(tmp_path)
+    for layers in (3, 2):
+        changes = {"num_output_layers": None, "num_hidden_layers": layers, "exit_layers": list(range(1, layers + 1))}
+        ours = elastic_model.ElasticBertForPreTraining.from_pretrained(tmp_path, **changes)
+        for layer in range(1, layers + 1):  # as those of a stock model
+            assert torch.equal(
+                ours.elasticbert.encoder.pooler.at(layer).dense.weight,
+                static.elasticbert.encoder.pooler.at(3).dense.weight,
+            )
+            assert torch.equal(
+                ours.predictions.transforms.at(layer).dense.weight, static.predictions.transforms.at(3).dense.weight
+            )
+
+
 def test_thresholds_follow_where_the_cut_adds_an_exit(tmp_path):
     policy = {"name": "entropy", "threshold": [0.1, 0.3]}
     config = ElasticBertConfig(**{**BERT, "num_hidden_layers": 4}, exit_layers=[2, 4], exit_policy=policy)

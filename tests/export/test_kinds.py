@@ -111,6 +111,8 @@ def test_a_bare_model_stops_where_its_configuration_says(checkpoint_of):
         own, asked = model(**batch), model(**batch, exit_policy={"name": "constant", "layer": 2})
         full = model(**batch, exit_policy={"name": "never"})
     assert torch.equal(own.pooler_output, asked.pooler_output) and not torch.equal(own[0], full[0])
+    model.train()(**batch).pooler_output.sum().backward()  # training knows no policy, as with heads
+    assert all(layer.output.dense.weight.grad is not None for layer in model.encoder.layer)
     session = ElasticSession.from_pretrained(exported(checkpoint)[0], "model", threads=1)
     (found,) = session(TEXTS[:1], cost=True)
     np.testing.assert_allclose(found["embedding"], own.last_hidden_state[0].mean(0), atol=1e-5)
@@ -128,6 +130,16 @@ def test_points_of_a_policy_that_counts_are_exported_without_a_default(checkpoin
     session = ElasticSession.from_pretrained(exported(checkpoint)[0], "model", threads=1)
     assert [one["exit_layer"] for one in session(TEXTS)] == [4] * 3
     assert min(one["exit_layer"] for one in session(TEXTS, budget="fast")) < 4
+
+
+def test_points_of_another_patience_are_refused_before_the_file_is_written(checkpoint_of):
+    """It passed, and no session could load what was written."""
+    own = {"name": "patience", "patience": 2, "threshold": 0.5}
+    _, checkpoint = checkpoint_of(num_labels=1, exit_policy=own)
+    points = [OperatingPoint("full", [0.0] * 4, 4.0)]
+    OperatingPoints(checkpoint_hash(checkpoint), {**own, "patience": 1}, points).save(checkpoint)
+    with pytest.raises(ValueError, match="exit policy is .*'patience': 2.*were measured with .*'patience': 1"):
+        exported(checkpoint)
 
 
 def test_one_row_of_a_regression_is_enough_to_compare(checkpoint_of, tmp_path):

@@ -174,6 +174,11 @@ def test_rows_that_chose_the_checkpoint_are_told(trained, tmp_path, capsys):
     assert "warning: the stage 'finetune' of this checkpoint was trained or chosen on" in capsys.readouterr().out
     calibrate(CalibrateOptions(model=str(folder), dev=trained.test or trained.dev.replace("dev", "test"), **own))
     assert "warning" not in capsys.readouterr().out
+    assert run(lambda: export([str(folder), str(tmp_path / "exported"), "--min_agreement", "0.5"])) == 0
+    calibrate(
+        CalibrateOptions(model=str(tmp_path / "exported"), dev=trained.dev, **own)
+    )  # reads longer rows than train
+    assert "warning: the stage 'finetune' of this checkpoint was trained or chosen on" in capsys.readouterr().out
 
 
 def test_rows_that_choose_their_own_lengths_are_refused_at_once(checkpoint, small_task):

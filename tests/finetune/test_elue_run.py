@@ -11,8 +11,11 @@ from elastic_model.arguments import run
 from elastic_model.folders import MARKER
 from elastic_model.provenance import read_provenance
 from finetune.__main__ import _command
+from finetune.elue.config import RunOptions
+from finetune.elue.jobs import jobs_of
 from finetune.elue.methods import METHODS
 from finetune.elue.scoring import elue_score, read_result
+from finetune.labels import encode_labels
 
 SHORT = ["--epochs", "1", "--max-length", "32", "--batch_size", "16", "--learning-rate", "3e-3", "--points", "4"]
 
@@ -159,6 +162,27 @@ def test_a_run_is_not_put_into_a_checkpoint(elue_data, elue_start, tmp_path, cap
 def test_a_model_is_needed_where_no_checkpoint_is_given(elue_data, capsys):
     assert run(lambda: _command(["elue", "run", "--tasks", "sst2", "--output", str(elue_data / "run")])) == 2
     assert "--model is required: --checkpoints has none for sst2" in capsys.readouterr().err
+
+
+def test_hidden_labels_are_no_truth(tmp_path):
+    """GLUE's test splits have one label everywhere; a folder's own test split was never read."""
+    for split, labels in (("train", "01"), ("validation", "01"), ("test", "11")):
+        rows = "".join(f"a{number},b,{label}\n" for number, label in enumerate(labels))
+        (tmp_path / f"{split}.csv").write_text("sentence1,sentence2,label\n" + rows)
+    given = {"model": "m", "output": "o", "tasks": ["mrpc"], "data": [f"mrpc={tmp_path}"]}
+    with pytest.raises(ValueError, match="mrpc: all 2 test rows have the label .*1.*as where labels are hidden"):
+        jobs_of(RunOptions(**given))
+    (tmp_path / "test.csv").write_text("sentence1,sentence2,label\na,b,1\na,c,0\n")
+    (job,) = jobs_of(RunOptions(**given))
+    assert len(job.test) == 2
+
+
+def test_snli_is_read_from_files_with_numbers(tmp_path):
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.csv").write_text("premise,hypothesis,label\na,b,0\na,c,-1\na,d,2\n")
+    (job,) = jobs_of(RunOptions(model="m", output="o", tasks=["snli"], data=[f"snli={tmp_path}"]))
+    assert job.kind.classes == ("entailment", "neutral", "contradiction") and len(job.test) == 2
+    assert encode_labels(job.task, job.test, list(job.kind.classes), "single_label_classification").tolist() == [0, 2]
 
 
 def test_a_task_is_read_from_a_folder(tmp_path):

@@ -203,6 +203,8 @@ def test_costs_from_a_stock_configuration(tmp_path, outputs):
             "line 2: flops of module 'emb' must be a whole number from 0, got 'nan'",
         ),
         ("table.tsv", "module\tflops\nemb\t1\nemb\t2\n", "line 3: module 'emb' is there twice"),
+        ("table.tsv", "module\tflops\n\n\nemb\t1\nlayer_1\tx\n", "line 5: flops of module 'layer_1' must be a whole"),
+        ("table.json", '{"emb": 5, "emb": 7}', "'emb' is there twice"),
         ("table.json", "[1]", "expected an object of modules, got a list"),
         ("table.json", "{", "is not JSON"),
         ("table.json", '{"emb": {"cost": 3}}', "module 'emb' has 'cost'; allowed: input, flops"),
@@ -227,6 +229,32 @@ layer = torch.nn.TransformerEncoderLayer(24, 4, 40, batch_first=True)
 module_list = [("emb", torch.nn.Embedding(50, 24)), ("layer_1", layer), ("exit_1", torch.nn.Linear(24, 2))]
 """
 
+MOVED = """    def __init__(self):
+        super().__init__()
+        self.positions, self.dense = torch.nn.Embedding(64, 24), torch.nn.Linear(24, 24)
+
+    def forward(self, states):
+        return self.dense(states + self.positions(torch.arange(states.shape[1])))
+"""
+IMPORTS = """from __future__ import annotations
+from dataclasses import dataclass
+import torch
+from parts import Moved
+
+@dataclass
+class Sizes:
+    width: int = 24
+
+module_list = [("emb", torch.nn.Embedding(50, Sizes().width)), ("layer_1", Moved())]
+"""
+
+
+def test_rows_of_a_single_shape(tmp_path):
+    """Written with spaces they never fitted, and their parameters were not found."""
+    (tmp_path / "table.tsv").write_text("module\tflops\tparameters\nemb\t0\t5\n(10, 24), layer_1\t7\t9\n")
+    costs = load_costs(tmp_path / "table.tsv", answers_to("sst2"))
+    assert costs.flops(Step("layer_1", (10, 24))) == 7 and costs.parameters(["emb", "layer_1"]) == 14
+
 
 def test_trusted_code_is_counted(tmp_path):
     (tmp_path / "model.py").write_text(CODE)
@@ -244,6 +272,10 @@ def test_trusted_code_is_counted(tmp_path):
 
 
 def test_code_that_fails_is_named(tmp_path):
+    (tmp_path / "parts.py").write_text("import torch\nclass Moved(torch.nn.Module):\n" + MOVED)
+    (tmp_path / "model.py").write_text(IMPORTS)
+    costs = load_costs(tmp_path / "model.py", answers_to("sst2"), trust_model_code=True)
+    assert costs.flops(Step("layer_1", (10, 24))) == 2 * 10 * 24 * 24  # a layer may have an embedding of its own
     (tmp_path / "model.py").write_text("modules = 1 / 0")
     with pytest.raises(ValueError, match="it must define module_list.*ZeroDivisionError"):
         load_costs(tmp_path / "model.py", answers_to("sst2"), trust_model_code=True)

@@ -269,6 +269,12 @@ def test_a_stage_whose_parent_is_gone_is_made_again(tiny_checkpoint, tmp_path):
     assert all(read_record(work, stage) for stage in ("", "D", "DE"))
     shutil.rmtree(work.folder("D"))
     assert [read_record(work, stage) is None for stage in ("", "D", "DE")] == [False, True, True]
+    old = json.loads((work.folder("") / "stage.json").read_text())
+    del old["settings"]["metrics"]  # not noted by earlier versions
+    (work.folder("D")).mkdir()
+    (work.folder("") / "stage.json").write_text(json.dumps(old))
+    assert read_record(work, "")
+    (work.folder("") / "stage.json").write_text(json.dumps({**old, "settings": settings_of(work, "")}))
     by_f1 = replace(work, labels=Labels("single_label_classification", ["a", "b"], ("f1",)))
     with pytest.raises(ValueError, match=r"stage .*O was made with metrics = \['accuracy'\], not \['f1'\]"):
         read_record(by_f1, "")

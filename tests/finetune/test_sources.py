@@ -51,6 +51,10 @@ def test_a_split_that_was_saved_alone_is_no_other_split(tmp_path):
     assert read_examples(task, "train").texts == ["a"]
     with pytest.raises(ValueError, match="has no split validation or .*; it has: train"):
         read_examples(task, "dev")
+    part = Dataset.from_list([{"sentence": "a", "label": 1}], features=Features(TWO), split="train[:5]")
+    part.save_to_disk(tmp_path / "part")
+    task = chosen_task(options(dataset=str(tmp_path / "part"), text="sentence", label="label"))
+    assert read_examples(task, "train").texts == ["a"]
 
 
 def test_a_row_without_a_label_is_no_class(folder):
