@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from benchmarks.competitors.power_bert import configuration_of, retention_rate, 
 from elastic_model import ElasticBertForSequenceClassification
 from elastic_model.arguments import run
 from elastic_model.cost import flops
+from elastic_model.folders import MARKER
 from finetune.__main__ import _command as finetune_command
 from finetune.elue.scoring import read_result
 from finetune.train import learning_rate
@@ -114,6 +116,14 @@ def test_widths_are_nested_and_heads_stay_in_every_layer():
 def test_an_unknown_competitor_is_named(capsys):
     assert run(lambda: _command(["tinybert"])) == 2
     assert "competitor 'tinybert' is unknown; allowed: head_prune, dynabert, power_bert" in capsys.readouterr().err
+
+
+def test_a_run_is_not_put_into_a_checkpoint(elue_data, elue_start, tmp_path, capsys):
+    folder = shutil.copytree(elue_start, tmp_path / "ours")
+    (folder / MARKER).write_text("")
+    flags = ["--model", str(elue_start), "--tasks", "sst2", "--output", str(folder)]
+    assert run(lambda: _command(["head_prune", *flags])) == 2
+    assert f"output {folder} is a checkpoint; choose another output" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -6,7 +6,9 @@ import shutil
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
+from elastic_model import ElasticBertForSequenceClassification, ElasticBertModel
 from elastic_model.arguments import run
 from elastic_model.folders import MARKER
 from elastic_model.provenance import read_provenance
@@ -14,7 +16,7 @@ from finetune.__main__ import _command
 from finetune.elue.config import RunOptions
 from finetune.elue.jobs import jobs_of
 from finetune.elue.methods import METHODS
-from finetune.elue.scoring import elue_score, read_result
+from finetune.elue.scoring import Point, Result, TaskResult, elue_score, read_result, write_result
 from finetune.labels import encode_labels
 
 SHORT = ["--epochs", "1", "--max-length", "32", "--batch_size", "16", "--learning-rate", "3e-3", "--points", "4"]
@@ -157,6 +159,32 @@ def test_a_run_is_not_put_into_a_checkpoint(elue_data, elue_start, tmp_path, cap
     (folder / MARKER).write_text("")
     assert elue(elue_data, elue_start, "--tasks", "sst2", "--output", str(folder)) == 2
     assert f"output {folder} is a checkpoint; choose another output" in capsys.readouterr().err
+
+
+def test_a_reference_of_other_tasks_is_named_before_any_work(elue_data, elue_start, tmp_path, capsys):
+    """It was read when everything had been trained."""
+    curve = [Point("exit_1", 1e6, 50.0), Point("exit_2", 2e6, 60.0)]
+    write_result(Result("theirs", {"stsb": TaskResult("pearson+spearman", 40, [curve])}), tmp_path / "theirs.json")
+    flags = ["--tasks", "sst2", "--reference", str(tmp_path / "theirs.json")]
+    assert elue(elue_data, elue_start, *flags) == 2
+    assert re.search("reference .*theirs.json has stsb, none of sst2", capsys.readouterr().err)
+    assert not (elue_data / "run").exists()
+
+
+def test_one_exit_leaves_nothing_to_choose(elue_data, elue_start, tmp_path, capsys):
+    labels = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
+    single = ElasticBertForSequenceClassification.from_pretrained(elue_start, exit_layers=[3], **labels)
+    single.save_pretrained(tmp_path / "single")
+    AutoTokenizer.from_pretrained(elue_start).save_pretrained(tmp_path / "single")
+    flags = ["--tasks", "sst2", "--checkpoints", f"sst2={tmp_path / 'single'}", "--methods", "elasticbert-entropy"]
+    assert elue(elue_data, elue_start, *flags) == 2
+    assert "method elasticbert-entropy: the checkpoint of sst2 has one exit" in capsys.readouterr().err
+    shallow = ElasticBertModel.from_pretrained(elue_start, num_hidden_layers=1)
+    shallow.save_pretrained(tmp_path / "shallow")
+    AutoTokenizer.from_pretrained(elue_start).save_pretrained(tmp_path / "shallow")
+    assert elue(elue_data, tmp_path / "shallow", "--tasks", "sst2", "--methods", "elastic") == 2
+    assert "shallow has one layer: a method with an exit policy has nothing to choose" in capsys.readouterr().err
+    assert not (elue_data / "run").exists()
 
 
 def test_a_model_is_needed_where_no_checkpoint_is_given(elue_data, capsys):
