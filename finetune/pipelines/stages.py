@@ -215,7 +215,8 @@ def carry_out(work: Work, stage: str) -> int:
         raise ValueError(f"{error} (of a pipeline: remove {running} to begin the stage anew)") from error
     if code:
         if running.is_dir():
-            spent.write_text(f"{time.monotonic() - began:.1f}")
+            with new_file(spent) as file:
+                file.write_text(f"{time.monotonic() - began:.1f}")
         return code
     record = {
         "stage": name_of(stage),

@@ -215,7 +215,11 @@ def test_one_file_and_its_labels(submission, capsys):
     flags = ["--submission", str(one), "--labels", str(submission / "true.tsv")]
     model = ["--model-file", str(submission / "model.tsv")]
     assert run(lambda: _command(["elue", "score", *flags, *model])) == 0
-    assert re.search(r"SST-2 +SST-2.tsv +SST-2 +5e-06 +100.00 +front", capsys.readouterr().out)
+    row = r"SST-2 +SST-2.tsv +SST-2 +5e-06 +100.00 +front"
+    assert re.search(row, capsys.readouterr().out)
+    shutil.copy(submission / "model.tsv", submission / "modules.tsv")  # beside the file it is found
+    assert run(lambda: _command(["elue", "score", *flags])) == 0
+    assert re.search(row, capsys.readouterr().out)
 
 
 def test_without_labels_and_data_the_remedy_is_named(submission, capsys, monkeypatch):

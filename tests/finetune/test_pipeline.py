@@ -17,6 +17,7 @@ from elastic_model.provenance import read_provenance
 from export.write import patch_config
 from finetune.__main__ import _command
 from finetune.labels import Labels
+from finetune.pipelines import stages
 from finetune.pipelines.config import PipelineOptions
 from finetune.pipelines.estimate import by_pipeline
 from finetune.pipelines.letters import checkpoint_of, name_of, parse, prefixes, stage_of
@@ -32,6 +33,7 @@ from finetune.pipelines.measure import (
 from finetune.pipelines.stages import read_record, settings_of, stage_hash
 from finetune.pipelines.study import all_orders, measured_pipelines, savings, stages_of
 from finetune.pipelines.work import Work
+from finetune.run import run_folder
 
 
 @pytest.fixture
@@ -278,6 +280,27 @@ def test_a_stage_whose_parent_is_gone_is_made_again(tiny_checkpoint, tmp_path):
     by_f1 = replace(work, labels=Labels("single_label_classification", ["a", "b"], ("f1",)))
     with pytest.raises(ValueError, match=r"stage .*O was made with metrics = \['accuracy'\], not \['f1'\]"):
         read_record(by_f1, "")
+
+
+def test_the_time_before_an_interruption_counts(tiny_checkpoint, tmp_path, monkeypatch):
+    """A study's plan expects of a stage what others of its kind took."""
+    labels = Labels("single_label_classification", ["a", "b"], ("accuracy",))
+    options = PipelineOptions(pipeline="O", model=str(tiny_checkpoint), output="o")
+    work, clock = Work(options, tmp_path, labels, None, 9, {}), iter([0.0, 40.0, 100.0, 107.0])
+    codes = iter([143, 0])
+
+    def job(work, stage, parent, folder):
+        run_folder(str(folder)).mkdir(exist_ok=True)
+        code = next(codes)
+        if not code:
+            shutil.copytree(parent, folder)
+        return code
+
+    monkeypatch.setitem(stages.JOBS, "", job)
+    monkeypatch.setattr(stages, "answer", lambda work, stage: {})
+    monkeypatch.setattr(stages.time, "monotonic", lambda: next(clock))
+    assert (stages.carry_out(work, ""), stages.carry_out(work, "")) == (143, 0)
+    assert read_record(work, "")["seconds"] == 47.0
 
 
 def test_a_student_is_known_by_its_weights(tiny_checkpoint, tmp_path):

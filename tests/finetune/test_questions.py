@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from elastic_model import ElasticBertForQuestionAnswering
+from export.write import patch_config
 from finetune.config import EvaluateOptions, TrainOptions
 from finetune.data import collate
 from finetune.evaluate import evaluate
 from finetune.examples import Examples, find_problem_type, read_examples
 from finetune.labels import Labels
 from finetune.metrics import metric
+from finetune.pipelines.config import PipelineOptions
+from finetune.pipelines.pipeline import pipeline
 from finetune.questions import choose_no_answer, encode_questions, read_answers
 from finetune.tables import read_table
 from finetune.tasks import own_task
@@ -211,3 +214,10 @@ def test_from_a_squad_file_to_answers(tmp_path, tiny_config, tiny_tokenizer):
     assert exits["4"][0]["metric"] == "squad_f1" and exits["4"][0]["value"] >= 1 / 3  # of never answering
     rows = [line.split("\t") for line in (tmp_path / "seen/predictions.tsv").read_text().splitlines()]
     assert len(rows) == 61 and all(len(row) == 4 for row in rows)
+
+    # a pipeline's stage answers with the threshold that its own checkpoint has, here one at which nothing is answered
+    patch_config(tmp_path / "out", {"no_answer_threshold": 1e6})
+    given = {**options, "output": str(tmp_path / "pipeline"), "pipeline": "O", "batch_size": 16, "timed_rows": 1}
+    assert pipeline(PipelineOptions(**given, **files)) == 0
+    (stage,) = json.loads((tmp_path / "pipeline/measured.json").read_text())["measurements"]
+    assert stage["quality"] == 1 / 3 != exits["4"][0]["value"]
