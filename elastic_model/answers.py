@@ -91,8 +91,8 @@ def best_span(
 
 
 def mean_vector(text: Any, windows: Sequence[Any], values: Sequence[Values], labels: Sequence[str]) -> dict[str, Any]:
-    """{"embedding": (width,)}: the mean of the last hidden states of the real tokens."""
-    return {"embedding": values[0]["last_hidden_state"].mean(axis=0)}
+    """{"embedding": (width,)}: the mean of the last hidden states of the real tokens, which the value is already."""
+    return {"embedding": values[0]["last_hidden_state"]}
 
 
 # problem type -> (text, windows, values, labels) -> the answer; the other types answer by `label_and_score`

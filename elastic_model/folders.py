@@ -3,9 +3,11 @@
 import ctypes
 import glob
 import os
+import re
 import secrets
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -148,16 +150,30 @@ def new_folder(path: Path) -> Iterator[Path]:
     sync_path(target.parent)
 
 
+def _descriptor(path: Path) -> int | None:
+    """Of /dev/stdout and its like, the number of the open file; None of other paths."""
+    number = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d+)", str(path))
+    return int(number[1]) if number else {"/dev/stdout": 1, "/dev/stderr": 2}.get(str(path))
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there or may be: False of /dev/null, a pipe, or /dev/stdout, wherever that leads."""
+    return _descriptor(path) is None and (path.is_file() or not path.exists())
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary file that becomes `path` when the block ends: fsynced, then renamed over what was there, of a link
     over what it leads to. What is no file, as /dev/null or a pipe, is written to instead."""
     path = Path(path)
-    if path.exists() and not path.is_file():
+    if not is_file(path):
         with TemporaryDirectory() as folder:
             yield Path(folder) / path.name
-            with (Path(folder) / path.name).open("rb") as written, path.open("wb") as target:
-                shutil.copyfileobj(written, target)
+            sys.stdout.flush()
+            descriptor = _descriptor(path)  # a file that the shell opened, where its own place in it is
+            target = path if descriptor is None else os.dup(descriptor)
+            with (Path(folder) / path.name).open("rb") as written, open(target, "wb") as opened:
+                shutil.copyfileobj(written, opened)
         return
     path = Path(os.path.realpath(path))
     temporary = _beside(path)

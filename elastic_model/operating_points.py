@@ -138,7 +138,7 @@ class OperatingPoints:
         """What speed-ups and losses are counted against: the point named "full", else the most expensive one (of those
         measured on the rows of the others: a calibrated one has rows of its own, where there are others)."""
         if not self.points:
-            raise ValueError("there are no operating points; measure some first (python -m finetune evaluate)")
+            raise ValueError("there are no operating points; measure some first (python -m finetune search)")
         named = [point for point in self.points if point.name == FULL]
         others = named or [point for point in self.points if point.calibration is None] or self.points
         return max(others, key=lambda point: (point.flops or 0.0, point.mean_exit_layer))

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,7 @@ class ElasticSession:
         self.never = never(self.policy, self.problem_type, len(self.thresholds))
         self.points = points
         self.tokenizer = load_tokenizer(tokenizer, self.max_tokens, self.problem_type)
-        self._questions = Tokenizer.from_str(self.tokenizer.to_str())
-        self._questions.no_truncation()
+        self._whole = without_truncation(self.tokenizer)
         defaulted = self.session.get_overridable_initializers()
         self.inputs = {one.name for one in [*self.session.get_inputs(), *defaulted]}
         self.outputs = [one.name for one in self.session.get_outputs()]
@@ -82,21 +81,28 @@ class ElasticSession:
 
     @classmethod
     def from_pretrained(
-        cls, folder: Path | str, file: str | None = None, threads: int | None = None, revision: str | None = None
+        cls,
+        folder: Path | str,
+        file: str | None = None,
+        threads: int | None = None,
+        revision: str | None = None,
+        *,
+        points: bool = True,
     ) -> "ElasticSession":
         """The session of a folder that `python -m export` wrote, or of such a folder on the hub.
 
         file: a name under `onnx/` (without .onnx); default the best of those present for this CPU. threads: default
-        what the container and the affinity allow. revision: of a hub id, its branch, tag or commit. Nothing but data
-        is read, no code. Raises ValueError where the folder or the file is not one of ours, or was damaged.
+        what the container and the affinity allow. revision: of a hub id, its branch, tag or commit. points: whether
+        the operating points are read, as those who measure new ones need not. Nothing but data is read, no code.
+        Raises ValueError where the folder or the file is not one of ours, or was damaged.
         """
         path = Path(folder)
         if not path.is_dir():
             path = _download(str(folder), file, revision)
-        points = OperatingPoints.load(path) if (path / FILE).exists() else None
+        known = OperatingPoints.load(path) if points and (path / FILE).exists() else None
         model = _choose_file(path, file)
         _check_hash(path, model)
-        return cls(model, path / "tokenizer.json", points, threads)
+        return cls(model, path / "tokenizer.json", known, threads)
 
     @property
     def session(self) -> onnxruntime.InferenceSession:
@@ -285,13 +291,13 @@ class ElasticSession:
 
     def _many(self, texts: Text | Iterable[Text]) -> Iterable[Text]:
         """The texts; where they are all there, they are checked before any is answered."""
-        if texts is None or isinstance(texts, bytes):
+        if not isinstance(texts, Iterable) or isinstance(texts, bytes | Mapping):
             raise ValueError(f"texts must be a string, a pair of strings, or a list of them, got {_shown(texts)}")
         many = [texts] if isinstance(texts, str | tuple) else texts
         if not isinstance(many, Iterator):
             many = list(many)
             for number, text in enumerate(many):
-                _check_text(text, number, self.problem_type)
+                check_text(text, number, self.problem_type)
         return many
 
     def _chunks(self, texts: Iterable[Text]) -> Iterator[list[Text]]:
@@ -299,7 +305,7 @@ class ElasticSession:
         chunk: list[Text] = []
         characters = 0
         for number, text in enumerate(texts):
-            _check_text(text, number, self.problem_type)
+            check_text(text, number, self.problem_type)
             chunk.append(text)
             characters += len(text) if isinstance(text, str) else sum(map(len, text))
             if len(chunk) == CHUNK or characters > CHUNK_CHARACTERS:
@@ -308,35 +314,29 @@ class ElasticSession:
         if chunk:
             yield chunk
 
-    def encode(self, texts: Iterable[Text]) -> list[Any]:
+    def encode(self, texts: Text | Iterable[Text]) -> list[Any]:
         """The tokenizer's encodings, which `run` takes: one per text, or per window of a text."""
-        return [window.encoding for chunk in self._chunks(texts) for window in self._windows(chunk)]
+        return [window.encoding for chunk in self._chunks(self._many(texts)) for window in self._windows(chunk)]
 
     def _windows(self, texts: list[Text]) -> list[_Window]:
         """Encodings of the texts: one each, or where the task answers per token as many as it takes."""
         if self.problem_type == "token_classification":
-            words = [isinstance(text, list) for text in texts]
+            # a space stands before each word, as in training: byte-level tokens tell the two apart
             encodings = [
-                self.tokenizer.encode(text, is_pretokenized=split) for text, split in zip(texts, words, strict=True)
+                self.tokenizer.encode([f" {word}" for word in text], is_pretokenized=True)
+                if isinstance(text, list)
+                else self.tokenizer.encode(text)
+                for text in texts
             ]
         else:
             if self.problem_type == "question_answering":
-                texts = self._with_short_questions(texts)
+                texts = with_short_questions(self._whole, texts, self.max_tokens)
             encodings = self.tokenizer.encode_batch(texts)
         windows = [_Window(number, encoding) for number, encoding in enumerate(encodings)]
         if self.problem_type not in ("token_classification", "question_answering"):
             return windows
         return [
             _Window(one.text, encoding) for one in windows for encoding in (one.encoding, *one.encoding.overflowing)
-        ]
-
-    def _with_short_questions(self, texts: list[Any]) -> list[Text]:
-        """(question, context) pairs whose question leaves room for the context: cut as fine-tuning cuts it."""
-        most = question_tokens(self.max_tokens)
-        questions = self._questions.encode_batch([question for question, _ in texts], add_special_tokens=False)
-        return [
-            (question if len(one.ids) <= most else question[: one.offsets[most - 1][1]], context)
-            for (question, context), one in zip(texts, questions, strict=True)
         ]
 
     def _batches(
@@ -360,12 +360,14 @@ class ElasticSession:
             start = stop
 
     def _row(self, outputs: dict[str, np.ndarray], row: int, tokens: int) -> dict[str, np.ndarray]:
-        """One row's answer by name, its real tokens where it has values per token."""
+        """One row's answer by name, its real tokens where it has values per token; of states their mean."""
         names = ("logits", "start_logits", "end_logits", "last_hidden_state", "exit_layer", "kept_tokens")
         values = {name: outputs[name][row] for name in names if name in outputs}
         if self.problem_type in PER_TOKEN:
             for name in set(values) - {"exit_layer", "kept_tokens"}:
                 values[name] = np.array(values[name][:tokens])
+        if self.problem_type == "embedding":  # what is answered, not the states of thousands of texts
+            values["last_hidden_state"] = values["last_hidden_state"].mean(axis=0)
         return values
 
     def _answer(self, text: Text, encodings: list[Any], rows: list[dict[str, np.ndarray]]) -> dict[str, Any]:
@@ -415,7 +417,8 @@ def exit_values(outputs: dict[str, np.ndarray]) -> np.ndarray:
     return np.stack([outputs["exit_start_logits"], outputs["exit_end_logits"]], axis=-1)
 
 
-def _check_text(text: Any, number: int, problem_type: str) -> None:
+def check_text(text: Any, number: int, problem_type: str) -> None:
+    """ValueError where a text is none, or not such as the task reads; number: its place, for the message."""
     words = problem_type == "token_classification" and isinstance(text, list)
     parts = (text,) if isinstance(text, str) else text if isinstance(text, tuple | list) else ()
     if not all(isinstance(part, str) for part in parts) or not (words or isinstance(text, str) or len(parts) == 2):
@@ -582,6 +585,24 @@ def _check_points(points: OperatingPoints | None, session: ElasticSession) -> No
             f"{file} was measured with the exit policy {points.policy}, {session.file.name} has {session.policy}; "
             "export the checkpoint again"
         )
+
+
+def without_truncation(tokenizer: Tokenizer) -> Tokenizer:
+    """The same, which cuts nothing."""
+    whole = Tokenizer.from_str(tokenizer.to_str())
+    whole.no_truncation()
+    return whole
+
+
+def with_short_questions(whole: Tokenizer, texts: list[Any], max_tokens: int) -> list[Text]:
+    """(question, context) pairs whose question leaves room for the context: cut as fine-tuning cuts it. whole: a
+    tokenizer that cuts nothing."""
+    most = question_tokens(max_tokens)
+    questions = whole.encode_batch([question for question, _ in texts], add_special_tokens=False)
+    return [
+        (question if len(one.ids) <= most else question[: one.offsets[most - 1][1]], context)
+        for (question, context), one in zip(texts, questions, strict=True)
+    ]
 
 
 def load_tokenizer(file: Path, max_tokens: int, problem_type: str) -> Tokenizer:

@@ -64,7 +64,7 @@ def time_session(
     measured = session.points.points if session.points else []
     points = {point.name: session.arguments(point) for point in [session.point("full"), *measured]}
     points["default"] = session.arguments(None)
-    encodings = session.tokenizer.encode_batch(texts)
+    encodings = session.encode(texts)
     timings = []
     for name, given in points.items():
         for batch in batch_sizes:

@@ -28,9 +28,10 @@ def read_texts(file: Path, text: str, pair: str | None = None, limit: int | None
     header = lines[0].split("\t") if lines else []
     if kind == ".txt" and (pair is not None or (len(header) > 1 and text in header)):
         raise ValueError(f"{file}: a .txt is read as a text a line, this looks like a table; name it .tsv")
-    texts: list[Text] = (
-        [line for line in lines if line.strip()] if kind == ".txt" else _columns(file, lines, text, pair)
-    )
+    texts: list[Text] = list(lines) if kind == ".txt" else _columns(file, lines, text, pair)
+    for number, line in enumerate(lines, start=1):
+        if kind == ".txt" and not line.strip():  # answers are in the order of the lines
+            raise ValueError(f"{file}, line {number}: an empty text; leave such lines out")
     if not texts:
         raise ValueError(f"{file} has no texts")
     return texts[:limit]

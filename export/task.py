@@ -82,7 +82,7 @@ def task_of(config: ElasticBertConfig, measured: dict[str, Any] | None = None, a
     labels = {QUESTIONS: 2, EMBEDDING: config.hidden_size}.get(problem_type, config.num_labels)
     if problem_type == EMBEDDING:
         own = config.exit_policy or {}
-        layer = own["layer"] if own.get("name") == "constant" else exits[-1]
+        layer = _constant_layer(own, exits) if own.get("name") == "constant" else exits[-1]
         return Task(head, problem_type, None, [], layer, lengths, labels)
     policy, thresholds, max_layer = _policy_of(config, measured, problem_type)
     return Task(head, problem_type, policy, thresholds, max_layer, lengths, labels)
@@ -93,18 +93,24 @@ def _policy_of(config, measured: dict[str, Any] | None, problem_type: str) -> tu
     exits = config.exit_layers
     policy, max_layer = check_exit_policy(config.exit_policy, len(exits), problem_type), exits[-1]
     if policy is not None and policy["name"] == "constant":
-        max_layer, policy = policy["layer"], None
+        max_layer, policy = _constant_layer(policy, exits), None
     if policy is None:
         policy = measured or (STAY_REGRESSION if problem_type == REGRESSION else STAY)
         return policy, never(policy, problem_type, len(exits)), max_layer
     if measured and policy_kind(measured) != policy_kind(policy):
         raise ValueError(
             f"the configuration's exit policy is {policy}, but the operating points were measured with {measured}; "
-            "evaluate the checkpoint again"
+            "give --at POINT, search again with that policy, or set exit_policy to null in config.json"
         )
     counts = {"patience": policy.get("patience"), "voting": policy.get("votes")}
     settings = policy if "threshold" in policy else {"threshold": counts[policy["name"]]}
     return policy, thresholds_of(settings, len(exits)), max_layer
+
+
+def _constant_layer(policy: dict[str, Any], exits: list[int]) -> int:
+    if policy.get("layer") not in exits:
+        raise ValueError(f"exit_policy 'constant': layer must be one of {exits}, got {policy.get('layer')!r}")
+    return int(policy["layer"])
 
 
 def metadata(

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,15 @@ from elastic_model.folders import check_replaceable, new_folder
 from elastic_model.operating_points import FILE, OperatingPoints
 from elastic_model.processor import ONNX_FILES, cpu_flags, fitting_files
 from elastic_model.provenance import append_stage
-from elastic_model.session import REPORT, ElasticSession, Text, load_tokenizer
+from elastic_model.session import (
+    REPORT,
+    ElasticSession,
+    Text,
+    check_text,
+    load_tokenizer,
+    with_short_questions,
+    without_truncation,
+)
 from export.arithmetic import ARITHMETICS, INT8, Arithmetic, arithmetic_of
 from export.card import card_notes, stock_card
 from export.check import (
@@ -43,9 +51,10 @@ from export.predict import read_budget
 from export.ranges import input_ranges
 from export.rows import read_column, read_texts
 from export.stock import write_stock
-from export.task import REGRESSION, SINGLE_LABEL, Task, cut_config, metadata, task_of
+from export.task import QUESTIONS, REGRESSION, SINGLE_LABEL, Task, cut_config, metadata, task_of
 
 FLOAT32 = "model"
+OF_ROWS = ("text", "pair", "label", "max_rows", "min_agreement")  # options that say how --rows are used
 
 
 @dataclass(frozen=True)
@@ -109,16 +118,20 @@ def chosen_files(options: ExportOptions) -> list[str]:
     unknown = [name for name in options.files if name not in ARITHMETICS]
     if unknown:
         raise ValueError(f"--files {' '.join(unknown)}: unknown; allowed: {', '.join(ARITHMETICS)}")
-    for flag, value in (("--label", options.label), ("--activations static", options.activations == "static")):
-        if value and options.rows is None:
-            raise ValueError(f"{flag} needs --rows, a file of texts")
+    if not 0 <= options.min_agreement <= 1:
+        raise ValueError(f"min_agreement must be from 0 to 1, got {options.min_agreement:g}")
+    of_rows = [one for one in fields(ExportOptions) if one.name in OF_ROWS]
+    given = [f"--{one.name}" for one in of_rows if getattr(options, one.name) != one.default]
+    given += ["--activations static"] if options.activations == "static" else []
+    if given and options.rows is None:
+        raise ValueError(f"{given[0]} needs --rows, a file of texts")
     if options.at and (options.exit or options.to):
         raise ValueError("--at chooses defaults of a file with exits; a plain file (--exit, --to) has none")
     if options.exit is not None and options.exit < 1:
         raise ValueError(f"--exit must be a layer from 1, got {options.exit}")
-    if not 0 <= options.min_agreement <= 1:
-        raise ValueError(f"min_agreement must be from 0 to 1, got {options.min_agreement:g}")
     best = options.files or [name for name in fitting_files(cpu_flags()) if name in INT8][:1]
+    if options.activations != "token" and not set(best) & set(INT8):
+        raise ValueError(f"--activations {options.activations} is of int8 files; --files names {' '.join(best)}")
     return list(dict.fromkeys([FLOAT32, *best]))
 
 
@@ -151,7 +164,7 @@ def write_all(
         points.save(folder)
     expected = references(checkpoint, task, config.exit_layers if plain is None else [plain])
     tokenizer = load_tokenizer(options.checkpoint / "tokenizer.json", checkpoint.max_tokens, task.problem_type)
-    rows = sample_rows(checkpoint, sample, tokenizer)
+    rows = sample_rows(checkpoint, task, sample, tokenizer)
     ranges = input_ranges(checkpoint, rows) if options.activations == "static" else None
     products = {}
     for name in files:
@@ -232,11 +245,17 @@ def write_graph(
     return matrix_products(model)
 
 
-def sample_rows(checkpoint: Checkpoint, sample: Sample | None, tokenizer: Tokenizer) -> list[Any]:
-    """Encodings of the sample's texts, windows beyond the first left out; without one, rows of random tokens."""
+def sample_rows(checkpoint: Checkpoint, task: Task, sample: Sample | None, tokenizer: Tokenizer) -> list[Any]:
+    """Encodings of the sample's texts, windows beyond the first left out; without one, rows of random tokens.
+    ValueError for texts of another kind than the task reads."""
     if sample is None:
         return [row for rows in random_rows(checkpoint) for row in rows]
-    return tokenizer.encode_batch(sample.texts)
+    texts = sample.texts
+    for number, text in enumerate(texts):
+        check_text(text, number, task.problem_type)
+    if task.problem_type == QUESTIONS:
+        texts = with_short_questions(without_truncation(tokenizer), texts, checkpoint.max_tokens)
+    return tokenizer.encode_batch(texts)
 
 
 def check_files(
@@ -295,7 +314,7 @@ def plain_layer(options: ExportOptions, config: ElasticBertConfig) -> int | None
 def apply_point(config: ElasticBertConfig, points: OperatingPoints | None, at: str) -> None:
     """Make an operating point the configuration's default."""
     if points is None:
-        raise ValueError(f"--at {at}: the checkpoint has no {FILE}; measure some first (python -m finetune evaluate)")
+        raise ValueError(f"--at {at}: the checkpoint has no {FILE}; measure some first (python -m finetune search)")
     budget = read_budget(at)
     assert budget is not None
     config.exit_policy, config.length_config = points.at(budget)

@@ -15,7 +15,7 @@ from elastic_model.calibration import Drift, drift, fixed_sequence, rows_needed,
 from elastic_model.checks import check_length_config, policy_kind
 from elastic_model.cost import exit_flops
 from elastic_model.exit_policies import sweep
-from elastic_model.folders import check_file, new_file
+from elastic_model.folders import check_file, is_file, new_file
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from elastic_model.operating_points import FILE, FULL, OperatingPoint, OperatingPoints, checkpoint_hash
 from elastic_model.provenance import read_provenance
@@ -133,14 +133,10 @@ def observe(options: CalibrateOptions, rows: Rows, session: ElasticSession | Non
         how = (rows.encoded, load_tokenizer(Path(options.model)), options.eval_batch_size, Accelerator())
         learned = options.exit_policy == "learned"
         check_learned({"name": options.exit_policy}, model.config)
-        if learned and lengths is not None:
-            raise ValueError(
-                "the learned exit head is calibrated at the checkpoint's own lengths, not --length_config"
-            )
         logits = exit_logits(model, *how, lengths)
         whole = lengths is None and model.config.length_config is None
         full = logits[-1] if whole else exit_logits(model, *how, 1.0)[-1]
-        return Served(logits, full, exit_uncertainty(model, *how) if learned else None)
+        return Served(logits, full, exit_uncertainty(model, *how, lengths) if learned else None)
     if rows.labels.problem_type not in SEQUENCES:
         raise ValueError("an exported folder is calibrated for classes and numbers; calibrate this on its checkpoint")
     if options.exit_policy == "learned":
@@ -370,7 +366,8 @@ def calibrate(options: CalibrateOptions) -> None:
     logging.disable_progress_bar()
     folder = Path(options.model)
     if options.output:
-        for file in (Path(options.output), Path(options.output).with_suffix(".png")):
+        output = Path(options.output)
+        for file in (output, output.with_suffix(".png")) if is_file(output) else (output,):
             check_file(file, options.texts, options.drift, options.train, options.dev, options.test)
     if options.drift is not None:
         return check_drift(options)
@@ -386,7 +383,7 @@ def calibrate(options: CalibrateOptions) -> None:
             "calibrate at shares: --length_config, one a layer (1.0: all tokens)"
         )
     points = points_of(folder)
-    session = ElasticSession.from_pretrained(folder, options.file) if is_artefact(folder) else None
+    session = ElasticSession.from_pretrained(folder, options.file, points=False) if is_artefact(folder) else None
     if session is not None and options.max_length != session.max_tokens:
         print(f"note: an exported folder reads up to {session.max_tokens} tokens of a row, whatever --max_length")
         options = replace(options, max_length=session.max_tokens)
@@ -406,7 +403,8 @@ def calibrate(options: CalibrateOptions) -> None:
     if options.output:
         with new_file(Path(options.output)) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        plot_points(Path(options.output).with_suffix(".png"), saved)
+        if is_file(Path(options.output)):
+            plot_points(Path(options.output).with_suffix(".png"), saved)
     show(result, folder)
 
 

@@ -210,6 +210,7 @@ def is_finished(run: Run) -> bool:
     """Whether the output already holds the checkpoint of a run with the same settings."""
     saved = Path(run.options.output) / SETTINGS
     try:
-        return saved.is_file() and bool(json.loads(saved.read_text()) == run.settings)
-    except ValueError as error:
+        found = json.loads(saved.read_text()) if saved.is_file() else {}  # of earlier versions it may say more
+        return bool(found) and all(found.get(name) == value for name, value in run.settings.items())
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"{saved} is damaged ({error}); remove {saved.parent}, or choose another output") from error

@@ -54,6 +54,11 @@ class TaskOptions(ReadingOptions):
     )
     metrics: list[str] = option([], help="metrics, the first decides; a+b is the mean of two (default: the task's)")
 
+    @property
+    def sources(self) -> tuple[str | None, ...]:
+        """What is read, which no output may replace; some of it may be names instead of paths."""
+        return self.model, self.train, self.dev, self.test, self.dataset
+
 
 @dataclass(kw_only=True)
 class LoopOptions(ReadingOptions):

@@ -186,7 +186,7 @@ def phases_of(options: ElastifyOptions) -> tuple[Phase, ...]:
 
 
 def _settings(options: ElastifyOptions, revision: str | None, splits: Mapping[str, Encoded]) -> dict[str, Any]:
-    free = ("output", "resume", "model", "texts", "dev", "save_steps", "log_steps", "tracker")
+    free = ("output", "resume", "model", "texts", "dev", "save_steps", "log_steps", "tracker", "eval_batch_size")
     settings = {name: value for name, value in vars(options).items() if name not in free}
     local = Path(options.model).is_dir()
     settings["original"] = [file_hash(file) for file in weight_files(Path(options.model))] if local else revision

@@ -27,7 +27,7 @@ from finetune.figures import plot_front
 from finetune.kinds import answers_of, text_of
 from finetune.labels import Labels
 from finetune.metrics import interval, metric
-from finetune.policies import Policy, candidates, patience_of, policy_name
+from finetune.policies import Policy, candidates, never, patience_of, policy_name
 from finetune.prepare import chosen_task, draw_rows, encode_split, labels_of_model, load_classifier, load_tokenizer
 from finetune.teacher import ask
 
@@ -98,13 +98,14 @@ def exit_uncertainty(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     accelerator: Accelerator,
+    length_config: list[float] | float | None = None,
 ) -> np.ndarray | None:
-    """What a learned exit head says at every exit, float32 (exits, rows), in a pass of its own at the checkpoint's own
-    lengths; None without one."""
+    """What a learned exit head says at every exit, float32 (exits, rows), in a pass of its own; None without one.
+    length_config: None = the checkpoint's own."""
     if not model.config.learned_exit_head:
         return None
     how = (tokenizer, batch_size, accelerator, lambda output: output.exit_uncertainty.T)
-    rows = ask(model, encoded, *how, length_config=None)
+    rows = ask(model, encoded, *how, length_config=length_config)
     return np.stack(rows, axis=1)
 
 
@@ -186,6 +187,8 @@ def spread(outcomes: list[Outcome], count: int) -> list[Outcome]:
 
 def _policies(options: EvaluateOptions, logits: np.ndarray, labels: Labels, saved: Policy | None) -> list[Policy]:
     name, patience = policy_name(options.exit_policy, labels.problem_type, saved), patience_of(saved)
+    if not options.thresholds and len(logits) == 1:  # nothing to choose
+        return [never(name, 1, labels.problem_type, patience)]
     if not options.thresholds:
         return candidates(name, logits, labels.problem_type, patience=patience)
     counted = {"voting": "votes"} if labels.problem_type == "regression" else {"voting": "votes", "patience": name}
@@ -338,7 +341,7 @@ def evaluate(options: EvaluateOptions) -> None:
     if options.rows is not None and options.rows < 1:
         raise ValueError(f"rows must be at least 1, got {options.rows}")
     if options.output:
-        check_replaceable(Path(options.output), options.model)
+        check_replaceable(Path(options.output), *options.sources)
     accelerator = Accelerator()
     model = load_classifier(Path(options.model), options.max_length).to(accelerator.device)
     task, tokenizer = chosen_task(options), load_tokenizer(Path(options.model))
@@ -352,11 +355,9 @@ def evaluate(options: EvaluateOptions) -> None:
     if lengths is None and isinstance(model.config.length_config, dict):
         _, kept = explore_by_row(model, encoded, tokenizer, options.eval_batch_size, model.config.length_config)
     exits = {layer: scores(one, encoded, labels, options.seed) for layer, one in zip(layers, logits, strict=True)}
-    doubts = exit_uncertainty(model, encoded, tokenizer, options.eval_batch_size, accelerator)
+    doubts = exit_uncertainty(model, encoded, tokenizer, options.eval_batch_size, accelerator, lengths)
     policies = _policies(options, logits, labels, saved)
     check_learned(policies[0], model.config)
-    if lengths is not None and policies[0]["name"] == "learned":
-        raise ValueError("the learned exit head is evaluated at the checkpoint's own lengths: leave --length_* away")
     swept = [outcome(policy, logits, layers, encoded, labels, doubts) for policy in policies]
     own = outcome(saved, logits, layers, encoded, labels, doubts)
     outcomes = {policy_text(one.policy): one for one in (swept if options.thresholds else spread(swept, LINES))}

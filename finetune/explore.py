@@ -197,7 +197,8 @@ def explore_graph(
     encodings = [SimpleNamespace(ids=row["input_ids"], type_ids=row.get("token_type_ids", 0)) for row in read]
     for rows in sorted_batches([len(one.ids) for one in encodings], batch_size):
         for one in lengths:
-            outputs = session.run([encodings[row] for row in rows], session.never, length_config=shares(one))
+            batch = [encodings[row] for row in rows]
+            outputs = session.run(batch, session.never, session.exit_layers[-1], shares(one))
             said = torch.from_numpy(exit_values(outputs)), None
             if one not in found:
                 found[one] = Observed.blank(said, len(some), max(encoded.lengths))

@@ -272,8 +272,8 @@ def prepare(
     check_numbers(options, phases)
     if not 0 <= options.permitted_loss <= 1:
         raise ValueError(f"permitted_loss must be from 0 to 1 (1 % is 0.01), got {options.permitted_loss}")
-    files = (options.train, options.dev, options.test)
-    check_replaceable(Path(options.output), options.model, options.teacher, getattr(options, "student", None), *files)
+    models = (options.teacher, getattr(options, "student", None))
+    check_replaceable(Path(options.output), *options.sources, *models)
     task, tokenizer = chosen_task(options), load_tokenizer(Path(options.model))
     train = some_rows(read_examples(task, "train"), options.train_rows, options.seed)
     if len(train) < options.batch_size:

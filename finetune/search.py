@@ -1,6 +1,7 @@
 """`python -m finetune search`: search lengths and exits together, keep the best of every cost with the checkpoint."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -34,7 +35,7 @@ from finetune.figures import plot_areas, plot_front, plot_points
 from finetune.kinds import answers_of
 from finetune.labels import Labels
 from finetune.latency import Latency, Served, measure_latency
-from finetune.policies import Policy, at_one_exit, candidates, never, patience_of, policy_name, thresholds
+from finetune.policies import CANDIDATES, at_one_exit, candidates, never, patience_of, policy_name, thresholds
 from finetune.prepare import (
     chosen_task,
     encode_split,
@@ -49,6 +50,7 @@ from finetune.tasks import Task
 RESULT = "search.json"
 LIKE_FULL = 1e-9  # qualities this close are equal
 FEWEST = 16  # rows on a rung
+BY_ROW = "-by-row"  # ends the name of a point whose rows choose their own lengths
 
 
 def two_points(search: Search) -> dict[str, Found]:
@@ -73,23 +75,33 @@ def chosen(search: Search) -> dict[str, Found]:
     return {name: named[name] for name in unique.values()}
 
 
+def by_lengths(named: tuple[str, Found]) -> Lengths:
+    """The lengths of a named candidate."""
+    return named[1].lengths
+
+
 def operating_points(search: Search, encoded: Encoded, weights: str) -> OperatingPoints:
-    """The chosen candidates measured on all rows of the split."""
-    named, config, options = chosen(search), search.model.config, search.options
-    observed = search.explore(encoded, sorted({one.lengths for one in named.values()}))
-    points = []
-    for name, one in named.items():
-        seen, lengths, served = observed[one.lengths], shares(one.lengths), search.served
+    """The chosen candidates measured on all rows of the split, with `by_row` as points of such rows too."""
+    named, served = chosen(search), search.served
+    config, options = search.model.config, search.options
+    points: list[OperatingPoint] = []
+    known: dict[float, float] = {}  # of `fit_share`
+    # one configuration at a time: what every exit says of every token of a whole split takes gigabytes
+    for steps, some in itertools.groupby(sorted(named.items(), key=by_lengths), key=by_lengths):
+        group, lengths = list(some), shares(steps)
+        seen = search.explore(encoded, [steps])[steps]
         flops = exit_flops(config, encoded.lengths, lengths, encoded.head)
-        point, left = measured_point(search, encoded, name, one.setting, seen, flops)
         padded = exit_flops(config, [options.max_length], lengths, encoded.head).double().numpy()[:, 0]
-        latency = None if served is None else served.time(point.thresholds, lengths)
-        padded_flops = float(padded[left].mean())
-        points.append(replace(point, length_config=lengths, latency_ms=latency, padded_flops=padded_flops))
-    if options.by_row:
-        points += points_by_row(search, encoded, named)
-    lossless = named.get("lossless", named["full"])
-    policy = search.policies[lossless.setting]
+        for name, one in group:
+            point, left = measured_point(search, encoded, name, one.setting, seen, flops)
+            latency = None if served is None else served.time(point.thresholds, lengths)
+            padded_flops = float(padded[left].mean())
+            points.append(replace(point, length_config=lengths, latency_ms=latency, padded_flops=padded_flops))
+        if options.by_row and steps != search.whole:
+            points += points_by_row(search, encoded, steps, group, known)
+    order = [*named, *(f"{name}{BY_ROW}" for name in named)]
+    points.sort(key=lambda point: order.index(point.name))
+    policy = search.policies[named.get("lossless", named["full"]).setting]
     return OperatingPoints(weights, policy, points)
 
 
@@ -113,35 +125,38 @@ def measured_point(
     return point, left
 
 
-def points_by_row(search: Search, encoded: Encoded, named: dict[str, Found]) -> list[OperatingPoint]:
-    """Beside each candidate that drops tokens, what rows give that choose their own lengths, at the cost of its."""
+def points_by_row(
+    search: Search, encoded: Encoded, steps: Lengths, group: list[tuple[str, Found]], known: dict[float, float]
+) -> list[OperatingPoint]:
+    """Beside each named candidate of lengths that drop tokens, what rows give that choose their own, at its cost.
+    known: of `fit_share`."""
     how = (search.model, search.encoded, search.tokenizer, search.options.eval_batch_size)
-    known: dict[float, float] = {}
-    seen: dict[Lengths, tuple[dict[str, list[float]], Observed, torch.Tensor]] = {}
+    cost = exit_flops(search.model.config, search.encoded.lengths[:FIT_ROWS], shares(steps), encoded.head)[-1]
+    lengths = by_row(search.model, fit_share(*how, cost.double().mean().item(), known))
+    observed, kept = explore_by_row(search.model, encoded, search.tokenizer, how[-1], lengths)
+    flops = exit_flops(search.model.config, encoded.lengths, head=encoded.head, kept=torch.from_numpy(kept))
     points = []
-    for name, one in named.items():
-        if one.lengths == search.whole:
-            continue
-        if one.lengths not in seen:
-            tokens = search.encoded.lengths[:FIT_ROWS]
-            cost = exit_flops(search.model.config, tokens, shares(one.lengths), encoded.head)[-1].double().mean()
-            lengths = by_row(search.model, fit_share(*how, cost.item(), known))
-            observed, kept = explore_by_row(search.model, encoded, search.tokenizer, how[-1], lengths)
-            seen[one.lengths] = lengths, observed, torch.from_numpy(kept)
-        lengths, observed, counts = seen[one.lengths]
-        flops = exit_flops(search.model.config, encoded.lengths, head=encoded.head, kept=counts)
-        point, _ = measured_point(search, encoded, f"{name}-by-row", one.setting, observed, flops)
+    for name, one in group:
+        point, _ = measured_point(search, encoded, f"{name}{BY_ROW}", one.setting, observed, flops)
         latency = None if search.served is None else search.served.time(point.thresholds, lengths)
         points.append(replace(point, length_config=lengths, latency_ms=latency))
     return points
 
 
-def guaranteed(folder: Path, policy: Policy) -> list[OperatingPoint]:
-    """The points there are that `calibrate` gave a guarantee: a search does not know better."""
+def guaranteed(folder: Path, points: OperatingPoints) -> list[OperatingPoint]:
+    """The points there are that `calibrate` gave a guarantee: a search does not know better. Their costs are brought
+    to those of `points`: of full depth they cost the share that they did.
+    """
     known = OperatingPoints.find(folder)
-    if known is None or policy_kind(known.policy) != policy_kind(policy):
+    found = [one for one in known.points if one.calibration] if known is not None else []
+    if known is None or not found:
         return []
-    return [one for one in known.points if one.calibration]
+    if policy_kind(known.policy) != policy_kind(points.policy):
+        print(f"{folder / FILE}: its calibrated point is of the policy {known.policy['name']!r}, and left out")
+        return []
+    before, now = known.full(), points.full().flops
+    whole = before.flops if before not in found else None
+    return [replace(one, flops=one.flops * now / whole if one.flops and now and whole else None) for one in found]
 
 
 def ladder(
@@ -194,6 +209,8 @@ def prepare(options: SearchOptions) -> tuple[Search, Encoded]:
     rungs = ladder(some, task, labels, tokenizer, options)
     encoded = rungs[-1]
     saved = model.config.exit_policy
+    if (saved or {}).get("name") not in CANDIDATES and (known := OperatingPoints.find(folder)):
+        saved = known.policy  # which an export has, too
     name, patience = policy_name(options.exit_policy, labels.problem_type, saved), patience_of(saved)
     policies = [never(name, len(model.exit_layers), labels.problem_type, patience)]
     check_learned(policies[0], model.config)
@@ -211,6 +228,7 @@ def prepare(options: SearchOptions) -> tuple[Search, Encoded]:
         logits = work.explore(encoded, [work.whole])[work.whole].logits
         policies += candidates(name, logits, labels.problem_type, patience=patience)
         policies += at_one_exit(policies[-1], len(model.exit_layers), labels.problem_type)
+    settings["policy"] = policies[0]  # the checkpoint's own, where --exit_policy names none
     return work, every
 
 
@@ -225,8 +243,9 @@ def open_graph(exported: Path, search: Search, threads: int | None) -> ElasticSe
         )
     if "length_config" not in session.inputs or policy_kind(session.policy or {}) != policy_kind(policy):
         raise ValueError(
-            f"{session.file} must have length_config as an input and the exit policy {policy['name']!r}, "
-            f"it has {sorted(session.inputs)} and {session.policy}; export the checkpoint again"
+            f"{session.file} must have length_config as an input and an exit policy such as {policy}, it has "
+            f"{sorted(session.inputs)} and {session.policy}; search with its policy (--exit_policy), or export the "
+            "checkpoint again"
         )
     return session
 
@@ -236,7 +255,9 @@ def load_served(options: SearchOptions, search: Search, folder: Path) -> Served:
     session = open_graph(Path(str(options.latency)), search, options.latency_threads)
     texts = search.examples.select(list(range(min(options.latency_rows, len(search.examples)))))
     rows = list(zip(texts.texts, texts.pairs, strict=True)) if texts.pairs else texts.texts
-    encodings = session.tokenizer.encode_batch(rows)
+    encodings = session.encode(rows)
+    for one in encodings:  # timed as they are measured; the file itself reads up to its own length
+        one.truncate(options.max_length)
     begun = folder / JOURNAL
     if options.resume and begun.is_file():
         known = json.loads(begun.read_text(encoding="utf-8").splitlines()[0]).get("measured")
@@ -275,7 +296,7 @@ def write(search: Search, folder: Path, history: list[dict[str, Any]], points: O
     plot_points(folder / "points.png", points)
     for place in (search.options.model, search.options.latency):
         if place is not None:  # a guarantee is of what was calibrated there: PyTorch or the file
-            kept = points.points + guaranteed(Path(place), points.policy)
+            kept = points.points + guaranteed(Path(place), points)
             replace(points, points=kept).save(Path(place))
 
 
@@ -337,7 +358,7 @@ def search(options: SearchOptions) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder = Path(options.output or f"{options.model.rstrip('/')}.search")
-    check_replaceable(folder, options.model, options.latency, options.graph)
+    check_replaceable(folder, *options.sources, options.latency, options.graph)
     if (
         folder.is_dir()
         and {one.name for one in folder.iterdir()} - {MARKER, LOCK}

@@ -90,7 +90,7 @@ def ask(
     batch_size: int,
     accelerator: Accelerator,
     read: Callable[[Any], torch.Tensor],
-    length_config: float | None = 1.0,
+    length_config: list[float] | float | None = 1.0,
 ) -> list[np.ndarray]:
     """What `read` finds in a model's output, float32, for each row; of (..., tokens, labels) the real tokens alone.
 

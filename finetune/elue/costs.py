@@ -4,7 +4,8 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -268,6 +269,22 @@ def _count(value: Any, name: str, key: str, where: str) -> int:
     raise ValueError(f"model file {where}: {key} of module {name!r} must be a whole number from 0, got {value!r}")
 
 
+@contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    """As where Python runs a file of the folder; what is imported from there is forgotten, since other folders have
+    modules of the same names."""
+    before, paths = set(sys.modules), sys.path[:]
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path[:] = paths
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and Path(file).resolve().is_relative_to(folder):
+                del sys.modules[name]
+
+
 class CodeCosts:
     """The costs of somebody's `module_list` in a model.py, {name: module} or (name, module) pairs, which is run.
 
@@ -279,18 +296,17 @@ class CodeCosts:
         if spec is None or spec.loader is None:
             raise ValueError(f"model file {path} cannot be read as Python")
         code = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name], found = code, sys.path[:]  # as where Python runs a file
-        sys.path.insert(0, str(path.resolve().parent))
+        self.folder = path.resolve().parent
         try:
-            spec.loader.exec_module(code)
+            with _importing_from(self.folder):
+                sys.modules[spec.name] = code
+                spec.loader.exec_module(code)
             self.modules: dict[str, torch.nn.Module] = dict(code.module_list)
         except (Exception, SystemExit) as error:
             raise ValueError(
                 f"model file {path}: it must define module_list, pairs of a name and a torch module; running it gave "
                 f"{type(error).__name__}: {error}"
             ) from error
-        finally:
-            sys.path[:] = found
         self.counted: dict[Step, int] = {}
 
     def flops(self, step: Step) -> int:
@@ -299,7 +315,8 @@ class CodeCosts:
             raise ValueError(f"module {step.name!r} is unknown; module_list has: {', '.join(self.modules)}")
         if step not in self.counted:
             try:
-                self.counted[step] = _counted(self.modules[step.name], step.shape)
+                with _importing_from(self.folder):  # a module may import where it runs
+                    self.counted[step] = _counted(self.modules[step.name], step.shape)
             except Exception as error:
                 raise ValueError(f"module {step}: it does not run on that shape ({error})") from error
         return self.counted[step]

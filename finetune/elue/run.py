@@ -55,10 +55,11 @@ def _check(options: RunOptions, methods: Mapping[str, Method], jobs: list[Job]) 
     if options.model is not None and any(job.checkpoint is None for job in jobs):
         weight_files(Path(options.model))
         _depths(options)
-        asked = any(one.policy_for(job.kind.problem_type) for one in methods.values() for job in jobs)
-        if asked and layers_of(options.model) == 1:
-            raise ValueError(f"{options.model} has one layer: a method with an exit policy has nothing to choose from")
         config = AutoConfig.from_pretrained(options.model, local_files_only=True)
+        asked = any(one.policy_for(job.kind.problem_type) for one in methods.values() for job in jobs)
+        exits = getattr(config, "exit_layers", None) or range(config.num_hidden_layers)  # a stock body gets them all
+        if asked and len(exits) == 1:
+            raise ValueError(f"{options.model} has one exit: a method with an exit policy has nothing to choose from")
         for job in (job for job in jobs if job.checkpoint is None):
             try:
                 check_length(config, job.max_length)

@@ -117,7 +117,7 @@ def test_an_export_that_drops_tokens_is_held_against_the_full_model(
         batch = tiny_tokenizer(lines, padding=True, return_tensors="pt")
         shorter.classifiers.at(4).bias -= shorter(**batch, exit_policy={"name": "never"}).logits.mean(0)
     shorter.save_pretrained(checkpoint)
-    assert run(lambda: export([str(checkpoint), str(tmp_path / "exported"), "--min_agreement", "0.5"])) == 0
+    assert run(lambda: export([str(checkpoint), str(tmp_path / "exported")])) == 0
     session = ElasticSession.from_pretrained(tmp_path / "exported")
     whole = session.exit_logits(lines, length_config=[1.0] * 4)[-1].argmax(-1)
     differing = (session.exit_logits(lines)[-1].argmax(-1) != whole).mean()
@@ -174,7 +174,7 @@ def test_rows_that_chose_the_checkpoint_are_told(trained, tmp_path, capsys):
     assert "warning: the stage 'finetune' of this checkpoint was trained or chosen on" in capsys.readouterr().out
     calibrate(CalibrateOptions(model=str(folder), dev=trained.test or trained.dev.replace("dev", "test"), **own))
     assert "warning" not in capsys.readouterr().out
-    assert run(lambda: export([str(folder), str(tmp_path / "exported"), "--min_agreement", "0.5"])) == 0
+    assert run(lambda: export([str(folder), str(tmp_path / "exported")])) == 0
     calibrate(
         CalibrateOptions(model=str(tmp_path / "exported"), dev=trained.dev, **own)
     )  # reads longer rows than train

@@ -183,7 +183,9 @@ def test_one_exit_leaves_nothing_to_choose(elue_data, elue_start, tmp_path, caps
     shallow.save_pretrained(tmp_path / "shallow")
     AutoTokenizer.from_pretrained(elue_start).save_pretrained(tmp_path / "shallow")
     assert elue(elue_data, tmp_path / "shallow", "--tasks", "sst2", "--methods", "elastic") == 2
-    assert "shallow has one layer: a method with an exit policy has nothing to choose" in capsys.readouterr().err
+    assert "shallow has one exit: a method with an exit policy has nothing to choose" in capsys.readouterr().err
+    assert elue(elue_data, tmp_path / "single", "--tasks", "sst2", "--methods", "deebert") == 2
+    assert "single has one exit" in capsys.readouterr().err
     assert not (elue_data / "run").exists()
 
 
