@@ -156,8 +156,9 @@ def _descriptor(path: Path) -> int | None:
     return int(number[1]) if number else {"/dev/stdout": 1, "/dev/stderr": 2}.get(str(path))
 
 
-def is_file(path: Path) -> bool:
+def is_file(path: Path | str) -> bool:
     """Whether a file is there or may be: False of /dev/null, a pipe, or /dev/stdout, wherever that leads."""
+    path = Path(path)
     return _descriptor(path) is None and (path.is_file() or not path.exists())
 
 

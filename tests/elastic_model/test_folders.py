@@ -14,6 +14,7 @@ from elastic_model.folders import (
     check_replaceable,
     claim_folder,
     empty_folder,
+    is_file,
     is_ours,
     new_file,
     new_folder,
@@ -178,6 +179,11 @@ def test_what_is_no_file_is_written_to(tmp_path):
     os.close(reader)
     code = "from elastic_model.folders import new_file\nwith new_file('/dev/stdout') as file: file.write_text('said')"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "said"
+    (tmp_path / "log").write_text("before\n")
+    with (tmp_path / "log").open("a") as log:  # as the shell's >>: the log was replaced, with all that was in it
+        subprocess.run([sys.executable, "-c", f"print('first')\n{code}\nprint('last')"], stdout=log, check=True)
+    assert (tmp_path / "log").read_text() == "before\nfirst\nsaidlast\n"
+    assert not is_file("/dev/stdout") and not is_file("/dev/null") and is_file(tmp_path / "new")
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with new_file(tmp_path / "link") as file:

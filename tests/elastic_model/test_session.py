@@ -263,6 +263,11 @@ def test_every_exit_of_a_regression_is_answered(tmp_path, tiny_tokenizer, tiny_c
     assert logits.shape == (4, len(TEXTS), 1) and np.isfinite(logits).all()
 
 
+def test_one_text_is_one_encoding(session):
+    """Each letter was one, and a pair two texts."""
+    assert [len(session.encode(texts)) for texts in ("our people", ("our", "people"), ["our", "people"])] == [1, 1, 2]
+
+
 def test_pairs_and_long_texts(session):
     pair, joined = session([("The harvest has", "been plentiful.")]), session(["The harvest has been plentiful."])
     assert pair[0]["score"] != joined[0]["score"]  # separated, with token types of their own
@@ -300,6 +305,8 @@ def test_threads_may_share_a_session(session):
         (lambda session: session("a", budget={"latency_ms": 3}), r"latency_ms"),
         (lambda session: session(None), r"texts must be a string, a pair of strings, or a list of them, got None"),
         (lambda session: session(b"a"), r"texts must be a string, .* got b'a'"),
+        (lambda session: session({"text": "a", "text_pair": "b"}), r"texts must be a string, .* got {'text'"),
+        (lambda session: session(5), r"texts must be a string, .* got 5"),
         (
             lambda session: ElasticSession(session.file, session.file, threads=0),
             r"threads must be at least 1 .* got 0",

@@ -1,12 +1,16 @@
 """What a client asks of a file at its edges: the whole depth, a layer no row passes, long questions, other points."""
 
 import json
+from dataclasses import replace
 
 import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
 from elastic_model import (
@@ -136,6 +140,48 @@ def test_the_benchmark_runs_every_point_at_its_own_lengths(session_of, monkeypat
     assert [one.point for one in timings] == ["full", "short", "default"] and timings[0].mean_exit_layer == 4
     lengths = [given.get("length_config") for given in seen]
     assert lengths == [[1.0] * 4] * 2 + [shares] * 2 + [None] * 2
+
+
+def test_words_are_read_as_in_training(session_of, tiny_tokenizer, tmp_path):
+    """Byte-level tokens tell a word behind a space from one without: those of lists were others than in training."""
+    session = session_of(ElasticBertForTokenClassification)
+    bytes_of = Tokenizer(BPE({character: number for number, character in enumerate("Ġabc")}, []))
+    bytes_of.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    session.tokenizer = bytes_of
+    (one,) = session.encode([["ab", "c"]])
+    assert one.ids == [0, 1, 2, 0, 3] and one.word_ids == [0, 0, 0, 1, 1]
+
+
+def test_windows_are_timed_and_compared(session_of, tmp_path):
+    """Long questions ended the benchmark and the comparison with the tokenizer's own exception; words of a sentence
+    were no text."""
+    session = session_of(ElasticBertForQuestionAnswering)
+    asked = [(" ".join(["strong"] * 90), CONTEXT), ("Who was strong?", CONTEXT)]
+    assert time_session(session, asked, 1, [2], seconds=0.0)[0].rows_per_second > 0
+    rows, again = tmp_path / "rows.tsv", ExportOptions(tmp_path / "checkpoint", tmp_path / "again", files=["model"])
+    rows.write_text("text\tcontext\n" + "".join(f"{question}\t{context}\n" for question, context in asked))
+    assert export_checkpoint(replace(again, rows=rows, pair="context"))["files"]["model"]
+    with pytest.raises(ValueError, match="text 0 must be a pair of question and context"):
+        export_checkpoint(replace(again, rows=rows))
+
+
+def test_a_vector_is_kept_of_the_bare_model_and_not_its_states(session_of):
+    session = session_of(ElasticBertModel)
+    outputs = session.run(session.encode(TEXTS))
+    assert session._row(outputs, 0, 5)["last_hidden_state"].shape == outputs["last_hidden_state"].shape[2:]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"min_agreement": 0.9}, "--min_agreement needs --rows"),
+        ({"pair": "context"}, "--pair needs --rows"),
+        ({"activations": "tensor", "files": ["model_fp16"]}, "--activations tensor is of int8 files"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(session_of, options, says):
+    with pytest.raises(ValueError, match=says):
+        session_of(options=options)
 
 
 def test_a_checkpoint_is_not_replaced_by_its_export(session_of, tmp_path):

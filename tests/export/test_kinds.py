@@ -132,6 +132,24 @@ def test_points_of_a_policy_that_counts_are_exported_without_a_default(checkpoin
     assert min(one["exit_layer"] for one in session(TEXTS, budget="fast")) < 4
 
 
+@pytest.mark.parametrize("kind", [ElasticBertModel, ElasticBertForSequenceClassification])
+def test_a_constant_policy_at_a_layer_without_an_exit_is_refused(checkpoint_of, kind):
+    _, checkpoint = checkpoint_of(kind, exit_layers=[2, 4], exit_policy={"name": "constant", "layer": 3})
+    with pytest.raises(ValueError, match=r"exit_policy 'constant': layer must be one of \[2, 4\], got 3"):
+        exported(checkpoint)
+
+
+def test_points_of_another_policy_name_what_helps(checkpoint_of):
+    """It said "evaluate the checkpoint again", which writes no points."""
+    _, checkpoint = checkpoint_of(exit_policy={"name": "entropy", "threshold": 0.5})
+    points = [OperatingPoint("full", [1.0] * 4, 4.0)]
+    OperatingPoints(checkpoint_hash(checkpoint), {"name": "confidence", "threshold": 1.0}, points).save(checkpoint)
+    with pytest.raises(ValueError, match="give --at POINT, search again with that policy"):
+        exported(checkpoint)
+    out, _ = exported(checkpoint, at="full")
+    assert ElasticSession.from_pretrained(out, "model").policy["name"] == "confidence"
+
+
 def test_points_of_another_patience_are_refused_before_the_file_is_written(checkpoint_of):
     """It passed, and no session could load what was written."""
     own = {"name": "patience", "patience": 2, "threshold": 0.5}

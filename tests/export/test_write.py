@@ -255,6 +255,7 @@ def test_the_commands_end_to_end(tiny_checkpoint, tmp_path, run_export):
         ("rows.tsv", b"text\tlabel\nx\ty\n \ty\n", "line 3: an empty text"),
         ("rows.txt", b"\xff\xfe\n", "not readable as UTF-8"),
         ("rows.txt", b"\n\n", "has no texts"),
+        ("rows.txt", b"one\n\ntwo\n", "line 2: an empty text; leave such lines out"),  # answers were shifted
         ("rows.txt.xz", b"not xz", "not readable"),
         ("rows.txt.gz", b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\xff\xff\xff\xff\xff", "not readable"),
         ("rows.csv", b"text,label\nx,y\n", "a .txt .* or a .tsv"),

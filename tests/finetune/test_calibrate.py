@@ -5,6 +5,7 @@ import re
 import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,13 +137,26 @@ def test_an_export_reads_its_rows_whole(checkpoint, small_task, tmp_path, capsys
     assert OperatingPoints.load(tmp_path / "exported").points == cut and cut[0].name == "full"
 
 
-def test_points_of_other_weights_are_replaced(checkpoint, small_task, capsys):
+def test_points_of_other_weights_are_replaced(checkpoint, small_task, tmp_path, capsys):
     """They were refused, with the advice to calibrate, which refused them."""
     calibrate(options_of(checkpoint, small_task))
     table = OperatingPoints.load(checkpoint)
     replace(table, checkpoint="0" * 64).save(checkpoint)
     calibrate(options_of(checkpoint, small_task))
     assert OperatingPoints.load(checkpoint) == table
+    exported = tmp_path / "exported"  # its session was opened with them
+    assert run(lambda: export([str(checkpoint), str(exported)])) == 0
+    for stale in (replace(table, checkpoint="0" * 64), replace(table, policy={"name": "margin", "threshold": 1.0})):
+        stale.save(exported)
+        calibrate(options_of(exported, small_task, max_length=64))
+        assert OperatingPoints.load(exported).policy["name"] == "entropy" and ElasticSession.from_pretrained(exported)
+
+
+def test_output_that_is_no_file_gets_no_figure(checkpoint, small_task, tmp_path, capsys):
+    calibrate(options_of(checkpoint, small_task, output="/dev/null"))
+    assert not Path("/dev/null.png").exists()
+    calibrate(options_of(checkpoint, small_task, output=str(tmp_path / "report.json")))
+    assert (tmp_path / "report.png").is_file()
 
 
 def test_accuracy_and_lengths(checkpoint, small_task, capsys):
@@ -213,6 +227,13 @@ def test_the_learned_head(checkpoint, small_task, tiny_tokenizer, texts, capsys)
     calibrate(options_of(checkpoint, small_task, exit_policy="learned", max_disagreement=0.9))
     point = OperatingPoints.load(checkpoint).at("calibrated")
     how = {"exit_policy": point.policy, "length_config": point.length_config}
+    _, left = answers(model, tiny_tokenizer, texts.read_text().splitlines(), **how)
+    assert Counter(map(str, left.tolist())) == point.calibration["exit_counts"]
+
+    given = [0.9, 0.8, 0.7, 0.6]  # and at lengths that are named
+    calibrate(options_of(checkpoint, small_task, exit_policy="learned", max_disagreement=0.9, length_config=given))
+    point = OperatingPoints.load(checkpoint).at("calibrated")
+    how = {"exit_policy": point.policy, "length_config": given}
     _, left = answers(model, tiny_tokenizer, texts.read_text().splitlines(), **how)
     assert Counter(map(str, left.tolist())) == point.calibration["exit_counts"]
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, RobertaConfig, RobertaModel
+from transformers import AutoConfig, AutoTokenizer, RobertaConfig, RobertaModel
 
-from elastic_model import ElasticBertForPreTraining
+from elastic_model import ElasticBertForPreTraining, ElasticBertForSequenceClassification
 from elastic_model.arguments import run
 from export.write import patch_config
 from finetune.__main__ import _command
@@ -47,6 +47,11 @@ def test_no_command_replaces_the_checkpoint_that_it_reads(options, capsys):
     for command in (["train", *flags_of(train)], ["evaluate", str(model)]):
         assert "would replace" in error_of(capsys, *command, "--output", str(model))
     assert (model / "model.safetensors").read_bytes() == before
+    rows = shutil.copytree(Path(train.dev).parent, model.parent / "rows")  # nor what it reads beside it
+    (rows / ".elastic-model").touch()
+    for given in (["--dev", str(rows / "dev.tsv")], ["--dataset", str(rows)]):
+        says = error_of(capsys, "evaluate", str(model), *given, "--output", str(rows))
+        assert "would replace" in says and (rows / "dev.tsv").is_file()
 
 
 def changed(options, **changes):
@@ -255,6 +260,40 @@ def test_evaluate_takes_a_policy_and_thresholds(trained, small_task, capsys):
         for wrong in (1.5, 0.0, float("nan")):  # 1.5 was measured as 1
             with pytest.raises(ValueError, match=f"of {name} are whole numbers of at least 1, {what}, got {wrong:g}"):
                 evaluate(evaluation_of(trained, small_task, exit_policy=name, thresholds=[wrong]))
+
+
+@pytest.mark.parametrize(("labels", "policy"), [(3, "patience"), (1, None)])
+def test_one_exit_is_evaluated(tiny_config, tiny_tokenizer, small_task, tmp_path, labels, policy, capsys):
+    """There was nothing to sweep: a traceback, or "zero-size array to reduction operation"."""
+    names = ["early", "late", "middle"] if labels == 3 else ["LABEL_0"]
+    tiny_config.exit_layers, tiny_config.num_labels = [4], labels
+    tiny_config.id2label, tiny_config.label2id = dict(enumerate(names)), dict(zip(names, range(3), strict=False))
+    ElasticBertForSequenceClassification(tiny_config).save_pretrained(tmp_path / "one")
+    tiny_tokenizer.save_pretrained(tmp_path / "one")
+    rows = [f"the harvest {number}\t{names[number % 3] if policy else number}" for number in range(9)]
+    dev = table(tmp_path, "text\tlabel", *rows)
+    own = [f"--dev={dev}", "--text=text", "--label=label", "--max_length=32"]
+    own += [f"--exit_policy={policy}"] if policy else []
+    assert run(lambda: _command(["evaluate", str(tmp_path / "one"), *own])) == 0
+    assert "full depth" in capsys.readouterr().out
+
+
+def test_a_learned_head_is_asked_at_the_lengths_given(trained, small_task, tmp_path, capsys):
+    """The row of the checkpoint's own policy mixed exits at those lengths with a head asked at others."""
+    model = ElasticBertForSequenceClassification.from_pretrained(trained.output, learned_exit_head=True).eval()
+    torch.nn.init.normal_(model.exit_uncertainty.weight, std=1.0)
+    model.config.exit_policy = {"name": "learned", "threshold": 0.5}
+    model.save_pretrained(tmp_path / "learned")
+    tokenizer = AutoTokenizer.from_pretrained(trained.output)
+    tokenizer.save_pretrained(tmp_path / "learned")
+    lengths, given = [0.5, 0.3, 0.2, 0.1], {"model": str(tmp_path / "learned"), "output": str(tmp_path / "seen")}
+    evaluate(evaluation_of(trained, small_task, **given, length_config=lengths))
+    rows = [line.split("\t") for line in (tmp_path / "seen/predictions.tsv").read_text().splitlines()[1:]]
+    texts = [line.split("\t")[0] for line in (small_task / "test.tsv").read_text().splitlines()[1:]]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        left = model(**batch, length_config=lengths).exit_layers
+    assert [int(row[3]) for row in rows] == left.tolist()
 
 
 def test_another_length_than_in_training_is_told(trained, small_task, capsys):

@@ -169,6 +169,11 @@ def test_a_reference_of_other_tasks_is_named_before_any_work(elue_data, elue_sta
     assert elue(elue_data, elue_start, *flags) == 2
     assert re.search("reference .*theirs.json has stsb, none of sst2", capsys.readouterr().err)
     assert not (elue_data / "run").exists()
+    (elue_data / "run" / "results").mkdir(parents=True)  # an earlier task of the folder does not let it pass
+    (elue_data / "run" / MARKER).write_text("")
+    shutil.copy(tmp_path / "theirs.json", elue_data / "run" / "results")
+    assert elue(elue_data, elue_start, *flags) == 2
+    assert re.search("reference .*theirs.json has stsb, none of sst2", capsys.readouterr().err)
 
 
 def test_one_exit_leaves_nothing_to_choose(elue_data, elue_start, tmp_path, capsys):

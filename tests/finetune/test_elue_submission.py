@@ -276,6 +276,13 @@ def test_code_that_fails_is_named(tmp_path):
     (tmp_path / "model.py").write_text(IMPORTS)
     costs = load_costs(tmp_path / "model.py", answers_to("sst2"), trust_model_code=True)
     assert costs.flops(Step("layer_1", (10, 24))) == 2 * 10 * 24 * 24  # a layer may have an embedding of its own
+    other = tmp_path / "other"  # whose module of the same name is another, imported where it runs
+    other.mkdir()
+    (other / "parts.py").write_text("import torch\nwide = torch.nn.Linear(24, 48)")
+    late = "import torch\nclass Late(torch.nn.Module):\n    def forward(self, x):\n        from parts import wide\n"
+    (other / "model.py").write_text(f"{late}        return wide(x)\nmodule_list = [('layer_1', Late())]")
+    more = load_costs(other / "model.py", answers_to("sst2"), trust_model_code=True)
+    assert more.flops(Step("layer_1", (10, 24))) == 2 * 10 * 24 * 48
     (tmp_path / "model.py").write_text("modules = 1 / 0")
     with pytest.raises(ValueError, match="it must define module_list.*ZeroDivisionError"):
         load_costs(tmp_path / "model.py", answers_to("sst2"), trust_model_code=True)

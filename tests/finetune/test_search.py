@@ -22,9 +22,10 @@ from elastic_model import (
 from elastic_model.arguments import run
 from elastic_model.checks import check_length_config
 from elastic_model.folders import MARKER
-from elastic_model.operating_points import OperatingPoints
+from elastic_model.operating_points import OperatingPoint, OperatingPoints, checkpoint_hash
 from elastic_model.session import ElasticSession
 from export.__main__ import export
+from export.write import patch_config
 from finetune.by_row import by_row, explore_batch_by_row, explore_by_row, fit_share, mean_cost
 from finetune.candidates import STEPS, constant_ratio, crossover, initial, mutate, offspring, shares
 from finetune.config import EvaluateOptions, SearchOptions
@@ -33,7 +34,7 @@ from finetune.evolution import JOURNAL, read_journal
 from finetune.examples import read_examples
 from finetune.explore import explore, explore_batch, explore_graph
 from finetune.prepare import chosen_task
-from finetune.search import RESULT, prepare, search
+from finetune.search import RESULT, guaranteed, load_served, prepare, search
 
 
 def test_configurations_never_rise():
@@ -289,6 +290,64 @@ def test_answers_of_the_exported_graph_can_be_searched(checkpoint, small_task, t
         search(replace(options, graph=None, resume=True))
     with pytest.raises(ValueError, match="PyTorch's costs: leave it or --graph away"):
         search(replace(options, by_row=True))
+
+
+def test_a_file_that_stops_early_is_searched_to_its_last_exit(checkpoint, small_task, tmp_path):
+    """Its exits above the default said NaN, whose argmax was the first class."""
+    patch_config(checkpoint, {"exit_policy": {"name": "constant", "layer": 2}})
+    exported = tmp_path / "exported"
+    assert not run(lambda: export([str(checkpoint), str(exported)]))
+    search(options_of(checkpoint, small_task, tmp_path / "out", graph=str(exported), iterations=0))
+    work, _ = prepare(options_of(checkpoint, small_task, tmp_path / "out", graph=str(exported)))
+    served = work.graph.exit_logits(work.examples.texts)[-1].argmax(1)
+    assert result_of(tmp_path / "out")["full"]["quality"] == (served == work.encoded.labels).mean()
+
+
+def test_another_policy_is_not_resumed_with(checkpoint, small_task, tmp_path):
+    options = options_of(checkpoint, small_task, tmp_path / "out", iterations=0)
+    search(options)
+    patch_config(checkpoint, {"exit_policy": {"name": "confidence", "threshold": 0.7}})
+    with pytest.raises(ValueError, match="holds a search with policy = .*entropy.*, not .*confidence"):
+        search(replace(options, resume=True))
+
+
+def test_the_policy_of_the_points_counts_where_the_configuration_has_none(checkpoint, small_task, tmp_path):
+    """As it does in an export: a search of its graph could not agree with it."""
+    search(options_of(checkpoint, small_task, tmp_path / "out", iterations=0, exit_policy="confidence"))
+    assert not run(lambda: export([str(checkpoint), str(tmp_path / "exported")]))
+    options = options_of(checkpoint, small_task, tmp_path / "again", iterations=0, graph=str(tmp_path / "exported"))
+    search(options)
+    assert OperatingPoints.load(checkpoint).policy["name"] == "confidence"
+
+
+def test_a_guaranteed_point_costs_the_same_share_of_full_depth(tmp_path, capsys):
+    """Its FLOPs were of other rows than those of the points beside it."""
+    full, points = OperatingPoint("full", [0.0], 4.0, flops=100.0), {"name": "entropy", "threshold": 0.0}
+    promised = OperatingPoint("calibrated", [0.5], 2.0, flops=40.0, calibration={"at_most": 0.1})
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    weights = checkpoint_hash(tmp_path)
+    OperatingPoints(weights, points, [full, promised]).save(tmp_path)
+    new = OperatingPoints(weights, points, [replace(full, flops=50.0)])
+    assert guaranteed(tmp_path, new) == [replace(promised, flops=20.0)]
+    assert not guaranteed(tmp_path, replace(new, policy={"name": "margin", "threshold": 1.0}))
+    assert "its calibrated point is of the policy 'entropy', and left out" in capsys.readouterr().out
+    OperatingPoints(weights, points, [promised]).save(tmp_path)
+    assert guaranteed(tmp_path, new) == [replace(promised, flops=None)]
+
+
+def test_words_and_questions_are_timed(tiny_config, tiny_tokenizer, tmp_path):
+    """Words were no text to the tokenizer, and one long question ended the search; rows are cut as those measured."""
+    lines = [f"{word} {tag}\n" for word, tag in zip("our army ships".split(), ("O", "B-x", "O"), strict=True)]
+    (tmp_path / "dev.conll").write_text("\n".join("".join(lines * size) for size in (1, 2, 30)))
+    model = ElasticBertForTokenClassification(tiny_config)
+    model.config.id2label, model.config.label2id = {0: "B-x", 1: "I-x", 2: "O"}, {"B-x": 0, "I-x": 1, "O": 2}
+    model.save_pretrained(tmp_path / "checkpoint")
+    tiny_tokenizer.save_pretrained(tmp_path / "checkpoint")
+    assert not run(lambda: export([str(tmp_path / "checkpoint"), str(tmp_path / "exported")]))
+    own = {"dev": str(tmp_path / "dev.conll"), "text": "1", "label": "2", "latency": str(tmp_path / "exported")}
+    options = options_of(tmp_path / "checkpoint", tmp_path, tmp_path / "out", **own, max_length=16)
+    work, _ = prepare(options)
+    assert {len(one.ids) for one in load_served(options, work, tmp_path / "out").encodings} == {8, 14, 16}
 
 
 def test_a_search_removes_nothing_but_an_earlier_search(checkpoint, small_task, tmp_path):

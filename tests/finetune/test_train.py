@@ -153,6 +153,11 @@ def test_a_finished_run_ends_at_once(trained, monkeypatch, capsys):
     assert train(dataclasses.replace(trained, resume=True)) == 0
     assert "is finished already" in capsys.readouterr().out
     assert_same_weights(before, weights_of(trained.output))
+    settings = Path(trained.output) / "finetune.json"
+    ours = settings.read_text()
+    settings.write_text(json.dumps({**json.loads(ours), "eval_batch_size": 64}))  # earlier versions noted more
+    assert train(dataclasses.replace(trained, resume=True)) == 0
+    settings.write_text(ours)
 
 
 def test_a_state_of_other_settings_is_not_continued(options, monkeypatch):
