@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -22,6 +23,7 @@ from torch import nn
 from .folders import working_in
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state, each of the parameter's shape; beside them the number of steps
+LONGEST_WAIT = timedelta(days=1)  # for the process that prepares text while the others wait; usually it is 10 minutes
 Tensors = dict[str, torch.Tensor]
 Result = TypeVar("Result")
 
@@ -78,15 +80,22 @@ def start_accelerator(options: Options, logs: Path) -> Accelerator:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed, which would look for one
         if deepspeed:
             _without_compiled_collective()
+    if _asked_for("FSDP"):  # else `from_pretrained` reads weights in the first process alone, for accelerate to send
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    backend = {"backend": "gloo"} if no_device and deepspeed else {}
     accelerator = Accelerator(
         cpu=no_device and not deepspeed,  # with DeepSpeed, cpu=True would mean: without DeepSpeed
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if no_device and deepspeed else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT, **backend)],
         mixed_precision=options.precision,
         log_with=options.tracker,
         project_dir=logs,
         step_scheduler_with_optimizer=False,
     )
     _check_processes(accelerator)
+    if deepspeed:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # under ZeRO-3 `from_pretrained` would part the weights, as `Partitioned` does
     if options.tracker and not accelerator.log_with:  # accelerate leaves it out without a word
         raise ValueError(
             f"tracker {options.tracker!r} is not installed: pip install {options.tracker}, or leave it out"
@@ -277,8 +286,12 @@ class Sharded(Replicated):
     def _part(self, whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
         from torch.distributed.tensor import DTensor, distribute_tensor
 
-        assert isinstance(parameter, DTensor)
-        return distribute_tensor(whole.to(parameter.device), parameter.device_mesh, parameter.placements)
+        part = torch.zeros_like(parameter, requires_grad=False)
+        assert isinstance(parameter, DTensor) and isinstance(part, DTensor)
+        mesh = parameter.device_mesh
+        distributed = distribute_tensor(whole.to(mesh.device_type), mesh, parameter.placements)
+        part.to_local().copy_(distributed.to_local())  # offloaded, a part lies on the CPU and the mesh elsewhere
+        return part
 
 
 class Partitioned:

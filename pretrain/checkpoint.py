@@ -75,9 +75,14 @@ def _step(folder: Path) -> int:
 def save_model(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: Tensors | None = None
 ) -> None:
-    """The model and its tokenizer in Hugging Face's layout; `weights` are whole where `model` holds parts of them."""
+    """The model and its tokenizer in Hugging Face's layout; `weights`, float32, are whole where `model` holds parts of
+    them."""
     model.save_pretrained(folder, state_dict=weights, max_shard_size="1000GB")
     tokenizer.save_pretrained(folder)
+    if weights is not None:  # transformers notes the model's type: what a pass computes in, under DeepSpeed
+        file = folder / "config.json"
+        content = {**json.loads(file.read_text(encoding="utf-8")), "dtype": "float32"}
+        file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:

@@ -3,7 +3,6 @@
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -251,16 +250,19 @@ class GlobalBatches(torch.utils.data.Dataset[list[Batch]]):
         self.share = share
         self.lengths = examples.lengths
         self.pools = _pools(examples)
-        self.order = lru_cache(maxsize=1)(self._order)
+        self.drawn: tuple[int, np.ndarray] | None = None  # the latest epoch and its order
 
     def __len__(self) -> int:
         """Global batches of an epoch."""
         return len(self.examples) // self.batch_size
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def order(self, epoch: int) -> np.ndarray:
         """(examples, 2): how often each was seen before, and the example, for every place of the epoch"""
-        drawn = np.concatenate([pool.draw(epoch) for pool in self.pools])
-        return drawn[np.random.default_rng((self.examples.config.seed, epoch)).permutation(len(drawn))]
+        if self.drawn is None or self.drawn[0] != epoch:
+            rows = np.concatenate([pool.draw(epoch) for pool in self.pools])
+            mixed = np.random.default_rng((self.examples.config.seed, epoch)).permutation(len(rows))
+            self.drawn = epoch, rows[mixed]
+        return self.drawn[1]
 
     def rows(self, step: int) -> tuple[int, np.ndarray]:
         """-> the epoch of a step, and (batch_size, 2): how often each example of its global batch was seen before, and

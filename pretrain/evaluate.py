@@ -58,8 +58,8 @@ def _sums(output, batch: Batch, unigram: torch.Tensor) -> torch.Tensor:
     targets = batch["labels"][batch["labels"] != IGNORED]
     right = [(logits.argmax(-1) == orders).sum() for logits in output.exit_sop_logits]
     per_exit = (*output.mlm_losses, *output.mlm_right, *output.sop_losses, *right)
-    others = (unigram[targets].sum(), torch.tensor(len(targets)), (orders != IGNORED).sum())
-    return torch.stack([value.double().cpu() for value in (*per_exit, *others)])
+    others = (unigram[targets.cpu()].sum(), torch.tensor(len(targets)), (orders != IGNORED).sum())
+    return torch.stack([value.cpu().double() for value in (*per_exit, *others)])  # Apple's GPUs have no float64
 
 
 @torch.no_grad()
@@ -81,7 +81,6 @@ def evaluate(
     chosen = np.random.default_rng(0).permutation(len(examples))[:limit]
     by_length = chosen[np.argsort(examples.lengths[chosen], kind="stable")]
     mine = by_length[accelerator.process_index :: accelerator.num_processes]
-    unigram = unigram.to(accelerator.device)
     total = torch.zeros(4 * len(exit_layers) + 3, dtype=torch.float64)
     model.eval()
     for start in range(0, math.ceil(len(chosen) / accelerator.num_processes), rows):
@@ -93,7 +92,8 @@ def evaluate(
         if len(share):
             total += _sums(output, batch, unigram)
     model.train()
-    total = accelerator.reduce(total.to(accelerator.device), "sum")
+    if accelerator.num_processes > 1:
+        total = accelerator.reduce(total.to(accelerator.device), "sum")
     return _evaluation(total, exit_layers, len(chosen))
 
 
@@ -123,7 +123,9 @@ def load_for_evaluation(config: EvaluateConfig) -> tuple[ElasticBertForPreTraini
     set_verbosity_error()
     disable_progress_bar()
     torch.manual_seed(config.seed)
-    model, report = ElasticBertForPreTraining.from_pretrained(config.model, output_loading_info=True)
+    model, report = ElasticBertForPreTraining.from_pretrained(
+        config.model, output_loading_info=True, dtype=torch.float32
+    )
     return model, sorted({re.sub(r"\.\d+\..*", ".*", name) for name in report["missing_keys"]})
 
 

@@ -25,7 +25,13 @@ from tokenizers import Tokenizer
 from elastic_model.folders import new_folder
 from pretrain.text import sentences
 
+MOST_MAPPED = 256  # files: each takes a descriptor, of which a process usually has 1,024
 BATCH_CHARACTERS = 500_000  # text that is tokenised at once: bounds the memory
+
+
+@lru_cache(maxsize=MOST_MAPPED)
+def _mapped(file: Path, dtype: Any) -> np.ndarray:
+    return np.asarray(np.memmap(file, dtype, "r"))  # a plain view: slicing a memmap is slow
 
 
 @dataclass(frozen=True)
@@ -39,18 +45,15 @@ class Shard:
         """Counts of documents, sentences, tokens and unknown tokens, and the tokens' dtype."""
         return json.loads((self.folder / "statistics.json").read_text())
 
-    def _map(self, name: str, dtype: Any) -> np.ndarray:
-        return np.asarray(np.memmap(self.folder / f"{name}.bin", dtype, "r"))  # a plain view: slicing a memmap is slow
-
-    @cached_property
+    @property
     def tokens(self) -> np.ndarray:
         """(tokens,)"""
-        return self._map("tokens", self.statistics["dtype"])
+        return _mapped(self.folder / "tokens.bin", self.statistics["dtype"])
 
-    @cached_property
+    @property
     def sentences(self) -> np.ndarray:
         """(sentences + 1,): offsets into the tokens"""
-        return self._map("sentences", np.int64)
+        return _mapped(self.folder / "sentences.bin", np.int64)
 
     @property
     def documents(self) -> np.ndarray:

@@ -26,7 +26,7 @@ from elastic_model import ElasticBertConfig, ElasticBertForPreTraining
 from elastic_model.arguments import to_yaml
 from elastic_model.configuration_elasticbert import pooling_with_new_exits
 from elastic_model.distributed import Tensors, on_main_process, start_accelerator, start_engine, working_together_in
-from elastic_model.folders import check_output, new_file, new_folder
+from elastic_model.folders import check_no_checkpoint, check_output, new_file, new_folder
 from elastic_model.losses import exit_group, trained_exits
 from elastic_model.subnetworks import sandwich
 from pretrain.checkpoint import (
@@ -86,11 +86,16 @@ def build_model(
     if config.init_from:
         training["exit_pooling"] = pooling_with_new_exits(AutoConfig.from_pretrained(config.init_from))
         model, loading = ElasticBertForPreTraining.from_pretrained(
-            config.init_from, output_loading_info=True, **training
+            config.init_from, output_loading_info=True, dtype=torch.float32, **training
         )
         new_decoder = "predictions.decoder.bias" in loading["missing_keys"]
     else:
         model, new_decoder = ElasticBertForPreTraining(_shape(config, tokenizer, training)), True
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"init_from: the tokenizer of {config.init_from} has {len(tokenizer)} tokens, its model "
+            f"{model.config.vocab_size}; call model.resize_token_embeddings and save it again"
+        )
     if new_decoder:
         model.predictions.decoder.bias.data[: len(unigram)] = -unigram
     longest = model.config.max_position_embeddings - model.config.position_offset
@@ -264,7 +269,8 @@ class Run:
         if progress.skipped_in_a_row >= self.config.max_skipped:
             raise ValueError(
                 f"the loss was not finite in {progress.skipped_in_a_row} updates in a row, up to update "
-                f"{progress.step + 1}; lower learning_rate, raise warmup_steps, or resume from an earlier checkpoint"
+                f"{progress.step + 1}; start in another output with a lower learning_rate or more warmup_steps, anew "
+                f"or from a checkpoint (--init_from {self.config.output}/checkpoint-N)"
             )
 
     def log(self) -> dict[str, Any]:
@@ -293,6 +299,7 @@ class Run:
 
     def evaluate(self) -> Evaluation:
         """Losses on the held-out documents, also written to metrics.jsonl."""
+        began = time.perf_counter()
         result = evaluate(
             self.accelerator,
             self.model,
@@ -302,7 +309,7 @@ class Run:
             self.micro_batch_size,
         )
         self._write({"step": self.progress.step, "held_out": asdict(result)})
-        self.window.started = time.perf_counter()  # the time of an evaluation is not the time of updates
+        self.window.started += time.perf_counter() - began  # the time of an evaluation is not that of updates
         return result
 
     def save(self) -> None:
@@ -352,7 +359,9 @@ def _stop_on_sigterm(run: Run) -> Iterator[None]:
 def _check_run_folder(config: PretrainConfig) -> None:
     """ValueError where the output is not ours, or holds a run that was not asked to go on."""
     check_output(config.output)
-    if (config.output / METRICS).exists() and not (config.resume or config.resume_previous):
+    if not (config.output / METRICS).exists():
+        check_no_checkpoint(config.output)
+    elif not (config.resume or config.resume_previous):
         raise ValueError(
             f"output folder {config.output} holds a run: add --resume to continue it, or choose another output"
         )

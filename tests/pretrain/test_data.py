@@ -1,12 +1,16 @@
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from pretrain.data import Examples, GlobalBatches, Pool, Share, check_batch_size, passages, split_documents
 from pretrain.masking import IGNORED
 from pretrain.prepare import prepare
+from pretrain.shards import MOST_MAPPED, Shard
 from pretrain.statistics import statistics, table
 
 
@@ -136,6 +140,24 @@ def test_a_global_batch_is_the_same_for_any_number_of_processes_and_micro_batche
     for processes, micro in ((1, 2), (2, 4), (2, 1), (4, 2)):
         shares = [GlobalBatches(examples, 8, Share(number, processes, micro))[step] for number in range(processes)]
         assert rows_of([batch for share in shares for batch in share]) == rows_of(whole)
+
+
+def test_batches_go_to_workers_that_are_not_forked(examples):
+    """macOS starts them anew, Python 3.14 too: what they were given could not be sent to them."""
+    batches = GlobalBatches(examples, 8, Share(0, 1, 8))
+    first = rows_of(batches[0])
+    how = {"sampler": range(1), "batch_size": None, "num_workers": 1, "multiprocessing_context": "spawn"}
+    assert [rows_of(found) for found in DataLoader(batches, **how)] == [first]
+
+
+def test_few_files_of_a_large_text_are_open_at_a_time(examples, tmp_path):
+    """Two of each shard were, until the system had no more: 509 shards, 2 GB of text."""
+    (shard,) = examples.shards
+    opened = len(os.listdir("/proc/self/fd"))
+    for number in range(MOST_MAPPED):
+        copy = Shard(shutil.copytree(shard.folder, tmp_path / str(number)))
+        assert len(copy.tokens) == len(shard.tokens) and len(copy.sentences) == len(shard.sentences)
+    assert len(os.listdir("/proc/self/fd")) <= opened + MOST_MAPPED
 
 
 def test_an_epoch_shows_every_example_once_and_the_next_one_in_another_order(examples):

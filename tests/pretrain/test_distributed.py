@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 from elastic_model import ElasticBertForPreTraining
 from elastic_model.arguments import to_yaml
 from pretrain.checkpoint import find_checkpoints
+from pretrain.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "pretrain" / "accelerate"
@@ -78,8 +80,6 @@ def test_two_processes_train_save_and_resume_as_one(mode, options, tmp_path, ref
     """The same losses from the same global batches; a checkpoint that transformers reads, continued bit for bit by two
     processes and within rounding by one without a launcher."""
     if not reference.exists():
-        from pretrain.train import train
-
         train(options(**FLAGS, output=reference))
     whole = options(**FLAGS, output=tmp_path / mode)
     log = launch(mode, whole, tmp_path)
@@ -105,10 +105,29 @@ def test_two_processes_train_save_and_resume_as_one(mode, options, tmp_path, ref
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("mode", "precision"), [("zero2", "bf16"), ("zero3", "no"), ("fsdp2", "no")])
+def test_two_processes_start_from_the_weights_given(mode, precision, options, tmp_path):
+    """Under ZeRO-3 they were all zero, under FSDP not there; after bf16 the float32 weights were called bfloat16."""
+    shape = {"vocab_size": 160, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes = {"num_hidden_layers": 2, "max_position_embeddings": 32}
+    BertModel(BertConfig(**shape, **sizes, initializer_range=0.3)).save_pretrained(tmp_path / "start")
+    first = options(steps=1, output=tmp_path / "tokenizer")  # its tokenizer
+    assert train(first) == 0
+    AutoTokenizer.from_pretrained(first.output).save_pretrained(tmp_path / "start")
+    flags = {"init_from": tmp_path / "start", "learning_rate": 1e-12, "precision": precision, "steps": 2}
+    config = options(**flags, output=tmp_path / "run", micro_batch_size=2)
+    log = launch(mode, config, tmp_path)
+    assert (config.output / "evaluation.json").exists(), log[-3000:]
+    given, found = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "run"))
+    body = {name: value for name, value in given.items() if not name.startswith("pooler")}
+    assert all(torch.allclose(found[f"elasticbert.{name}"], value, atol=1e-6) for name, value in body.items())
+    assert all(value.isfinite().all() for value in found.values())
+    assert json.loads((config.output / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_in_another_mode_with_another_number_of_processes(options, tmp_path, reference):
     """From two processes of ZeRO-2 to one without a launcher, to two of FSDP2: the losses are those of one process."""
-    from pretrain.train import train
-
     if not reference.exists():
         train(options(**FLAGS, output=reference))
     flags = FLAGS | {"save_every": 4, "keep_checkpoints": 3}

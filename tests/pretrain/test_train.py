@@ -17,6 +17,7 @@ from elastic_model.distributed import start_accelerator
 from elastic_model.folders import is_ours
 from export.write import patch_config
 from pretrain.checkpoint import find_checkpoints
+from pretrain.evaluate import Evaluation
 from pretrain.metrics import update_flops
 from pretrain.prepare import prepare
 from pretrain.train import Run, build_optimizer, learning_rate, train
@@ -277,7 +278,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted(options):
     run.update(run.batches[2])
     assert run.progress.skipped_in_a_row == 0 and run.progress.skipped == 1
     broken.data.fill_(math.nan)
-    with pytest.raises(ValueError, match="not finite in 3 updates in a row, up to update 6"):
+    with pytest.raises(ValueError, match="not finite in 3 updates in a row, up to update 6; start in another output"):
         for step in range(3, 6):
             run.update(run.batches[step])
 
@@ -343,6 +344,51 @@ def test_a_warm_start_from_a_model_of_one_token_type(options, tmp_path):
     ElasticBertForPreTraining(ElasticBertConfig.from_dict(settings)).save_pretrained(tmp_path / "first")
     train(options(init_from=tmp_path / "first", steps=2))
     assert weights(tmp_path / "run")
+
+
+def test_a_warm_start_in_half_precision_is_trained_in_float32(options, tmp_path):
+    """Parameters and moments were half, and the run could not be resumed."""
+    train(options(output=tmp_path / "first", steps=1))
+    ElasticBertForPreTraining.from_pretrained(tmp_path / "first").bfloat16().save_pretrained(tmp_path / "first")
+    config = options(init_from=tmp_path / "first", steps=4)
+    model = Run(config, start_accelerator(config, config.output), prepare(config)).plain_model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_a_warm_start_with_more_tokens_than_embeddings_is_named(options, tmp_path):
+    train(options(output=tmp_path / "first", steps=1))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "first")
+    tokenizer.add_tokens(["<unheard>"])
+    tokenizer.save_pretrained(tmp_path / "first")
+    config = options(init_from=tmp_path / "first", cache=tmp_path / "cache")
+    with pytest.raises(
+        ValueError, match="tokenizer of .*first has 161 tokens, its model 160; call model.resize_token"
+    ):
+        train(config)
+
+
+def test_a_run_is_not_put_into_a_checkpoint(options, tmp_path):
+    """A release or an export has no log that would say what it is: its weights were replaced."""
+    train(options(output=tmp_path / "first", steps=1))
+    (tmp_path / "first" / "metrics.jsonl").unlink()
+    before = (tmp_path / "first" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="output .*first is a checkpoint; choose another output"):
+        train(options(output=tmp_path / "first"))
+    assert (tmp_path / "first" / "model.safetensors").read_bytes() == before
+
+
+def test_an_evaluation_takes_its_own_time_alone_from_the_speed(options, monkeypatch):
+    """The window of the log began anew with it: tokens of updates before it were counted without their time."""
+    config = options(evaluate_every=5, log_every=6, steps=6)
+    run = Run(config, start_accelerator(config, config.output), prepare(config))
+    run.update(run.batches[0])
+    clock = iter([100.0, 107.0])
+    monkeypatch.setattr("pretrain.train.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("pretrain.train.evaluate", lambda *given: Evaluation({}, {}, {}, {}, 0.0, 0, 0, 0))
+    monkeypatch.setattr(run, "_write", lambda line: None)
+    run.window.started = 60.0
+    run.evaluate()
+    assert run.window.started == 67.0
 
 
 def test_a_warm_start_takes_shape_weights_and_tokenizer(options, tmp_path):
