@@ -108,7 +108,10 @@ def _shorter(work: Work, stage: str, parent: Path, folder: Path) -> int:
 
 
 def _quantized(work: Work, stage: str, parent: Path, folder: Path) -> int:
-    export_checkpoint(ExportOptions(parent, folder))
+    """Without exits and lengths there is nothing to decide at run time: a plain graph, which is faster."""
+    config = _config(parent)
+    last = config.num_hidden_layers if len(config.exit_layers) == 1 and config.length_config is None else None
+    export_checkpoint(ExportOptions(parent, folder, exit=last))
     return 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elastic_model import ElasticBertConfig, ElasticBertForSequenceClassification, ElasticBertModel
+from elastic_model import ElasticBertConfig, ElasticBertForSequenceClassification, ElasticBertModel, ElasticSession
 from elastic_model.folders import MARKER
 from elastic_model.operating_points import checkpoint_hash
 from elastic_model.provenance import read_provenance
@@ -164,6 +164,9 @@ def test_a_pipeline_of_lengths_and_int8(flags, tmp_path):
     assert measured["ESLQ"]["bytes"] < measured["ESL"]["bytes"]
     lengths = ElasticBertForSequenceClassification.from_pretrained(tmp_path / "out" / "ES").config.length_config
     assert lengths is not None and lengths[-1] < 1
+    assert _command(["pipeline", "LQ", *flags()]) == 0  # nothing to decide at run time: no control flow
+    plain, whole = (ElasticSession.from_pretrained(tmp_path / "out" / name) for name in ("Q", "ESQ"))
+    assert "length_config" in whole.inputs - plain.inputs and measured_in(tmp_path / "out")["LQ"]["exit_ms"]
 
 
 def test_a_stage_is_made_again_where_its_parent_is_another(flags, trained, tmp_path, capsys):
