@@ -1,4 +1,4 @@
-"""What an update of each recipe costs beside a plain joint one: time and peak memory, in one run, on real sentences.
+"""What an update of each recipe costs beside a plain joint one: time, in one run, on real sentences.
 
     ELASTIC_MODEL_DATA=... python -m benchmarks.finetune    # minutes; writes benchmarks/results/finetune.json
 

@@ -212,7 +212,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
 
 def _choice(choices: tuple[Any, ...], value: Any, name: str) -> Any:
     for choice in choices:
-        if str(value) == str(choice):
+        meant = isinstance(value, bool) and BOOLEANS.get(str(choice).lower()) is value  # YAML reads no as false
+        if meant or str(value) == str(choice):
             return choice
     raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
 

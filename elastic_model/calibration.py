@@ -53,17 +53,23 @@ def upper_bound(failures: int, rows: int, confidence: float) -> float:
     return high
 
 
+def check_rows(rows: int, epsilon: float, confidence: float) -> None:
+    """ValueError, with the number needed, where there are too few calibration rows for any setting."""
+    needed = rows_needed(epsilon, confidence)
+    if rows < needed:
+        raise ValueError(
+            f"{rows} calibration rows cannot bound a rate by {epsilon:g} with confidence {confidence:g}; at least "
+            f"{needed} are needed (and more where some rows fail)"
+        )
+
+
 def fixed_sequence(failures: Sequence[int] | np.ndarray, rows: int, epsilon: float, confidence: float) -> int | None:
     """The last setting certified, of settings in their fixed order with `failures` among `rows`; None: not one.
 
     ValueError, with the number needed, where there are too few rows for any setting.
     """
+    check_rows(rows, epsilon, confidence)
     allowed = allowed_failures(rows, epsilon, confidence)
-    if allowed is None:
-        raise ValueError(
-            f"{rows} calibration rows cannot bound a rate by {epsilon:g} with confidence {confidence:g}; "
-            f"at least {rows_needed(epsilon, confidence)} are needed (and more where some rows fail)"
-        )
     passed = np.asarray(failures) <= allowed
     certified = len(passed) if passed.all() else int(passed.argmin())
     return certified - 1 if certified else None

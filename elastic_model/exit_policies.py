@@ -2,7 +2,7 @@
 
 Every task is read as groups of categorical distributions, so that a policy knows nothing of tasks: a classification
 row is one group over the labels, a multi-label row one group of two classes per label, a token row one group per real
-token, a question- answering row two groups (start, end) over the real tokens. The worst group decides.
+token, a question-answering row two groups (start, end) over the real tokens. The worst group decides.
 """
 
 import math

@@ -231,7 +231,7 @@ class ElasticBertModel(ElasticBertPreTrainedModel):
 class ElasticBertTaskModel(ElasticBertPreTrainedModel):
     """The encoder under a task's heads."""
 
-    pools = True  # the heads read the pooled [CLS]; else every token's state
+    pools = True  # the heads read the pooled state of a row; else every token's state
 
     def __init__(self, config):
         super().__init__(config)
@@ -636,7 +636,7 @@ class ElasticBertForQuestionAnswering(ElasticBertExitModel):
 
 
 class ElasticBertPredictionTransform(nn.Module):
-    """Dense, GELU, LayerNorm: what an exit does to a token's state before the decoder; (..., width)."""
+    """Dense, `hidden_act`, LayerNorm: what an exit does to a token's state before the decoder; (..., width)."""
 
     def __init__(self, config):
         super().__init__()

@@ -122,7 +122,7 @@ def load_foreign(model_class, name, kwargs: dict) -> tuple[PreTrainedConfig, dic
     """Config, state dict and remaining arguments where the checkpoint is not an elastic one; None where it is.
 
     Stock BERT, RoBERTa and DistilBERT encoders, classifiers, taggers, span and masked-token models: every exit's
-    pooler (and masked- token transform) starts from the pretrained one, the task head becomes the last exit's, so
+    pooler (and masked-token transform) starts from the pretrained one, the task head becomes the last exit's, so
     that full depth is the stock model. Raises ValueError for other model types.
     """
     if name is None:

@@ -9,7 +9,8 @@ from elastic_model.arguments import option
 
 @dataclass
 class ExportOptions:
-    """A checkpoint as a folder of ONNX files that answer at every exit, each checked before it is kept."""
+    """A checkpoint as a folder of ONNX files that answer at every exit, each checked before it is kept. Other
+    commands, each with a --help of its own: `python -m export predict` and `benchmark`."""
 
     checkpoint: Path = option(help="folder of a fine-tuned checkpoint, or of a bare encoder", positional=True)
     output: Path = option(help="folder to write", positional=True)
@@ -28,7 +29,9 @@ class ExportOptions:
     activations: Literal["token", "tensor", "static"] = option(
         "token", help="scales of int8 activations: one per token, one per tensor, or fixed ones found on --rows"
     )
-    rows: Path | None = option(None, help="texts to compare int8 with float32 on (.tsv with a header, .txt; .gz, .xz)")
+    rows: Path | None = option(
+        None, help="texts to compare int8 with float32 on (.tsv with a header, .txt; .gz, .xz, .bz2)"
+    )
     text: str = option("text", help="column of --rows that holds the text")
     pair: str | None = option(None, help="column of --rows that holds the second text")
     label: str | None = option(None, help="column of --rows that holds the label: quality is measured too")
@@ -46,7 +49,7 @@ class PredictOptions:
     """The answers of an exported folder for a file of texts, as tab-separated lines."""
 
     folder: Path = option(help="folder that `python -m export` wrote", positional=True)
-    input: Path = option(help="texts to answer (.tsv with a header, .txt; .gz, .xz)")
+    input: Path = option(help="texts to answer (.tsv with a header, .txt; .gz, .xz, .bz2)")
     output: Path | None = option(None, help="file to write (default: the terminal)")
     text: str = option("text", help="column that holds the text")
     pair: str | None = option(None, help="column that holds the second text")
@@ -62,7 +65,7 @@ class BenchmarkOptions:
     """Milliseconds and rows per second of an exported folder's files, side by side in one run."""
 
     folder: Path = option(help="folder that `python -m export` wrote", positional=True)
-    input: Path = option(help="texts to time (.tsv with a header, .txt; .gz, .xz)")
+    input: Path = option(help="texts to time (.tsv with a header, .txt; .gz, .xz, .bz2)")
     output: Path | None = option(None, help="JSON file for the numbers")
     text: str = option("text", help="column that holds the text")
     pair: str | None = option(None, help="column that holds the second text")

@@ -26,7 +26,7 @@ class Passed:
     thresholds: list[str]  # scalars, one per exit in `history`
     history: list[str]  # logits of each exit so far: (rows, labels), of tokens (rows, sequence, labels)
     uncertainty: str | None  # (rows,) of the learned exit head
-    real: str | None  # (rows, sequence) booleans: which tokens are real; None where a head reads the pooled [CLS]
+    real: str | None  # (rows, sequence) booleans: which tokens are real; None where a head reads a row's pooled state
 
 
 def grouped(graph: GraphBuilder, passed: Passed, logits: str) -> str:

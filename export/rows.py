@@ -41,7 +41,7 @@ def read_column(file: Path, name: str, limit: int | None = None) -> list[str]:
     """One column of a .tsv file; at most `limit` cells."""
     if _kind(file) != ".tsv":
         raise ValueError(f"{file}: a column {name!r} needs a .tsv file with a header")
-    return [str(cell) for cell in _columns(file, _lines(file), name, None)][:limit]
+    return [str(cell).strip() for cell in _columns(file, _lines(file), name, None)][:limit]
 
 
 def _kind(file: Path) -> str:

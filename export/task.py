@@ -24,7 +24,7 @@ class Head:
 
     module: str
     static_module: str
-    pools: bool  # the head reads the pooled [CLS]; else every token's state
+    pools: bool  # the head reads the pooled state of a row; else every token's state
     problem_type: str | None  # None: the configuration says
     outputs: tuple[str, ...] = ("logits",)
     exit_outputs: tuple[str, ...] = ("exit_logits",)

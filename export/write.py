@@ -3,7 +3,6 @@ passes."""
 
 import ctypes
 import gc
-import hashlib
 import json
 import math
 import shutil
@@ -20,7 +19,7 @@ from elastic_model.card import write_card
 from elastic_model.folders import check_replaceable, new_folder
 from elastic_model.operating_points import FILE, OperatingPoints
 from elastic_model.processor import ONNX_FILES, cpu_flags, fitting_files
-from elastic_model.provenance import append_stage
+from elastic_model.provenance import append_stage, file_hash
 from elastic_model.session import (
     REPORT,
     ElasticSession,
@@ -290,8 +289,7 @@ def check_files(
             del session
         release_memory()
         checks[name] |= written.products[name] | {"bytes": path.stat().st_size}
-        with path.open("rb") as content:
-            checks[name]["sha256"] = hashlib.file_digest(content, "sha256").hexdigest()
+        checks[name]["sha256"] = file_hash(path)
     return checks
 
 

@@ -1,1 +1,2 @@
-"""Jobs: a pre-trained checkpoint to a task checkpoint with exits, its evaluation and its operating points."""
+"""Jobs on task checkpoints: training with exits, distillation, pruning, search, calibration, evaluation; pipelines of
+them; ELUE."""

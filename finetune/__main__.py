@@ -1,11 +1,11 @@
 """`python -m finetune COMMAND ...`: options are parsed before anything slow is imported."""
 
 import importlib
-import os
 import sys
 from typing import Any
 
 from elastic_model.arguments import parse, run
+from elastic_model.jobs import ended
 from finetune.config import (
     CalibrateOptions,
     DistillOptions,
@@ -58,11 +58,7 @@ def _command(argv: list[str]) -> int | None:
 
 def main() -> None:
     """Run the command that the command line names; bad input ends with one line and exit code 2."""
-    code = run(lambda: _command(sys.argv[1:]))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        os._exit(code)  # torch's gloo threads now and then abort an interpreter that ends in the usual way
-    sys.exit(code)
+    sys.exit(ended(run(lambda: _command(sys.argv[1:]))))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 from accelerate import Accelerator
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, logging
 
-from elastic_model.calibration import Drift, drift, fixed_sequence, rows_needed, upper_bound
+from elastic_model.calibration import Drift, check_rows, drift, fixed_sequence, upper_bound
 from elastic_model.checks import check_length_config, policy_kind
 from elastic_model.cost import exit_flops
 from elastic_model.exit_policies import sweep
@@ -32,6 +32,7 @@ from finetune.prepare import (
     chosen_task,
     encode_split,
     labels_of_model,
+    length_for,
     load_classifier,
     load_tokenizer,
     rows_hash,
@@ -79,6 +80,8 @@ def _check(options: CalibrateOptions, problem_type: str) -> None:
     for name in (*given, "confidence"):
         if not 0 < getattr(options, name) < 1:
             raise ValueError(f"{name} must lie between 0 and 1, both left out, got {getattr(options, name)}")
+    if options.eval_batch_size < 1:
+        raise ValueError(f"eval_batch_size must be at least 1, got {options.eval_batch_size}")
     if (options.tolerance is not None) != (problem_type == "regression"):
         raise ValueError(
             "regression needs --tolerance, the absolute deviation that is allowed"
@@ -162,7 +165,8 @@ def reference_answers(options: CalibrateOptions, rows: Rows, full: np.ndarray) -
     model = load_stock(options.reference, labels.problem_type)
     if isinstance(model, ElasticBertExitModel):  # its full depth counts, whatever its own default
         model.config.exit_policy = model.config.length_config = None
-    encoding = tokenizer(rows.texts.texts, rows.texts.pairs, truncation=True, max_length=options.max_length)
+    length = length_for(model.config, tokenizer, options.max_length)
+    encoding = tokenizer(rows.texts.texts, rows.texts.pairs, truncation=True, max_length=length)
     encoded = replace(rows.encoded, rows=rows_of(encoding))
     logits = np.stack(ask(model, encoded, tokenizer, options.eval_batch_size, Accelerator(), final_logits))
     return answers_of(logits if order is None else logits[:, order], rows.encoded, labels)
@@ -390,7 +394,8 @@ def calibrate(options: CalibrateOptions) -> None:
     in_force = session.policy if session is not None else points.policy or config.exit_policy
     options = replace(options, exit_policy=_policy(options, in_force, problem_type, session))
     rows = read_rows(options, config, tokenizer)
-    _enough(options, len(rows.encoded.labels))
+    epsilon = options.max_disagreement or options.max_accuracy_loss or 0.0
+    check_rows(len(rows.encoded.labels), epsilon, options.confidence)
     served = observe(options, rows, session)
     reference = reference_answers(options, rows, served.full)
     found = certify(options, rows, served, reference, config, patience_of(in_force))
@@ -417,16 +422,6 @@ def _policy(
             f"{session.file} has the exit policy {built_in!r}, not {options.exit_policy!r}; export one with it"
         )
     return policy_name(options.exit_policy, problem_type, in_force)
-
-
-def _enough(options: CalibrateOptions, rows: int) -> None:
-    epsilon = options.max_disagreement or options.max_accuracy_loss or 0.0
-    needed = rows_needed(epsilon, options.confidence)
-    if rows < needed:
-        raise ValueError(
-            f"{rows} calibration rows cannot bound a rate by {epsilon:g} with confidence {options.confidence:g}; at "
-            f"least {needed} are needed (and more where some rows fail)"
-        )
 
 
 def show(result: dict[str, Any], folder: Path) -> None:

@@ -1,6 +1,7 @@
 """`python -m finetune elastify MODEL --texts FILE`: exits that learn from a fine-tuned model, without labels."""
 
 import json
+import math
 import random
 import shutil
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, log
 
 from elastic_model.arguments import to_yaml
 from elastic_model.card import write_card
+from elastic_model.checks import check_exit_layers
 from elastic_model.configuration_elasticbert import pooling_with_new_exits
 from elastic_model.cost import mean_flops
 from elastic_model.folders import check_replaceable, new_folder
@@ -26,7 +28,7 @@ from finetune.data import Encoded, rows_of
 from finetune.evaluate import stacked_exits, table
 from finetune.figures import plot_exits
 from finetune.kinds import KINDS, problem_type_of
-from finetune.prepare import check_length, rows_hash, weight_files
+from finetune.prepare import FAMILIES, check_length, rows_hash, weight_files
 from finetune.recipe import INNER_EXITS, SANDWICH, Phase
 from finetune.run import Run, check_numbers, start_accelerator
 from finetune.state import Progress
@@ -35,7 +37,6 @@ from finetune.teacher import ask, check_name, final_logits, load_stock
 from finetune.texts import Texts, read_texts
 from finetune.train import run_to_the_end, was_finished
 
-FAMILIES = ("bert", "roberta", "distilbert", "elasticbert")
 TOLERANCE = 1e-5  # of the last exit's logits to the original's, where the backbone is frozen
 HELD_OUT = 0.05  # share of the texts, where no others are given
 MOST_HELD_OUT = 2000
@@ -146,6 +147,7 @@ def _load(name: str, problem_type: ProblemType, config: Any, options: ElastifyOp
     settings |= {"exit_pooling": pooling_with_new_exits(config, options.exit_pooling)}
     settings |= {"learned_exit_head": options.learned_exit_head or getattr(config, "learned_exit_head", False)}
     if options.exit_layers is not None:
+        check_exit_layers(options.exit_layers, config.num_hidden_layers)
         settings |= {"exit_layers": options.exit_layers, "num_output_layers": None}
     if options.dropout is not None:
         settings |= {"hidden_dropout_prob": options.dropout, "attention_probs_dropout_prob": options.dropout}
@@ -197,6 +199,8 @@ def prepare(options: ElastifyOptions, accelerator: Accelerator) -> ElastifyRun:
     """Everything read and checked; nothing is written yet."""
     phases = phases_of(options)
     check_numbers(options, phases)
+    if not 0 < options.backbone_learning_rate < math.inf:
+        raise ValueError(f"backbone_learning_rate must be above 0, got {options.backbone_learning_rate:g}")
     check_replaceable(Path(options.output), options.model, options.texts, options.dev)
     if not Path(options.texts).is_file():
         raise ValueError(f"texts {options.texts} is not a file")

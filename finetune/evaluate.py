@@ -338,8 +338,9 @@ def evaluate(options: EvaluateOptions) -> None:
     """Print (with --output also write) quality per exit, a sweep of the exit policy, the checkpoint's own policy."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if options.rows is not None and options.rows < 1:
-        raise ValueError(f"rows must be at least 1, got {options.rows}")
+    for name, least in (("rows", 1), ("eval_batch_size", 1), ("timed_rows", 0)):
+        if (value := getattr(options, name)) is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
     if options.output:
         check_replaceable(Path(options.output), *options.sources)
     accelerator = Accelerator()

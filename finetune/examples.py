@@ -64,8 +64,8 @@ def _text(row: Row, column: str) -> Any:
 def find_problem_type(task: Task, examples: Examples) -> ProblemType:
     """The task's problem type; where it does not say one, the kind of its texts and labels.
 
-    Lists of words: tags; answers with their places: question answering; lists of labels, or labels joined by `|` of
-    which each stands in other rows too, alone or joined to others: multi-label; at least half the labels fractional
+    Lists of words: tags; answers with their places: question answering; lists of labels, or labels joined by `|`, of
+    which most stand in other rows too, alone or joined to others: multi-label; at least half the labels fractional
     numbers (3.8): regression; otherwise classes.
     """
     if task.problem_type is not None:
@@ -83,12 +83,19 @@ def find_problem_type(task: Task, examples: Examples) -> ProblemType:
     return "regression" if 2 * fractional >= len(numbers) else "single_label_classification"
 
 
+def names_in(label: Any) -> list[str]:
+    """The names of the labels in a cell: a list, or text in which they are joined."""
+    names = label if isinstance(label, list) else str(label).split(BETWEEN_LABELS)
+    return [name for name in (str(one).strip() for one in names) if name]
+
+
 def _joined(labels: list[str]) -> bool:
-    """Whether some cells hold several labels."""
-    cells = [label.split(BETWEEN_LABELS) for label in set(labels)]
+    """Whether some cells hold several labels: most of them such as stand in other cells too."""
+    cells = [names_in(label) for label in set(labels)]
     seen = Counter(name for names in cells for name in names)
     several = [names for names in cells if len(names) > 1]
-    return bool(several) and all(seen[name] > 1 for names in several for name in names)
+    known = [names for names in several if all(seen[name] > 1 for name in names)]
+    return bool(several) and 2 * len(known) >= len(several)
 
 
 def number_of(label: Any) -> float | None:

@@ -2,7 +2,7 @@
 
 Configurations that agree up to a layer have the same states up to there, and the attention of the layer after it:
 tokens are dropped behind the attention. So the configurations are walked as a tree, a branch per share and layer. Of
-the last layer a head that pools reads [CLS] alone, which no share drops: there is one branch, and one query.
+the last layer a head that pools [CLS] reads that alone, which no share drops: there is one branch, and one query.
 """
 
 from collections.abc import Iterator, Mapping

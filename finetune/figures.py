@@ -1,4 +1,4 @@
-"""Figures of a finished run: quality by exit, and which classes are taken for which."""
+"""Figures of runs, searches and calibrations."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,6 +47,8 @@ def plot_confusion(image: Path, counts: np.ndarray, names: list[str], title: str
     ticks = range(len(names))
     axes.set(xticks=ticks, yticks=ticks, yticklabels=names, xlabel="answer", ylabel="label", title=title)
     axes.set_xticklabels(names, rotation=45, ha="right")
+    for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+        label.set_parse_math(False)  # a name may have dollar signs
     if len(names) <= 20:
         for row, column in np.ndindex(counts.shape):
             colour = "white" if shares[row, column] > 0.5 else "black"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.examples import BETWEEN_LABELS, Examples, number_of
+from finetune.examples import Examples, names_in, number_of
 from finetune.tasks import ProblemType, Task
 
 
@@ -24,14 +24,8 @@ class Labels:
     no_answer_threshold: float | None = None
 
 
-def _several(label: Any) -> list[str]:
-    if isinstance(label, list):
-        return [str(name) for name in label]
-    return [name for name in str(label).split(BETWEEN_LABELS) if name]
-
-
 def _named(task: Task, label: Any) -> str:
-    name, names = str(label), task.labels or {}
+    name, names = str(label).strip(), task.labels or {}
     numbered = name.isdecimal() and int(name) < len(names) and not any(key.isdecimal() for key in names)
     return list(names.values())[int(name)] if numbered else names.get(name, name)  # a number: as files of SNLI have it
 
@@ -42,7 +36,7 @@ def find_labels(task: Task, examples: Examples, problem_type: ProblemType) -> li
         return ["score"]
     if task.labels:
         return list(task.labels.values())
-    several = _several if problem_type == "multi_label_classification" else lambda label: [str(label)]
+    several = names_in if problem_type == "multi_label_classification" else lambda label: [str(label).strip()]
     names = {name for label in examples.labels for name in several(label)}
     if all(number_of(name) is not None for name in names):
         return sorted(names, key=lambda name: (float(name), name))
@@ -58,7 +52,7 @@ def encode_labels(task: Task, examples: Examples, names: list[str], problem_type
     if problem_type == "multi_label_classification":
         encoded = np.zeros((len(examples), len(names)), dtype=np.float32)
         for row, (label, place) in enumerate(zip(examples.labels, examples.places, strict=True)):
-            encoded[row, [_class(name, numbers, place) for name in _several(label)]] = 1.0
+            encoded[row, [_class(name, numbers, place) for name in names_in(label)]] = 1.0
         return encoded
     classes = zip(examples.labels, examples.places, strict=True)
     return np.array([_class(_named(task, label), numbers, place) for label, place in classes], dtype=np.int64)

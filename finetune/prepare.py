@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from elastic_model import ElasticBertConfig, ElasticBertForSequenceClassification
+from elastic_model.checks import check_exit_layers
 from elastic_model.configuration_elasticbert import pooling_with_new_exits
 from elastic_model.losses import exit_weights
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
@@ -27,6 +28,7 @@ from finetune.recipe import find_recipe
 from finetune.tasks import SPLITS, ProblemType, Task, dataset_task, find_task, own_task
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+FAMILIES = ("bert", "roberta", "distilbert", "elasticbert")  # model types that can be elastic models
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -66,17 +68,30 @@ def chosen_task(options: TaskOptions) -> Task:
     return own_task(files, columns, options.problem_type)
 
 
+def _fitting(problem_type: ProblemType, names: list[str]) -> tuple[str, ...]:
+    """The metrics of a task: plain tags have no entities, F1 is of the second of two classes."""
+    if problem_type == "token_classification" and not any(name.startswith("B-") for name in names):
+        return ("token_accuracy",)
+    two = problem_type != "single_label_classification" or len(names) == 2
+    return tuple(name for name in KINDS[problem_type].metrics if name != "f1" or two)
+
+
+def check_metric(name: str, problem_type: ProblemType, names: list[str]) -> None:
+    """ValueError for a metric that is unknown or does not fit a task with these labels."""
+    metric(name)
+    fitting = _fitting(problem_type, names)
+    if not set(name.split("+")) <= set(fitting):
+        raise ValueError(
+            f"metric {name!r} does not fit a task of the type {problem_type} with {len(names)} labels; those that do: "
+            f"{', '.join(fitting)}"
+        )
+
+
 def _metrics(given: list[str], task: Task, problem_type: ProblemType, names: list[str]) -> tuple[str, ...]:
-    kind = KINDS[problem_type]
-    plain = problem_type == "token_classification" and not any(name.startswith("B-") for name in names)
-    fitting = ("token_accuracy",) if plain else kind.metrics  # plain tags have no entities
-    chosen = tuple(given) or task.metrics or (fitting if plain else kind.default)
+    usual = [name for name in KINDS[problem_type].default if name in _fitting(problem_type, names)]
+    chosen = tuple(given) or task.metrics or tuple(usual) or _fitting(problem_type, names)
     for name in chosen:
-        metric(name)
-        if not set(name.split("+")) <= set(fitting):
-            raise ValueError(
-                f"metric {name!r} does not fit a task of the type {problem_type}; those that do: {', '.join(fitting)}"
-            )
+        check_metric(name, problem_type, names)
     return chosen
 
 
@@ -116,7 +131,7 @@ def labels_of_training(options: LabelledOptions, task: Task, train: Examples) ->
 def labels_of_model(options: TaskOptions, task: Task, config: Any) -> Labels:
     """The labels as a task checkpoint has them."""
     problem_type = problem_type_of(config)
-    assert problem_type is not None  # `load_task_model` has seen to it
+    assert problem_type is not None  # `load_classifier` has seen to it
     names = _names_of(config)
     return Labels(
         problem_type, names, _metrics(options.metrics, task, problem_type, names), config.no_answer_threshold
@@ -156,9 +171,23 @@ def encode_split(
 
 def check_length(config: Any, max_length: int) -> None:
     """ValueError where rows of `max_length` tokens exceed the model's positions, or are too short for any text."""
-    longest = config.max_position_embeddings - elastic_config(config.to_dict()).get("position_offset", 0)
+    longest = longest_input(config)
     if not 3 <= max_length <= longest:
         raise ValueError(f"max_length must be 3 to {longest} (the positions of the model), got {max_length}")
+
+
+def length_for(config: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+    """At most `max_length`: what another model, of any family, reads of a text in its own tokens."""
+    known = config.model_type in FAMILIES
+    positions = longest_input(config) if known else getattr(config, "max_position_embeddings", max_length)
+    return min(max_length, tokenizer.model_max_length, positions)
+
+
+def longest_input(config: Any) -> int:
+    """Tokens of the longest row that a model reads; ValueError for one of no family that we know."""
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}, got {config.model_type!r}")
+    return int(config.max_position_embeddings - elastic_config(config.to_dict()).get("position_offset", 0))
 
 
 def exit_pooling_of(config: Any, exit_layers: list[int] | None, options: LoopOptions) -> list[str]:
@@ -181,6 +210,7 @@ def load_for_training(options: TrainOptions, labels: Labels) -> ElasticBertExitM
     if options.learned_exit_head:
         settings |= {"learned_exit_head": True}
     if options.exit_layers is not None:
+        check_exit_layers(options.exit_layers, config.num_hidden_layers)
         settings |= {"exit_layers": options.exit_layers, "num_output_layers": None}
     if options.dropout is not None:
         settings |= {"hidden_dropout_prob": options.dropout, "attention_probs_dropout_prob": options.dropout}

@@ -318,6 +318,7 @@ def prune(options: PruneOptions) -> int:
         f"pruned in {len(history)} rounds to heads {history[-1]['heads']}, FFN {history[-1]['intermediate']}: "
         f"{counts['after'] / counts['before']:.0%} of the parameters"
     )
+    run = replace(run, notes=(RESULT,))
     result = {"target": vars(to), "kept": vars(kept), "rounds": history, "parameters": counts}
     result |= {"importance": "the model's own predictions" if options.label_free else "labels"}
     with working_together_in(run.folder, accelerator):

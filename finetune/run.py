@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
@@ -13,22 +13,25 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from elastic_model import distributed
 from elastic_model.folders import check_replaceable
+from elastic_model.jobs import flat
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
-from finetune.config import LabelledOptions, LoopOptions
+from finetune.config import LabelledOptions, LoopOptions, TrainOptions
 from finetune.data import Encoded, encode, shuffled_batches
 from finetune.evaluate import answers_of, exit_logits, quality
 from finetune.examples import Examples, read_examples
-from finetune.kinds import KINDS
 from finetune.labels import Labels
 from finetune.policies import policy_name
 from finetune.prepare import (
+    check_length,
+    check_metric,
     chosen_task,
     encode_split,
     labels_of_training,
+    length_for,
     load_for_training,
     load_tokenizer,
     settings_of,
@@ -106,6 +109,7 @@ class Run:
     metric: str
     measure: Callable[[Any], dict[int, dict[str, float]]]  # run -> exit layer -> metric -> value on held-out rows
     teacher: list[np.ndarray] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def plan(self) -> Plan:
@@ -135,23 +139,15 @@ class Run:
             with (self.folder / METRICS).open("a") as lines:
                 lines.write(json.dumps(record) + "\n")
         if self.options.tracker:
-            self.accelerator.log(_flat(record), step=record["update"])
+            self.accelerator.log(flat(record), step=record["update"])
 
     def copy_logs(self, folder: Path) -> None:
         """The metrics, what else the run has noted, and the files of a tracker that has finished, into the folder of a
         checkpoint."""
-        for file in self.folder.glob("*.json*"):
-            shutil.copy(file, folder)
+        for name in (METRICS, *self.notes):
+            shutil.copy(self.folder / name, folder)
         if (self.folder / TRACKED).is_dir():
             shutil.copytree(self.folder / TRACKED, folder / TRACKED)
-
-
-def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested numbers under names like dev/4/accuracy, as trackers want them."""
-    flat: dict[str, float] = {}
-    for name, value in record.items():
-        flat |= _flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 @dataclass(frozen=True)
@@ -172,7 +168,12 @@ def chosen_policy(options: LabelledOptions, labels: Labels) -> str:
     """The exit policy to calibrate; ValueError for one that does not fit the task or asks a head that is not there."""
     recipe = find_recipe(options.recipe)
     name = policy_name(options.exit_policy or recipe.exit_policy, labels.problem_type)
-    if name == "learned" and not (options.learned_exit_head or recipe.config.get("learned_exit_head")):
+    if name != "learned" or options.learned_exit_head or recipe.config.get("learned_exit_head"):
+        return name
+    start = AutoConfig.from_pretrained(options.model, local_files_only=True)
+    if not isinstance(options, TrainOptions):
+        raise ValueError("exit policy 'learned': distill and prune keep no learned exit head; train one afterwards")
+    if not getattr(start, "learned_exit_head", False):
         raise ValueError(
             "exit policy 'learned' asks a head that is not there: add --learned_exit_head, or --recipe learned"
         )
@@ -221,11 +222,7 @@ def _quality_on_dev(run: TaskRun) -> dict[int, dict[str, float]]:
 
 def _decided_by(name: str, labels: Labels) -> Labels:
     """The labels with `name` as their first metric, which decides."""
-    fitting = KINDS[labels.problem_type].metrics
-    if not set(name.split("+")) <= set(fitting):
-        raise ValueError(
-            f"metric {name!r} does not fit the type {labels.problem_type}; those that do: {', '.join(fitting)}"
-        )
+    check_metric(name, labels.problem_type, labels.names)
     return replace(labels, metrics=(name, *(one for one in labels.metrics if one != name)))
 
 
@@ -242,9 +239,11 @@ def _taught(
     name, size = str(options.teacher), options.eval_batch_size
     if labels.problem_type in ("token_classification", "question_answering"):
         check_tokenizer(name, tokenizer)
+        check_length(AutoConfig.from_pretrained(name), options.max_length)
     else:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        encoded = encode(train, encoded.labels, tokenizer, options.max_length)
+        length = length_for(AutoConfig.from_pretrained(name), tokenizer, options.max_length)
+        encoded = encode(train, encoded.labels, tokenizer, length)
     logits = ask(load_stock(name, labels.problem_type), encoded, tokenizer, size, accelerator, final_logits)
     return logits if order is None else [one[..., order] for one in logits]
 

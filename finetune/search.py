@@ -1,6 +1,5 @@
 """`python -m finetune search`: search lengths and exits together, keep the best of every cost with the checkpoint."""
 
-import hashlib
 import itertools
 import json
 import os
@@ -22,6 +21,7 @@ from elastic_model.distributed import working_together_in
 from elastic_model.exit_policies import sweep
 from elastic_model.folders import LOCK, MARKER, check_replaceable, empty_folder, new_file
 from elastic_model.operating_points import FILE, OperatingPoint, OperatingPoints, checkpoint_hash
+from elastic_model.provenance import file_hash
 from elastic_model.session import ElasticSession
 from finetune.by_row import FIT_ROWS, by_row, explore_by_row, fit_share
 from finetune.candidates import Lengths, shares
@@ -222,8 +222,7 @@ def prepare(options: SearchOptions) -> tuple[Search, Encoded]:
         if name == "learned":
             raise ValueError("an exported graph does not tell its learned head's uncertainty: leave --graph away")
         work.graph = open_graph(Path(options.graph), work, None)
-        with work.graph.file.open("rb") as content:
-            settings["graph"] = hashlib.file_digest(content, "sha256").hexdigest()
+        settings["graph"] = file_hash(work.graph.file)
     if options.axes != "lengths" and len(model.exit_layers) > 1:
         logits = work.explore(encoded, [work.whole])[work.whole].logits
         policies += candidates(name, logits, labels.problem_type, patience=patience)

@@ -16,7 +16,7 @@ OPENERS: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".xz": lzma.open
 FORMS = {".tsv": "tsv", ".txt": "tsv", ".csv": "csv", ".jsonl": "jsonl", ".json": "squad"}
 FORMS |= dict.fromkeys((".conll", ".iob", ".iob2", ".bio"), "conll")
 csv.field_size_limit(2**31 - 1)  # a cell may be a whole book, as in the other forms
-COMMENT = re.compile(r"# \S+ = ")  # of CoNLL-U
+COMMENT = re.compile(r"# (\S+ = |new(doc|par)\b)")  # of CoNLL-U
 BLANKS = re.compile(" +")  # between columns; a no-break space is part of a word
 
 

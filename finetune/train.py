@@ -1,15 +1,12 @@
 """The fine-tuning loop: batches -> losses of the recipe -> update -> dev -> state; then the checkpoint."""
 
 import hashlib
-import json
 import math
 import random
 import shutil
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -22,6 +19,7 @@ from transformers import logging
 
 from elastic_model.distributed import Engine, on_main_process, start_engine, working_together_in
 from elastic_model.folders import is_ours
+from elastic_model.jobs import INTERRUPTED, cut_log, sigterm
 from finetune.checkpoint import REPORT, is_finished, write_checkpoint
 from finetune.config import LoopOptions, TrainOptions
 from finetune.data import collate
@@ -31,7 +29,6 @@ from finetune.state import Progress, copy_weights, load_optimizer_tensors, load_
 from finetune.teacher import stacked
 
 AnyRun = TypeVar("AnyRun", bound=Run)
-INTERRUPTED = 143  # exit code after SIGTERM: 128 + 15
 
 
 def learning_rate(update: int, updates: int, peak: float, warmup: float) -> float:
@@ -111,17 +108,6 @@ def _evaluate(run: Run, engine: Engine, progress: Progress) -> None:
         progress.best_weights = engine.weights(everywhere=True)
 
 
-@contextmanager
-def sigterm() -> Iterator[threading.Event]:
-    """An event that is set once SIGTERM has come."""
-    asked = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _anyone(asked: bool, accelerator: Accelerator) -> bool:
     """Whether any process was asked: they must stop after the same update."""
     if accelerator.num_processes == 1:
@@ -163,7 +149,7 @@ def fit_phase(run: Run, number: int, progress: Progress, asked: threading.Event,
     while progress.update < stop and not stopping and not early:
         engine.model.train()
         _seed_update(options.seed, progress.update, accelerator.process_index)
-        peak = phase.learning_rate or options.learning_rate
+        peak = options.learning_rate if phase.learning_rate is None else phase.learning_rate
         rate = learning_rate(progress.update - start, stop - start, peak, options.warmup)
         losses.append(backward(run, phase, engine, progress.update))
         _step(engine, rate, progress)
@@ -217,18 +203,6 @@ def fit(run: Run, progress: Progress) -> bool:
     return True
 
 
-def _lines_up_to(log: Path, update: int) -> list[str]:
-    """The lines of a log up to an update; half a line, as a full disk leaves it, ends them."""
-    kept = []
-    for line in log.read_text().splitlines() if log.exists() else []:
-        try:
-            if json.loads(line)["update"] <= update:
-                kept.append(line)
-        except ValueError:
-            break
-    return kept
-
-
 def start(run: Run) -> Progress:
     """From the saved state with --resume, else from nothing; the log is cut to the same update."""
     progress = Progress()
@@ -237,8 +211,7 @@ def start(run: Run) -> Progress:
         load_weights(run.state, run.model)
         run.accelerator.print(f"resuming at update {progress.update}")
     if run.accelerator.is_main_process:
-        log = run.folder / METRICS
-        log.write_text("".join(line + "\n" for line in _lines_up_to(log, progress.update)))
+        cut_log(run.folder / METRICS, "update", progress.update)
         if not progress.update:
             for folder in (run.state, run.folder / TRACKED):
                 shutil.rmtree(folder, ignore_errors=True)

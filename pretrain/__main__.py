@@ -1,44 +1,33 @@
-"""python -m pretrain [prepare | evaluate | release] --config RECIPE.yaml [--resume] [--flag value ...]"""
+"""`python -m pretrain [COMMAND] --config RECIPE.yaml [--flag value ...]`: options are parsed before anything slow is
+imported."""
 
-import os
+import importlib
 import sys
+from typing import Any
 
 from elastic_model.arguments import parse, run
+from elastic_model.jobs import ended
 from pretrain.config import EvaluateConfig, PretrainConfig, ReleaseConfig
 
+# command -> its options, and the module and function that run it; "" trains
+COMMANDS: dict[str, tuple[type[Any], str, str]] = {
+    "": (PretrainConfig, "pretrain.train", "train"),
+    "prepare": (PretrainConfig, "pretrain.statistics", "prepare_text"),
+    "evaluate": (EvaluateConfig, "pretrain.evaluate", "evaluate_checkpoint"),
+    "release": (ReleaseConfig, "pretrain.release", "release"),
+}
 
-def command(argv: list[str]) -> int:
-    """Train, prepare the text of a run (before many processes wait for it), evaluate a checkpoint or release it.
 
-    Frameworks take seconds to load, so options are parsed before.
-    """
-    if argv[:1] == ["evaluate"]:
-        to_evaluate = parse(EvaluateConfig, argv[1:], prog="python -m pretrain evaluate")
-        from pretrain.evaluate import evaluate_checkpoint
-
-        return evaluate_checkpoint(to_evaluate)
-    if argv[:1] == ["prepare"]:
-        to_prepare = parse(PretrainConfig, argv[1:], prog="python -m pretrain prepare")
-        from pretrain.statistics import prepare_text
-
-        return prepare_text(to_prepare)
-    if argv[:1] == ["release"]:
-        to_release = parse(ReleaseConfig, argv[1:], prog="python -m pretrain release")
-        from pretrain.release import release
-
-        return release(to_release)
-    config = parse(PretrainConfig, argv, prog="python -m pretrain")
-    from pretrain.train import train
-
-    return train(config)
+def _command(argv: list[str]) -> int:
+    name = argv[0] if argv and argv[0] in COMMANDS else ""
+    options, module, function = COMMANDS[name]
+    parsed = parse(options, argv[1:] if name else argv, prog=f"python -m pretrain {name}".rstrip())
+    return int(getattr(importlib.import_module(module), function)(parsed))
 
 
 def main() -> int:
-    code = run(lambda: command(sys.argv[1:]))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        os._exit(code)  # torch's gloo threads now and then abort an interpreter that ends in the usual way
-    return code
+    """The exit code of the command that the command line names; bad input ends with one line and code 2."""
+    return ended(run(lambda: _command(sys.argv[1:])))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,8 @@ class WeightedSource(Source):
 
 @dataclass(kw_only=True)
 class PretrainConfig(Source):
-    """Text to a multi-exit checkpoint: masked language modelling and sentence order at every exit."""
+    """Text to a multi-exit checkpoint: masked language modelling and sentence order at every exit. Other commands,
+    each with a --help of its own: `python -m pretrain prepare`, `evaluate` and `release`."""
 
     # what goes in and what comes out
     mixture: dict = option(
@@ -66,7 +67,9 @@ class PretrainConfig(Source):
     resume: bool = option(False, help="continue the run in --output at the exact batch (start one if there is none)")
     resume_previous: bool = option(False, help="as --resume, from the checkpoint before the newest one")
     cache: Path = option(CACHE, help="folder for tokenizers and token shards, addressed by content")
-    prepare_workers: int | None = option(None, help="processes that prepare the text (default: the cores)")
+    prepare_workers: int | None = option(
+        None, help="processes that prepare the text (default: the cores this process may use)"
+    )
 
     # tokenizer
     tokenizer: Path | None = option(

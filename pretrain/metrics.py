@@ -1,13 +1,11 @@
 """What is measured while a model trains: losses and accuracies per exit, speed, model FLOPs utilisation, memory."""
 
-import json
 import re
 import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +13,6 @@ from accelerate import Accelerator
 
 from elastic_model import ElasticBertConfig
 from elastic_model.cost import flops, modules
-from elastic_model.folders import new_file
 
 METRICS = "metrics.jsonl"
 PER_EXIT = ("mlm_loss", "sop_loss", "mlm_accuracy", "sop_accuracy")
@@ -133,28 +130,3 @@ def peak_memory() -> float:
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def flat(line: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested numbers under names like mlm_loss/4, as trackers want them."""
-    found: dict[str, float] = {}
-    for name, value in line.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{name}/")
-        elif value is not None:
-            found[f"{prefix}{name}"] = value
-    return found
-
-
-def cut_metrics(file: Path, step: int) -> None:
-    """Drop the lines that a resumed run is going to write again, and half a line that a killed one left."""
-    kept = []
-    for text in file.read_text().splitlines() if file.exists() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            break
-        if line["step"] <= step:
-            kept.append(text + "\n")
-    with new_file(file) as temporary:
-        temporary.write_text("".join(kept))

@@ -5,7 +5,6 @@ import hashlib
 import heapq
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from elastic_model.folders import new_file, new_folder
+from elastic_model.processor import available_cores
 from pretrain.config import PretrainConfig
 from pretrain.shards import Shard, processes, write_shard
 from pretrain.sources import DatasetRows, TextFile, parts_of
@@ -67,7 +67,7 @@ def prepare(config: PretrainConfig, quiet: bool = False) -> Corpus:
     sources = config.sources()
     parts = {name: parts_of(source) for name, source in sources.items()}
     tokenizer = _tokenizer(config, [part for several in parts.values() for part in several], quiet)
-    with processes(config.prepare_workers or _cores()) as call:
+    with processes(config.prepare_workers or available_cores()) as call:
         preparation = Preparation(config.cache, tokenizer, call, quiet)
         texts = {name: [preparation.chunks(part) for part in several] for name, several in parts.items()}
     prepared = []
@@ -79,10 +79,6 @@ def prepare(config: PretrainConfig, quiet: bool = False) -> Corpus:
         shards = [shard for shard in map(preparation.shard, chunks) if shard.statistics["documents"]]
         prepared.append(TokenizedSource(name, source.weight, parts[name], shards, _address(*chunks)))
     return Corpus(tokenizer, prepared, preparation.tokenizer_digest)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Preparation:

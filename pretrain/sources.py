@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from elastic_model.provenance import file_hash
 from pretrain.config import Source
 from pretrain.text import documents, find_files
 
@@ -37,7 +38,7 @@ class TextFile:
     @cached_property
     def key(self) -> str:
         """sha256 of its bytes."""
-        return _digest(self.path)
+        return file_hash(self.path)
 
     @property
     def changed(self) -> bool:
@@ -95,7 +96,7 @@ class DatasetRows:
         """sha256 of what decides its rows."""
         source = self.source
         chosen = [str(source.dataset_config), source.dataset_split, source.text_column]
-        return hashlib.sha256("\n".join([*chosen, *self.revision, *map(_digest, self.files)]).encode()).hexdigest()
+        return hashlib.sha256("\n".join([*chosen, *self.revision, *map(file_hash, self.files)]).encode()).hexdigest()
 
     @property
     def changed(self) -> bool:
@@ -165,11 +166,6 @@ def _named_errors(name: str) -> Iterator[None]:
     except (DatasetsError, ValueError, OSError) as error:
         reason = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
         raise ValueError(f"dataset {name}: {reason}") from error
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _state(files: list[Path]) -> list[tuple[int, int]]:

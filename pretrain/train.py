@@ -6,9 +6,9 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from elastic_model.arguments import to_yaml
 from elastic_model.configuration_elasticbert import pooling_with_new_exits
 from elastic_model.distributed import Tensors, on_main_process, start_accelerator, start_engine, working_together_in
 from elastic_model.folders import check_no_checkpoint, check_output, new_file, new_folder
+from elastic_model.jobs import INTERRUPTED, cut_log, flat, sigterm
 from elastic_model.losses import exit_group, trained_exits
 from elastic_model.subnetworks import sandwich
 from pretrain.checkpoint import (
@@ -43,14 +44,13 @@ from pretrain.config import PretrainConfig
 from pretrain.data import Batch, Examples, GlobalBatches, Share, check_batch_size, fitting
 from pretrain.evaluate import Evaluation, evaluate, unigram_losses
 from pretrain.masking import IGNORED
-from pretrain.metrics import METRICS, Update, Window, cut_metrics, flat, peak_flops, peak_memory, update_flops
+from pretrain.metrics import METRICS, Update, Window, peak_flops, peak_memory, update_flops
 from pretrain.prepare import Corpus, prepare
 from pretrain.report import describe, plot_losses
 from pretrain.statistics import statistics, table
 
 EVALUATION = "evaluation.json"
 DATA = "data.json"
-STOPPED = 143  # 128 + SIGTERM: saved, to be resumed
 
 
 @dataclass
@@ -177,7 +177,7 @@ class Run:
             self.engine.load_optimizer(load_optimizer_tensors(checkpoint))
         self.peak_flops = peak_flops(config.peak_tflops, config.precision, accelerator.num_processes)
         self.window = Window()
-        self.stop_requested = False  # of this process, set by a signal
+        self.asked = threading.Event()  # this process, by a signal, to stop
         self.stopping = False  # of all processes, agreed on at the start of an update
 
     @property
@@ -220,7 +220,7 @@ class Run:
             sum(int((batch["labels"] != IGNORED).sum()) for batch in micro_batches),
             sum(int((batch["sentence_order_label"] != IGNORED).sum()) for batch in micro_batches),
             sum(int(batch["attention_mask"].sum()) for batch in micro_batches),
-            int(self.stop_requested),
+            int(self.asked.is_set()),
         ]
         if self.accelerator.num_processes == 1:
             return counts
@@ -342,20 +342,6 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-@contextmanager
-def _stop_on_sigterm(run: Run) -> Iterator[None]:
-    """SIGTERM asks the run to save after the update it is in."""
-
-    def request(number, frame):
-        run.stop_requested = True
-
-    previous = signal.signal(signal.SIGTERM, request)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 def _check_run_folder(config: PretrainConfig) -> None:
     """ValueError where the output is not ours, or holds a run that was not asked to go on."""
     check_output(config.output)
@@ -370,7 +356,7 @@ def _check_run_folder(config: PretrainConfig) -> None:
 def _open_run_folder(config: PretrainConfig, step: int, found: dict[str, Any]) -> None:
     (config.output / "config.yaml").write_text(to_yaml(config))
     (config.output / DATA).write_text(json.dumps(found, indent=2) + "\n")
-    cut_metrics(config.output / METRICS, step)
+    cut_log(config.output / METRICS, "step", step)
 
 
 def train(config: PretrainConfig) -> int:
@@ -388,7 +374,7 @@ def train(config: PretrainConfig) -> int:
         if config.tracker:
             accelerator.init_trackers("pretrain", config={name: str(value) for name, value in asdict(config).items()})
         accelerator.print(_summary(run, found))
-        with _stop_on_sigterm(run):
+        with sigterm() as run.asked:  # to save after the update it is in
             code = _loop(run)
         if code == 0:
             _finish(run)
@@ -419,7 +405,7 @@ def _loop(run: Run) -> int:
         if run.stopping and step < config.steps:
             run.save()
             run.accelerator.print(f"stopped after update {step}; --resume continues it")
-            return STOPPED
+            return INTERRUPTED
         if step % config.evaluate_every == 0 and step < config.steps:
             result = run.evaluate()
             if run.accelerator.is_main_process:

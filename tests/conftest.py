@@ -1,4 +1,4 @@
-"""What the tests share: a tiny configuration, model and checkpoint, a tiny corpus, and no way to a network."""
+"""What the tests share: a tiny configuration, model and checkpoint, and no way to a network."""
 
 import os
 
@@ -75,16 +75,8 @@ def tiny_model(tiny_config):
 
 
 @pytest.fixture(scope="session")
-def tiny_corpus(tmp_path_factory):
-    """A text file of three documents, a sentence a line."""
-    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
-    path.write_text(CORPUS)
-    return path
-
-
-@pytest.fixture(scope="session")
 def tiny_tokenizer():
-    """WordPiece trained on the tiny corpus, 200 entries, the same in every process."""
+    """WordPiece trained on a few sentences, 200 entries, the same in every process."""
     from pretrain.tokenizer import train_wordpiece
 
     twice = 2 * CORPUS.splitlines()  # a merge is made of what occurs twice

@@ -94,7 +94,8 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Result:
-    """A submission: its name, million parameters where known, what it did on each task of ELUE, and a note."""
+    """A submission: its name, what it did on each task of ELUE, a note, and of each task the sizes it was run at, in
+    words."""
 
     name: str
     tasks: dict[str, TaskResult]
@@ -103,7 +104,7 @@ class Result:
 
     @property
     def parameters(self) -> int | None:
-        """Parameters of its largest point; None where those of some point are not known."""
+        """How many its largest point has; None where those of some point are not known."""
         sizes = [point.parameters for task in self.tasks.values() for point in task.points]
         return None if None in sizes else max((size for size in sizes if size is not None), default=None)
 
