@@ -19,7 +19,7 @@ class Options:
     output: Path = option(Path("out"), help="folder")
     batch_size: int = option(8, help="rows")
     learning_rate: float = option(1e-3, help="peak")
-    schedule: Literal["linear", "cosine"] = option("linear", help="decay")
+    schedule: Literal["linear", "cosine", "no"] = option("linear", help="decay")
     limit: int | None = option(None, help="at most")
     resume: bool = option(False, help="continue")
     budget: dict | None = option(None, help="budget")
@@ -53,6 +53,12 @@ def test_both_spellings_of_a_flag_and_every_kind_of_value():
     assert (options.batch_size, options.limit, options.resume, options.schedule) == (4, 3, True, "cosine")
     assert (options.text, options.budget) == (["x", "y"], {"flops": 1e9})
     assert parse(Options, ["--limit", "none", "--resume", "false"]) == Options()
+
+
+def test_what_yaml_reads_as_a_boolean_is_the_choice_of_that_name(recipe):
+    assert parse(Options, ["--config", recipe("schedule: no\n")]).schedule == "no"
+    with pytest.raises(ValueError, match="expected one of linear, cosine, no, got True"):
+        parse(Options, ["--config", recipe("schedule: yes\n")])
 
 
 def test_mutable_defaults_are_not_shared():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer, RobertaConfig, RobertaModel
+from transformers import AutoConfig, AutoTokenizer, RobertaConfig, RobertaModel, T5Config
 
 from elastic_model import ElasticBertForPreTraining, ElasticBertForSequenceClassification
 from elastic_model.arguments import run
@@ -21,7 +21,7 @@ from export.write import patch_config
 from finetune.__main__ import _command
 from finetune.config import EvaluateOptions
 from finetune.evaluate import evaluate
-from finetune.prepare import check_length
+from finetune.prepare import check_length, check_metric
 
 
 def flags_of(options):
@@ -84,6 +84,7 @@ def test_a_checkpoint_that_always_leaves_at_one_layer_can_be_evaluated(trained, 
         ({"task": "era"}, r"--task era has its own files and columns; --train is for your own data"),
         ({"dev": None}, r"task 'own files' has no dev split; it has: train"),
         ({"max_length": 65}, r"max_length must be 3 to 64 \(the positions of the model\), got 65"),
+        ({"exit_layers": "9"}, r"exit_layers must be a rising list of layers within 1..4, got \[9\]"),
         ({"batch_size": 61}, r"the train split has 60 rows, fewer than a batch \(61\)"),
         ({"batch_size": 0}, r"batch_size must be at least 1, got 0"),
         ({"warmup": 1.5}, r"warmup must be from 0 to 1, got 1.5"),
@@ -117,9 +118,37 @@ def test_positions_that_roberta_reserves_are_not_for_tokens(options, capsys, tin
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_model_of_another_family_is_named(options, capsys, tiny_tokenizer, tmp_path):
+    """T5's configuration does not know positions: an AttributeError."""
+    T5Config(vocab_size=200, d_model=16).save_pretrained(tmp_path / "t5")
+    (tmp_path / "t5" / "model.safetensors").write_bytes(b"")
+    tiny_tokenizer.save_pretrained(tmp_path / "t5")
+    line = error_of(capsys, *changed(options, model=str(tmp_path / "t5")))
+    assert "model_type must be one of bert, roberta, distilbert, elasticbert, got 't5'" in line
+
+
+def test_a_learned_head_of_the_start_may_be_asked(options, capsys, tiny_checkpoint):
+    flags = ["--exit_policy", "learned"]
+    assert "asks a head that is not there" in error_of(capsys, *changed(options), *flags)
+    ElasticBertForSequenceClassification.from_pretrained(tiny_checkpoint, learned_exit_head=True).save_pretrained(
+        tiny_checkpoint
+    )
+    assert "neither" not in error_of(capsys, *changed(options, dev="/nowhere.tsv"), *flags)
+    prune = ["prune", *(f"--{name}={getattr(options(), name)}" for name in ("model", "train", "dev", "output"))]
+    line = error_of(
+        capsys, *prune, "--text=text", "--label=label", "--max_length=32", "--batch_size=10", "--heads=2", *flags
+    )
+    assert "distill and prune keep no learned exit head" in line
+
+
 def test_metrics_must_fit(options, capsys):
     line = error_of(capsys, *changed(options), "--metrics", "pearson")
     assert "metric 'pearson' does not fit a task of the type single_label_classification" in line
+    for flag in ("--metrics", "--metric"):  # of three classes it was F1 of the second alone
+        line = error_of(capsys, *changed(options), flag, "f1")
+        assert "metric 'f1' does not fit" in line and "with 3 labels; those that do: accuracy, macro_f1" in line
+    with pytest.raises(ValueError, match="metric 'entity_f1' does not fit .* those that do: token_accuracy"):
+        check_metric("entity_f1", "token_classification", ["NOUN", "VERB"])
 
 
 @pytest.mark.parametrize(
@@ -246,8 +275,9 @@ def test_evaluate_takes_some_rows_which_keep_their_places(trained, small_task, t
     everything, some = found
     assert len(some) == 7 and some == [everything[int(line.split("\t")[0])] for line in some]
     assert "7 rows" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="rows must be at least 1, got 0"):
-        evaluate(evaluation_of(trained, small_task, rows=0))
+    for name, value, least in (("rows", 0, 1), ("eval_batch_size", -1, 1), ("timed_rows", -1, 0)):
+        with pytest.raises(ValueError, match=f"{name} must be at least {least}, got {value}"):
+            evaluate(evaluation_of(trained, small_task, **{name: value}))
 
 
 def test_evaluate_takes_a_policy_and_thresholds(trained, small_task, capsys):

@@ -169,6 +169,8 @@ def test_agreement_on_known_answers():
         ({"distillation": "none"}, "nothing but the original's answers to learn from"),
         ({"exit_layers": [3]}, "there is no exit below the last one"),
         ({"max_length": 100}, "max_length must be 3 to 64"),
+        ({"exit_layers": [2, 9]}, "exit_layers must be a rising list of layers within 1..3"),
+        ({"backbone_learning_rate": 0.0}, "backbone_learning_rate must be above 0, got 0"),
         ({"phase_epochs": [1, 2]}, "phase_epochs must be 1 numbers"),
     ],
 )

@@ -1,6 +1,7 @@
 """Pruning: importance that does not depend on the order of batches, what is kept, a model that is really smaller."""
 
 import json
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
@@ -12,6 +13,7 @@ from elastic_model.provenance import read_provenance
 from finetune.__main__ import _command
 from finetune.config import PruneOptions
 from finetune.prune import Kept, Widths, _probe, best, loss_without_labels, milliseconds_at, prune, schedule
+from finetune.train import train
 from finetune.widths import gated, importance, loss_on_labels, narrowed
 
 
@@ -165,6 +167,14 @@ def test_a_run_begun_anew_and_killed_at_once_does_not_meet_the_state_before(prun
     assert prune(pruned(latency_ms=5.0, rounds=1, save_steps=1, resume=True)) == 0
     model = ElasticBertForSequenceClassification.from_pretrained(tmp_path / "pruned")
     assert max(model.config.intermediate_size_per_layer) <= 25
+
+
+def test_notes_of_an_interrupted_run_are_not_anothers(pruned, trained, monkeypatch, tmp_path):
+    """A model that was fine-tuned into the output afterwards said that it had been pruned."""
+    interrupted(monkeypatch, pruned(heads=2, save_steps=1))
+    assert (tmp_path / "pruned.run" / "pruning.json").is_file()
+    assert train(replace(trained, output=str(tmp_path / "pruned"), epochs=1)) == 0
+    assert not (tmp_path / "pruned" / "pruning.json").exists() and (tmp_path / "pruned" / "metrics.jsonl").is_file()
 
 
 def test_the_latency_of_a_model_whose_layers_differ(tiny_model):

@@ -103,6 +103,20 @@ def test_labels_joined_in_cells_are_several(tmp_path):
     check_shape(replace(examples, labels=["x|y", "", "x"]), "multi_label_classification")  # a row may have none
     _, names_with_bars = examples_of(tmp_path, "a\tx|y", "b\tz", "c\tx|y")
     assert find_problem_type(_, names_with_bars) == "single_label_classification"
+    rare = [*(f"{number}\t{label}" for number, label in enumerate(["x|y", "x|z", "y|z", "x", "y", "z"])), "7\tx|new"]
+    assert (
+        find_problem_type(*examples_of(tmp_path, *rare)) == "multi_label_classification"
+    )  # a rare one changes nothing
+
+
+def test_blanks_around_a_label_are_none_of_its_name(tmp_path):
+    task, several = examples_of(tmp_path, "a\tx | y", "b\ty", "c\t x")
+    kind = find_problem_type(task, several)
+    assert kind == "multi_label_classification" and find_labels(task, several, kind) == ["x", "y"]
+    assert encode_labels(task, several, ["x", "y"], kind).tolist() == [[1, 1], [0, 1], [1, 0]]
+    task, one = examples_of(tmp_path, "a\tpos", "b\tpos ", "c\tneg")
+    assert find_labels(task, one, "single_label_classification") == ["neg", "pos"]
+    assert encode_labels(task, one, ["neg", "pos"], "single_label_classification").tolist() == [1, 1, 0]
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "", "high"])

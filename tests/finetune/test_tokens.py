@@ -119,12 +119,13 @@ def test_tags_that_cannot_be_measured_are_named(sentence, message, tiny_tokenize
 def test_conll_files(tmp_path):
     file = tmp_path / "a.conll"
     file.write_text(
-        "-DOCSTART- -X- O\n\n# sent_id = 1\nEU NNP B-ORG\nrejects VBZ O\n \nNew York\tNNP\tB-LOC\n#\tX\tO\n"
+        "-DOCSTART- -X- O\n\n# newdoc id = a\n# sent_id = 1\n"
+        "EU NNP B-ORG\nrejects VBZ O\n \nNew York\tNNP\tB-LOC\n#\tX\tO\n"
     )
     rows = read_table(file)
     assert [row["1"] for row in rows] == [["EU", "rejects"], ["New York", "#"]]
     assert [row["3"] for row in rows] == [["B-ORG", "O"], ["B-LOC", "O"]]
-    assert rows[1].place.endswith("sentence from line 7")
+    assert rows[1].place.endswith("sentence from line 8")
     with pytest.raises(ValueError, match="there is no column 'ner'; columns: 1, 2, 3"):
         rows[0]["ner"]
     file.write_text("a O\nb\n")

@@ -25,6 +25,7 @@ from elastic_model.operating_points import OperatingPoints, checkpoint_hash
 from export.write import patch_config
 from finetune.config import TrainOptions
 from finetune.data import collate
+from finetune.figures import plot_confusion
 from finetune.recipe import RECIPES, Update
 from finetune.run import prepare
 from finetune.train import INTERRUPTED, _save, backward, engine_of, learning_rate, train
@@ -414,6 +415,12 @@ def test_what_a_run_leaves_to_look_at(trained):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_names_with_dollar_signs_are_drawn(tmp_path):
+    """They were formulas, one that could not be read ended a run whose training was over."""
+    plot_confusion(tmp_path / "confusion.png", np.eye(2, dtype=int), ["$10_$20", "$10%-$20%"], "dev")
+    assert (tmp_path / "confusion.png").stat().st_size
+
+
 def test_a_tracker_writes_into_the_checkpoint_also_after_a_resume(options, monkeypatch):
     settings = {"tracker": "tensorboard", "epochs": 1, "save_steps": 2}
 
@@ -445,6 +452,9 @@ def test_a_teacher_with_another_tokenizer_teaches(options, tiny_tokenizer, tmp_p
     tokenizer = train_wordpiece(iter(["other words other pieces treaty army energy"] * 3), 90, lowercase=False)
     tokenizer.save_pretrained(tmp_path / "teacher")
     assert train(options(teacher=str(tmp_path / "teacher"), epochs=1)) == 0
+    config = BertConfig(vocab_size=300, max_position_embeddings=8, **sizes, **labels)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "teacher")  # it reads what it can of each row
+    assert train(options(teacher=str(tmp_path / "teacher"), epochs=1, output=str(tmp_path / "short"))) == 0
     with pytest.raises(ValueError, match="bare has no trained head for single_label"):
         train(options(teacher=str(no_head(tmp_path / "bare", tokenizer, sizes)), output=str(tmp_path / "other")))
 
