@@ -1,17 +1,10 @@
 """Texts of a file: a .txt has one a line, a .tsv has columns under a header; either may be compressed."""
 
-import bz2
-import gzip
-import lzma
-import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
 
 from elastic_model.folders import shipped
 from elastic_model.session import Text
-
-OPENERS: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+from elastic_model.text_files import OPENERS, opened_text
 
 
 def read_texts(file: Path, text: str, pair: str | None = None, limit: int | None = None) -> list[Text]:
@@ -51,17 +44,11 @@ def _kind(file: Path) -> str:
 
 
 def _lines(file: Path) -> list[str]:
-    try:
-        opener = OPENERS.get(file.suffix.lower(), open)
-        with opener(shipped(file), "rt", encoding="utf-8-sig", newline="\n") as content:
-            lines = [line.rstrip("\r\n") for line in content]
-        while lines and not lines[-1]:  # what editors leave at a file's end
-            lines.pop()
-        return lines
-    except (UnicodeDecodeError, lzma.LZMAError, EOFError, zlib.error, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the file system; those of damage have none
-            raise
-        raise ValueError(f"{file}: not readable as UTF-8 text: {error}") from error
+    with opened_text(shipped(file), newline="\n") as content:
+        lines = [line.rstrip("\r\n") for line in content]
+    while lines and not lines[-1]:  # what editors leave at a file's end
+        lines.pop()
+    return lines
 
 
 def _columns(file: Path, lines: list[str], text: str, pair: str | None) -> list[Text]:

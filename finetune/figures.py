@@ -1,32 +1,45 @@
 """Figures of runs, searches and calibrations."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from elastic_model.operating_points import OperatingPoint, OperatingPoints
 
 
-def plot_exits(image: Path, splits: Mapping[str, Mapping[int, Mapping[str, float]]], metric: str) -> None:
-    """One metric against the exit layer, a line a split; {split: {exit layer: {metric, low, high}}} with intervals."""
+@contextmanager
+def drawn(image: Path, size: tuple[float, float] = (6, 4)) -> Iterator[Any]:
+    """The axes of a figure that is saved when the block ends, with a legend of what has a label, and a grid."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for split, exits in splits.items():
-        values = np.array([[exits[layer][name] for name in (metric, "low", "high")] for layer in exits])
-        axes.plot(list(exits), values[:, 0], "o-", label=split)
-        axes.fill_between(list(exits), values[:, 1], values[:, 2], alpha=0.2)
-    axes.set(
-        xlabel="exit after layer",
-        ylabel=metric,
-        title="95 % intervals shaded",
-        xticks=list(next(iter(splits.values()))),
-    )
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(image, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
+    figure, axes = pyplot.subplots(figsize=size)
+    try:
+        yield axes
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+        if not axes.images:
+            axes.grid(alpha=0.3)
+        figure.savefig(image, dpi=120, bbox_inches="tight")
+    finally:
+        pyplot.close(figure)
+
+
+def plot_exits(image: Path, splits: Mapping[str, Mapping[int, Mapping[str, float]]], metric: str) -> None:
+    """One metric against the exit layer, a line a split; {split: {exit layer: {metric, low, high}}} with intervals."""
+    with drawn(image) as axes:
+        for split, exits in splits.items():
+            values = np.array([[exits[layer][name] for name in (metric, "low", "high")] for layer in exits])
+            axes.plot(list(exits), values[:, 0], "o-", label=split)
+            axes.fill_between(list(exits), values[:, 1], values[:, 2], alpha=0.2)
+        axes.set(
+            xlabel="exit after layer",
+            ylabel=metric,
+            title="95 % intervals shaded",
+            xticks=list(next(iter(splits.values()))),
+        )
 
 
 def confusion(answers: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
@@ -38,74 +51,53 @@ def confusion(answers: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarr
 
 def plot_confusion(image: Path, counts: np.ndarray, names: list[str], title: str) -> None:
     """A confusion matrix, shaded by the share of the true class; counts are written in where they fit."""
-    from matplotlib import pyplot
-
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     size = min(12.0, 2.5 + 0.6 * len(names))
-    figure, axes = pyplot.subplots(figsize=(size + 1, size))
-    shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    ticks = range(len(names))
-    axes.set(xticks=ticks, yticks=ticks, yticklabels=names, xlabel="answer", ylabel="label", title=title)
-    axes.set_xticklabels(names, rotation=45, ha="right")
-    for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
-        label.set_parse_math(False)  # a name may have dollar signs
-    if len(names) <= 20:
-        for row, column in np.ndindex(counts.shape):
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour)
-    figure.colorbar(shown, label="share of the label's rows")
-    figure.savefig(image, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
+    with drawn(image, (size + 1, size)) as axes:
+        shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        ticks = range(len(names))
+        axes.set(xticks=ticks, yticks=ticks, yticklabels=names, xlabel="answer", ylabel="label", title=title)
+        axes.set_xticklabels(names, rotation=45, ha="right")
+        for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+            label.set_parse_math(False)  # a name may have dollar signs
+        if len(names) <= 20:
+            for row, column in np.ndindex(counts.shape):
+                colour = "white" if shares[row, column] > 0.5 else "black"
+                axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour)
+        axes.figure.colorbar(shown, label="share of the label's rows")
 
 
 def plot_areas(image: Path, areas: Sequence[float]) -> None:
     """The area under the front by iteration of a search: figure 4 of Kim and Cho (2021)."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    axes.plot(areas, "o-", markersize=3)
-    axes.set(xlabel="iteration", ylabel="area under the front")
-    axes.grid(alpha=0.3)
-    figure.savefig(image, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
+    with drawn(image) as axes:
+        axes.plot(areas, "o-", markersize=3)
+        axes.set(xlabel="iteration", ylabel="area under the front")
 
 
 def plot_points(image: Path, points: OperatingPoints) -> None:
     """Quality, with its interval, of operating points against their share of the FLOPs of the full one; those whose
     quality and cost are known."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    kinds: dict[str, list[OperatingPoint]] = {"searched": [], "lengths by row": [], "calibrated": []}
-    for one in points.points:
-        if one.quality is not None and one.flops is not None:
-            own = "lengths by row" if isinstance(one.length_config, dict) else "searched"
-            kinds["calibrated" if one.calibration else own].append(one)
-    full = max((one.flops or 0.0 for group in kinds.values() for one in group), default=1.0)
-    for kind, group in kinds.items():
-        if group:
-            quality = np.array([[(one.quality or {})[name] for name in ("value", "low", "high")] for one in group])
-            errors = np.abs(quality[:, 1:] - quality[:, :1]).T
-            costs = [(one.flops or 0.0) / full for one in group]
-            axes.errorbar(costs, quality[:, 0], errors, fmt="o", markersize=4, capsize=2, alpha=0.7, label=kind)
-    axes.set(xlabel="FLOPs, as a share of the full point", ylabel="quality, 95 % intervals")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(image, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
+    with drawn(image) as axes:
+        kinds: dict[str, list[OperatingPoint]] = {"searched": [], "lengths by row": [], "calibrated": []}
+        for one in points.points:
+            if one.quality is not None and one.flops is not None:
+                own = "lengths by row" if isinstance(one.length_config, dict) else "searched"
+                kinds["calibrated" if one.calibration else own].append(one)
+        full = max((one.flops or 0.0 for group in kinds.values() for one in group), default=1.0)
+        for kind, group in kinds.items():
+            if group:
+                quality = np.array([[(one.quality or {})[name] for name in ("value", "low", "high")] for one in group])
+                errors = np.abs(quality[:, 1:] - quality[:, :1]).T
+                costs = [(one.flops or 0.0) / full for one in group]
+                axes.errorbar(costs, quality[:, 0], errors, fmt="o", markersize=4, capsize=2, alpha=0.7, label=kind)
+        axes.set(xlabel="FLOPs, as a share of the full point", ylabel="quality, 95 % intervals")
 
 
 def plot_front(image: Path, lines: Mapping[str, Sequence[tuple[float, float]]], full: float, metric: str) -> None:
     """Quality against cost as a share of the full one; {name: [(cost, quality), ...]}."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for name, points in lines.items():
-        ordered = sorted(points)
-        axes.plot([cost / full for cost, _ in ordered], [quality for _, quality in ordered], "o-", markersize=3,
-                  label=name.replace("_", " "))  # fmt: skip
-    axes.set(xlabel="cost, as a share of full depth and length", ylabel=metric)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(image, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
+    with drawn(image) as axes:
+        for name, points in lines.items():
+            ordered = sorted(points)
+            axes.plot([cost / full for cost, _ in ordered], [quality for _, quality in ordered], "o-", markersize=3,
+                      label=name.replace("_", " "))  # fmt: skip
+        axes.set(xlabel="cost, as a share of full depth and length", ylabel=metric)

@@ -1,18 +1,15 @@
 """Files of text as rows of named columns: TSV, CSV, JSON lines, CoNLL columns, SQuAD's JSON; plain or compressed."""
 
-import bz2
 import csv
-import gzip
 import json
-import lzma
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-OPENERS: dict[str, Callable[..., IO[Any]]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+from elastic_model.text_files import OPENERS, opened_text
+
 FORMS = {".tsv": "tsv", ".txt": "tsv", ".csv": "csv", ".jsonl": "jsonl", ".json": "squad"}
 FORMS |= dict.fromkeys((".conll", ".iob", ".iob2", ".bio"), "conll")
 csv.field_size_limit(2**31 - 1)  # a cell may be a whole book, as in the other forms
@@ -142,14 +139,12 @@ def read_table(file: Path, form: str | None = None, columns: tuple[str, ...] | N
     form: tsv, csv, jsonl, conll or squad where the ending does not say it; columns: their names where a tsv or csv
     file has no header. ValueError: no rows, another ending, not UTF-8, a row with too few or too many cells.
     """
-    opener, form = OPENERS.get(file.suffix.lower(), open), form or form_of(file)
-    try:
-        with opener(file, "rt", encoding="utf-8-sig", newline="" if form == "csv" else None) as lines:
+    form = form or form_of(file)
+    with opened_text(file, form, "" if form == "csv" else None) as lines:
+        try:
             rows = list(_rows(lines, form, columns, file))
-    except (UnicodeDecodeError, csv.Error, EOFError, lzma.LZMAError, zlib.error, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the file system; those of damage have none
-            raise
-        raise ValueError(f"{file}: not a readable {form} file in UTF-8 ({error})") from error
+        except csv.Error as error:
+            raise ValueError(f"{file}: not a readable csv file ({error})") from error
     if not rows:
         raise ValueError(f"{file}: the file has no rows")
     return rows

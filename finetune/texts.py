@@ -1,11 +1,10 @@
 """Unlabelled texts: one a line, or the columns of a table."""
 
-import lzma
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from elastic_model.text_files import opened_text
 from finetune.tables import OPENERS, form_of, read_table
 
 
@@ -25,13 +24,8 @@ class Texts:
 
 
 def _lines(file: Path) -> list[str]:
-    try:
-        with OPENERS.get(file.suffix.lower(), open)(file, "rt", encoding="utf-8-sig") as lines:
-            return [line.strip() for line in lines if line.strip()]
-    except (UnicodeDecodeError, EOFError, lzma.LZMAError, zlib.error, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the file system; those of damage have none
-            raise
-        raise ValueError(f"{file}: not a readable text file in UTF-8 ({error})") from error
+    with opened_text(file) as lines:
+        return [line.strip() for line in lines if line.strip()]
 
 
 def _text(value: Any, place: str) -> str:

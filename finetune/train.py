@@ -17,11 +17,11 @@ from accelerate import Accelerator
 from tqdm import tqdm
 from transformers import logging
 
-from elastic_model.distributed import Engine, on_main_process, start_engine, working_together_in
+from elastic_model.distributed import Engine, adamw, on_main_process, start_engine, working_together_in
 from elastic_model.folders import is_ours
 from elastic_model.jobs import INTERRUPTED, cut_log, sigterm
 from finetune.checkpoint import REPORT, is_finished, write_checkpoint
-from finetune.config import LoopOptions, TrainOptions
+from finetune.config import TrainOptions
 from finetune.data import collate
 from finetune.recipe import Phase, Update, backbone_and_last_exit
 from finetune.run import METRICS, TRACKED, Plan, Run, prepare, start_accelerator
@@ -37,18 +37,9 @@ def learning_rate(update: int, updates: int, peak: float, warmup: float) -> floa
     return peak * min((update + 1) / rising, (updates - update) / max(1, updates - rising))
 
 
-def make_optimizer(model: torch.nn.Module, options: LoopOptions) -> torch.optim.AdamW:
-    """AdamW over what the phase trains, without decay on biases and norms."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in trained if parameter.ndim > 1]
-    other = [parameter for parameter in trained if parameter.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": other, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)  # a sixth of the time on CPUs
-
-
 def engine_of(run: Run) -> Engine:
     """What trains the run's model: those of its parameters that require a gradient."""
-    optimizer = partial(make_optimizer, options=run.options)
+    optimizer = partial(adamw, rate=run.options.learning_rate, weight_decay=run.options.weight_decay)
     return start_engine(run.accelerator, run.model, optimizer, run.options.max_grad_norm)
 
 

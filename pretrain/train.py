@@ -25,7 +25,14 @@ from transformers.utils.logging import disable_progress_bar
 from elastic_model import ElasticBertConfig, ElasticBertForPreTraining
 from elastic_model.arguments import to_yaml
 from elastic_model.configuration_elasticbert import pooling_with_new_exits
-from elastic_model.distributed import Tensors, on_main_process, start_accelerator, start_engine, working_together_in
+from elastic_model.distributed import (
+    Tensors,
+    adamw,
+    on_main_process,
+    start_accelerator,
+    start_engine,
+    working_together_in,
+)
 from elastic_model.folders import check_no_checkpoint, check_output, new_file, new_folder
 from elastic_model.jobs import INTERRUPTED, cut_log, flat, sigterm
 from elastic_model.losses import exit_group, trained_exits
@@ -122,17 +129,8 @@ def _shape(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, training:
 
 
 def build_optimizer(model: PreTrainedModel, config: PretrainConfig) -> torch.optim.AdamW:
-    """AdamW without decay on biases and LayerNorms."""
-    parameters = dict(model.named_parameters())
-    exempt = [name for name in parameters if name.endswith("bias") or "LayerNorm" in name]
-    groups = [
-        {
-            "params": [parameters[name] for name in parameters if name not in exempt],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [parameters[name] for name in exempt], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, config.adam_beta2), eps=1e-6, fused=True)
+    """BERT's AdamW."""
+    return adamw(model, 0.0, config.weight_decay, betas=(0.9, config.adam_beta2), eps=1e-6)
 
 
 def learning_rate(step: int, config: PretrainConfig) -> float:

@@ -6,21 +6,17 @@ from typing import Any
 
 import numpy as np
 
+from finetune.figures import drawn
+
 
 def plot_curves(image: Path, curves: Mapping[str, Sequence[np.ndarray]], metric: str) -> None:
     """Quality against milliseconds of a row: {pipeline: a curve (points, 2) a seed}; one colour a pipeline."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 5))
-    for number, (name, seeds) in enumerate(curves.items()):
-        for place, curve in enumerate(seeds):
-            axes.plot(curve[:, 0], curve[:, 1], color=f"C{number % 10}", alpha=0.8, linewidth=1,
-                      linestyle=["-", "--", ":"][number // 10 % 3], label=None if place else name)  # fmt: skip
-    axes.set(xlabel="milliseconds a row", ylabel=metric, title="one line a seed")
-    axes.legend(fontsize="small")
-    axes.grid(alpha=0.3)
-    figure.savefig(image, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
+    with drawn(image, (7, 5)) as axes:
+        for number, (name, seeds) in enumerate(curves.items()):
+            for place, curve in enumerate(seeds):
+                axes.plot(curve[:, 0], curve[:, 1], color=f"C{number % 10}", alpha=0.8, linewidth=1,
+                          linestyle=["-", "--", ":"][number // 10 % 3], label=None if place else name)  # fmt: skip
+        axes.set(xlabel="milliseconds a row", ylabel=metric, title="one line a seed")
 
 
 def plot_estimates(image: Path, figure_4: Mapping[str, Mapping[str, Any]], metric: str) -> None:

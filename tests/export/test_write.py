@@ -253,16 +253,16 @@ def test_the_commands_end_to_end(tiny_checkpoint, tmp_path, run_export):
         ("rows.tsv", b"body\tlabel\nx\ty\n", "no column 'text'; its columns are body, label"),
         ("rows.tsv", b"text\tlabel\nx\n", "line 2: 1 cells under 2 columns"),
         ("rows.tsv", b"text\tlabel\nx\ty\n \ty\n", "line 3: an empty text"),
-        ("rows.txt", b"\xff\xfe\n", "not readable as UTF-8"),
+        ("rows.txt", b"\xff\xfe\n", "not a readable text file in UTF-8"),
         ("rows.txt", b"\n\n", "has no texts"),
         ("rows.txt", b"one\n\ntwo\n", "line 2: an empty text; leave such lines out"),  # answers were shifted
-        ("rows.txt.xz", b"not xz", "not readable"),
-        ("rows.txt.gz", b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\xff\xff\xff\xff\xff", "not readable"),
+        ("rows.txt.xz", b"not xz", "not a readable text file"),
+        ("rows.txt.gz", b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\xff\xff\xff\xff\xff", "not a readable text file"),
         ("rows.csv", b"text,label\nx,y\n", "a .txt .* or a .tsv"),
         ("rows.conll", b"one B-x\n", "a .txt .* or a .tsv"),  # each line was a text, with its tag
         ("rows", b"one\n", "a .txt .* or a .tsv"),
         ("rows.txt", b"text\tlabel\nx\ty\n", "a .txt is read as a text a line, this looks like a table"),
-        ("rows.txt.bz2", b"not bz2", "not readable"),
+        ("rows.txt.bz2", b"not bz2", "not a readable text file"),
     ],
 )
 def test_a_file_of_texts_that_is_not_one(tmp_path, name, content, says):
