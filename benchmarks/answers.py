@@ -22,9 +22,9 @@ from elastic_model.arguments import run
 from elastic_model.cost import mean_flops
 from elastic_model.folders import new_file
 from finetune.data import Encoded
-from finetune.evaluate import answers_of, exit_logits
+from finetune.evaluate import exit_logits
 from finetune.examples import read_examples
-from finetune.kinds import KINDS, problem_type_of
+from finetune.kinds import KINDS, answers_of, problem_type_of
 from finetune.labels import Labels
 from finetune.prepare import encode_split, load_classifier, some_rows
 from finetune.tasks import find_task

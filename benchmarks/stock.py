@@ -25,8 +25,9 @@ from elastic_model.arguments import parse, run
 from elastic_model.folders import check_replaceable, new_folder
 from finetune.config import TrainOptions
 from finetune.data import Encoded
-from finetune.evaluate import answers_of, quality
+from finetune.evaluate import quality
 from finetune.examples import read_examples
+from finetune.kinds import answers_of
 from finetune.labels import Labels
 from finetune.prepare import chosen_task, encode_split, labels_of_training, load_tokenizer, some_rows
 

@@ -8,7 +8,7 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from elastic_model.card import MARKER, write_card
+from elastic_model.card import is_ours, write_card
 from elastic_model.operating_points import FILE as POINTS_FILE
 from elastic_model.operating_points import OperatingPoints
 from elastic_model.provenance import (
@@ -93,4 +93,4 @@ def _has_card_of_somebody(api: HfApi, repo_id: str, revision: str | None) -> boo
         card = api.hf_hub_download(repo_id, CARD, revision=revision)
     except (EntryNotFoundError, RevisionNotFoundError):
         return False
-    return MARKER not in Path(card).read_text(encoding="utf-8", errors="replace")
+    return not is_ours(Path(card))

@@ -384,15 +384,15 @@ class ElasticBertExitModel(ElasticBertTaskModel):
         """Width of an exit's logits."""
         return int(self.config.num_labels or 1)
 
+    def head_at(self, layer: int) -> nn.Module:
+        """The head of the exit after `layer`, from 1."""
+        return getattr(self, self.static_head_name) if self.is_static else getattr(self, self.head_name).at(layer)
+
     def head(self, exit: Exit) -> tuple[torch.Tensor, torch.Tensor | None]:
         """logits (rows, labels) or (rows, tokens, labels), and the learned uncertainty (rows,) where the model has
         that head."""
         states = self.elasticbert.pool(exit) if self.pools else exit.flow.all_tokens()
-        if self.is_static:
-            classify = getattr(self, self.static_head_name)
-        else:
-            classify = getattr(self, self.head_name).at(exit.layer)
-        logits = classify(self.dropout(states))
+        logits = self.head_at(exit.layer)(self.dropout(states))
         if not self.config.learned_exit_head:
             return logits, None
         first = states if self.pools else exit.flow.first_token(self.config.keep_cls)

@@ -15,7 +15,7 @@ from onnx import TensorProto
 from export.builder import GraphBuilder
 from export.task import MULTI_LABEL, QUESTIONS, REGRESSION, TOKENS, Task
 
-NO_TOKEN = -1e30  # the logit of padding, which cannot start or end an answer; its exponential is 0, times it 0
+NO_TOKEN_LOGIT = -1e30  # the logit of padding, which cannot start or end an answer; its exponential is 0, times it 0
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def grouped(graph: GraphBuilder, passed: Passed, logits: str) -> str:
         assert passed.real is not None
         sides = graph.op("Transpose", logits, perm=[0, 2, 1])
         real = graph.op("Unsqueeze", passed.real, graph.integers(1))
-        return graph.op("Where", real, sides, graph.constant(NO_TOKEN, np.float32))
+        return graph.op("Where", real, sides, graph.constant(NO_TOKEN_LOGIT, np.float32))
     return logits if kind == TOKENS else graph.op("Unsqueeze", logits, graph.integers(1))
 
 

@@ -26,7 +26,7 @@ from finetune.data import inputs_of
 from finetune.kinds import KINDS, kind_of, problem_type_of
 from finetune.labels import Labels
 from finetune.prepare import check_length, exit_pooling_of, load_tokenizer, weight_files
-from finetune.recipe import NEVER, Batch, Phase, Update, answers_of
+from finetune.recipe import NEVER, Batch, Phase, Update, exits_of
 from finetune.run import TaskRun, prepare, start_accelerator
 from finetune.state import Progress
 from finetune.teacher import check_tokenizer
@@ -72,13 +72,6 @@ def load_teacher(options: LabelledOptions) -> ElasticBertExitModel:
     return teacher.eval().requires_grad_(False)
 
 
-def _head(model: ElasticBertExitModel, layer: int) -> nn.Module:
-    """The head of the exit after `layer`, from 1."""
-    if model.is_static:
-        return getattr(model, model.static_head_name)
-    return getattr(model, model.head_name).at(layer)
-
-
 def settings_of_student(options: LabelledOptions, labels: Labels, exits: list[int]) -> dict[str, Any]:
     """What a student's configuration takes from the options; exits: where it can have them, by layer from 1."""
     chosen = exits if options.exit_layers is None else options.exit_layers
@@ -107,7 +100,7 @@ def shallower(teacher: ElasticBertExitModel, layers: int, settings: dict[str, An
     pairs: list[tuple[Any, Any]] = [(ours.embeddings, theirs.embeddings)]
     pairs += [(ours.encoder.layer[layer - 1], theirs.encoder.layer[other - 1]) for layer, other in source.items()]
     for layer in student.exit_layers:
-        pairs.append((_head(student, layer), _head(teacher, source[layer])))
+        pairs.append((student.head_at(layer), teacher.head_at(source[layer])))
         if ours.encoder.pooler is not None and theirs.encoder.pooler is not None:
             pairs.append((ours.encoder.pooler.at(layer), theirs.encoder.pooler.at(source[layer])))
     for mine, other in pairs:
@@ -188,8 +181,8 @@ class Distillation:
         with torch.no_grad():
             taught = self.teacher(**inputs, **FULL)
         output = model(**inputs, exits=exits, **FULL)
-        answers = answers_of(output, config, batch, exits)
-        theirs = answers_of(taught, self.teacher.config, batch, [self.exits[layer] for layer in exits]).logits
+        answers = exits_of(output, config, batch, exits)
+        theirs = exits_of(taught, self.teacher.config, batch, [self.exits[layer] for layer in exits]).logits
         heat = 1.0 if answers.problem_type == "regression" else options.temperature
         soft = {
             layer: heat**2

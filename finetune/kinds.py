@@ -83,7 +83,7 @@ KINDS: Mapping[ProblemType, Kind] = {
         ("entity_f1", "entity_precision", "entity_recall", "token_accuracy"),
         tokens.encode_tags,
         tokens.read_tags,
-        lambda task, examples, problem_type: tokens.find_tags(task, examples),
+        lambda task, examples, problem_type: tokens.find_tags(examples),
     ),
     "question_answering": Kind(
         ElasticBertForQuestionAnswering,

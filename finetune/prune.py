@@ -28,7 +28,7 @@ from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from finetune.config import PruneOptions
 from finetune.data import collate, inputs_of, sorted_batches
 from finetune.distill import load_teacher, settings_of_student, shallower, taught_by, write_student
-from finetune.recipe import NEVER, answers_of
+from finetune.recipe import NEVER, exits_of
 from finetune.run import TaskRun, prepare, start_accelerator
 from finetune.state import copy_weights
 from finetune.train import run_to_the_end, start, was_finished
@@ -93,7 +93,7 @@ def loss_without_labels(model: ElasticBertExitModel, batch: Mapping[str, torch.T
     ids = batch["input_ids"].cpu().numpy().tobytes()
     draw = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(ids).digest()[:7]))
     output = model(**inputs_of(batch), exit_policy=NEVER, length_config=1.0)
-    answers = answers_of(output, model.config, batch, model.exit_layers)
+    answers = exits_of(output, model.config, batch, model.exit_layers)
     probes = {
         layer: _probe(logits, answers.problem_type, answers.mask, draw) for layer, logits in answers.logits.items()
     }

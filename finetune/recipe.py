@@ -62,7 +62,7 @@ def inner_exits(parameter: str, config: ElasticBertConfig) -> bool:
     return not backbone_and_last_exit(parameter, config)
 
 
-class Answers(NamedTuple):
+class Exits(NamedTuple):
     """Exits as the losses read them: logits {exit layer: (rows, ...)}, QA (rows, tokens, 2); what they mean; which
     predictions count, (rows, tokens) or None = all; {exit layer: learned uncertainty (rows,)}, empty without one."""
 
@@ -72,7 +72,7 @@ class Answers(NamedTuple):
     uncertainty: dict[int, torch.Tensor]
 
 
-def answers_of(output: Any, config: ElasticBertConfig, batch: Batch, layers: list[int]) -> Answers:
+def exits_of(output: Any, config: ElasticBertConfig, batch: Batch, layers: list[int]) -> Exits:
     """The exits `layers` of a model's output, whatever its task."""
     places = [config.exit_layers.index(layer) for layer in layers]
     doubts = getattr(output, "exit_uncertainty", None)
@@ -83,12 +83,12 @@ def answers_of(output: Any, config: ElasticBertConfig, batch: Batch, layers: lis
         logits = {
             layer: torch.stack([side[at] for side in spans], dim=-1) for layer, at in zip(layers, places, strict=True)
         }
-        return Answers(logits, "question_answering", mask, uncertainty)
+        return Exits(logits, "question_answering", mask, uncertainty)
     logits = {layer: output.exit_logits[at] for layer, at in zip(layers, places, strict=True)}
     if logits[layers[-1]].dim() == 3:
-        return Answers(logits, "token_classification", mask, uncertainty)
+        return Exits(logits, "token_classification", mask, uncertainty)
     one = "regression" if config.num_labels == 1 else "single_label_classification"
-    return Answers(logits, config.problem_type or one, None, uncertainty)
+    return Exits(logits, config.problem_type or one, None, uncertainty)
 
 
 def as_labels(teacher: torch.Tensor, problem_type: str, mask: torch.Tensor | None) -> torch.Tensor:
@@ -104,7 +104,11 @@ def as_labels(teacher: torch.Tensor, problem_type: str, mask: torch.Tensor | Non
 
 
 def distillation(
-    model: torch.nn.Module, config: ElasticBertConfig, answers: Answers, teacher: torch.Tensor, options: LoopOptions
+    model: torch.nn.Module,
+    config: ElasticBertConfig,
+    answers: Exits,
+    teacher: torch.Tensor,
+    options: LoopOptions,
 ) -> torch.Tensor:
     """The loss of exits that learn from a teacher's logits (rows, ...), weighted as the task loss is.
 
@@ -142,7 +146,7 @@ def task_loss(
     output = model(**batch, exits=exits, **subnetwork)
     if update.teacher is None:
         return output.loss, output
-    soft = distillation(model, config, answers_of(output, config, batch, exits), update.teacher, update.options)
+    soft = distillation(model, config, exits_of(output, config, batch, exits), update.teacher, update.options)
     hard = update.options.hard_weight
     return soft if output.loss is None else hard * output.loss + (1 - hard) * soft, output
 
@@ -184,7 +188,7 @@ def distil_exits(
     model.eval()
     exits = _exits_of(config, update)
     output = model(**inputs_of(batch), exits=exits, exit_policy=NEVER)
-    answers = answers_of(output, config, batch, exits)
+    answers = exits_of(output, config, batch, exits)
     teacher = answers.logits.pop(config.exit_layers[-1]).detach()
     yield distillation(model, config, answers, teacher, update.options)
 
@@ -209,7 +213,7 @@ def sandwich(
     share = 1 / (2 + options.sampled)
     exits = _exits_of(config, update)
     loss, full = task_loss(model, config, batch, update, exits, length_config=1.0, exit_policy=NEVER)
-    teacher = answers_of(full, config, batch, exits).logits[exits[-1]].detach()
+    teacher = exits_of(full, config, batch, exits).logits[exits[-1]].detach()
     teacher = teacher if update.teacher is None else update.teacher
     yield loss * share
     del loss, full
@@ -227,7 +231,7 @@ def sandwich(
         else:
             output = model(**inputs_of(batch), **vars(student), exits=exits, exit_policy=NEVER)
             computed = [layer for layer in exits if layer in student.layer_config or layer == exits[-1]]
-            loss = distillation(model, config, answers_of(output, config, batch, computed), teacher, options)
+            loss = distillation(model, config, exits_of(output, config, batch, computed), teacher, options)
         last = _touched(model) if number == len(students) else 0.0
         yield loss * share + last
 

@@ -21,8 +21,9 @@ from elastic_model.jobs import flat
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from finetune.config import LabelledOptions, LoopOptions, TrainOptions
 from finetune.data import Encoded, encode, shuffled_batches
-from finetune.evaluate import answers_of, exit_logits, quality
+from finetune.evaluate import exit_logits, quality
 from finetune.examples import Examples, read_examples
+from finetune.kinds import answers_of
 from finetune.labels import Labels
 from finetune.policies import policy_name
 from finetune.prepare import (

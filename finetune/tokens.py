@@ -82,7 +82,7 @@ def tags_of(examples: Examples) -> list[list[str]]:
     return normalise(examples.labels, examples.places)
 
 
-def find_tags(task: Task, examples: Examples) -> list[str]:
+def find_tags(examples: Examples) -> list[str]:
     """The names of the classes: O, then B and I of every type that the (training) examples have; plain tags sorted."""
     tags = {tag for sentence in tags_of(examples) for tag in sentence}
     if not any(tag.startswith(SPAN) for tag in tags):

@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from elastic_model.folders import new_file
 from elastic_model.session import ElasticSession, exit_values
 from finetune.data import Encoded, sorted_batches
-from finetune.evaluate import answers_of, exit_logits, quality
+from finetune.evaluate import exit_logits, quality
+from finetune.kinds import answers_of
 from finetune.pipelines.work import Work
 from finetune.prepare import load_classifier, load_tokenizer
 

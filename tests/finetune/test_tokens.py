@@ -47,8 +47,8 @@ def test_what_is_no_iob_is_named_with_its_place(tags, message):
 
 
 def test_classes_are_o_and_both_tags_of_every_type():
-    assert find_tags(None, examples_of([("a", "O"), ("b", "B-y"), ("c", "B-x")])) == NAMES
-    assert find_tags(None, examples_of([("a", "VBZ"), ("b", "NN")])) == ["NN", "VBZ"]
+    assert find_tags(examples_of([("a", "O"), ("b", "B-y"), ("c", "B-x")])) == NAMES
+    assert find_tags(examples_of([("a", "VBZ"), ("b", "NN")])) == ["NN", "VBZ"]
 
 
 def encoded(examples, tokenizer, max_length=64, names=NAMES):
