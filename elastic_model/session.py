@@ -42,6 +42,14 @@ class _Window:
     encoding: Any
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """Token ids and types of a row: what `run` reads of the tokenizer's encodings, for rows made otherwise."""
+
+    ids: list[int]
+    type_ids: list[int]
+
+
 class ElasticSession:
     """Answers texts with an exported ONNX file; the budget is chosen call by call.
 

@@ -11,7 +11,7 @@ import torch
 
 from elastic_model.checks import LengthConfig
 from elastic_model.exit_policies import simulate
-from elastic_model.session import ElasticSession, exit_values
+from elastic_model.session import ElasticSession, Encoding, exit_values
 from export.builder import OnnxModel
 from export.checkpoint import Checkpoint
 from export.task import EMBEDDING, MULTI_LABEL, QUESTIONS, REGRESSION, SINGLE_LABEL, Task
@@ -23,14 +23,6 @@ SHAPES = ((1, 3), (1, 40), (5, 24), (16, 64))  # rows and the longest of them, c
 CHOSEN = 0.8  # share of the significance that a row keeps at each layer
 SIMILAR = 0.98  # cosine of two mean vectors that count as the same answer
 BATCH, BATCH_TOKENS = 16, 2048
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """Token ids and types of a row, as the tokenizer gives them."""
-
-    ids: list[int]
-    type_ids: list[int]
 
 
 @dataclass(frozen=True)

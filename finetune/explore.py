@@ -8,7 +8,6 @@ the last layer a head that pools [CLS] reads that alone, which no share drops: t
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from elastic_model.encoder import Exit, Flow
 from elastic_model.length_drop import most_significant, restore, take_tokens, tokens_to_keep
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
-from elastic_model.session import ElasticSession, exit_values
+from elastic_model.session import ElasticSession, Encoding, exit_values
 from finetune.candidates import STEPS, Lengths, shares
 from finetune.data import Encoded, collate, inputs_of, sorted_batches
 
@@ -187,14 +186,19 @@ def explore(
     return found
 
 
+def encodings_of(encoded: Encoded) -> list[Encoding]:
+    """The rows of a split as an `ElasticSession` takes them."""
+    return [Encoding(row["input_ids"], row.get("token_type_ids", [0] * len(row["input_ids"]))) for row in encoded.rows]
+
+
 def explore_graph(
     session: ElasticSession, encoded: Encoded, batch_size: int, lengths: list[Lengths], some: range | None = None
 ) -> dict[Lengths, Observed]:
     """As `explore`, of an exported graph: what is served answers, a pass for each configuration."""
     found: dict[Lengths, Observed] = {}
     some = range(len(encoded)) if some is None else some
-    read = [encoded.rows[row] for row in some]
-    encodings = [SimpleNamespace(ids=row["input_ids"], type_ids=row.get("token_type_ids", 0)) for row in read]
+    rows_read = encodings_of(encoded)
+    encodings = [rows_read[row] for row in some]
     for rows in sorted_batches([len(one.ids) for one in encodings], batch_size):
         for one in lengths:
             batch = [encodings[row] for row in rows]

@@ -1,7 +1,5 @@
 """What a stage says of every dev row at every exit, kept beside its weights: its quality needs no further pass."""
 
-from dataclasses import dataclass
-
 import numpy as np
 from accelerate import Accelerator
 
@@ -9,6 +7,7 @@ from elastic_model.folders import new_file
 from elastic_model.session import ElasticSession, exit_values
 from finetune.data import Encoded, sorted_batches
 from finetune.evaluate import exit_logits, quality
+from finetune.explore import encodings_of
 from finetune.kinds import answers_of
 from finetune.pipelines.work import Work
 from finetune.prepare import load_classifier, load_tokenizer
@@ -17,22 +16,9 @@ ANSWERS = "dev.npz"
 ExitMetrics = dict[int, dict[str, float]]  # exit layer -> metric -> value
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row as a session takes it."""
-
-    ids: list[int]
-    type_ids: list[int]
-
-
-def rows_of(encoded: Encoded) -> list[Row]:
-    """The rows of a split as a session takes them."""
-    return [Row(row["input_ids"], row.get("token_type_ids", [0] * len(row["input_ids"]))) for row in encoded.rows]
-
-
 def _of_export(session: ElasticSession, encoded: Encoded, batch_size: int) -> np.ndarray:
     """As `exit_logits`, of an exported file."""
-    rows, logits = rows_of(encoded), None
+    rows, logits = encodings_of(encoded), None
     for batch in sorted_batches(encoded.lengths, batch_size):
         part = exit_values(session.run([rows[row] for row in batch], session.never, session.exit_layers[-1]))
         *tokens, labels = part.shape[2:]

@@ -21,9 +21,10 @@ import torch
 from elastic_model import ElasticBertConfig
 from elastic_model.cost import mean_flops
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
-from elastic_model.session import ElasticSession
+from elastic_model.session import ElasticSession, Encoding
 from finetune.evaluate import outcome
-from finetune.pipelines.answers import Row, read_answers, rows_of
+from finetune.explore import encodings_of
+from finetune.pipelines.answers import read_answers
 from finetune.pipelines.letters import checkpoint_of, letters_of, name_of, parse, prefixes, stage_of
 from finetune.pipelines.stages import settings_of, stage_hash
 from finetune.pipelines.work import Work
@@ -94,13 +95,13 @@ class Measurement:
         return asdict(self)
 
 
-Timer = Callable[[Row, int], Any]  # runs one row up to the exit at that place
+Timer = Callable[[Encoding, int], Any]  # runs one row up to the exit at that place
 
 
-def _stretched(row: Row, tokens: int) -> Row:
+def _stretched(row: Encoding, tokens: int) -> Encoding:
     """The row with so many real tokens, its own over and over: what padding costs."""
     times = -(-tokens // len(row.ids))
-    return Row((row.ids * times)[:tokens], (row.type_ids * times)[:tokens])
+    return Encoding((row.ids * times)[:tokens], (row.type_ids * times)[:tokens])
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Trial:
     """What is timed: calls of a timer, each a row and the place of the exit that it leaves at."""
 
     run: Timer
-    calls: list[tuple[Row, int]]
+    calls: list[tuple[Encoding, int]]
 
 
 def times_in_turns(trials: Sequence[Trial]) -> list[np.ndarray]:
@@ -138,7 +139,7 @@ def line_in_tokens(spent: np.ndarray, timed: list[int], tokens: list[int]) -> np
 
 def _torch_timer(model: ElasticBertExitModel) -> Timer:
     @torch.inference_mode()
-    def run(row: Row, place: int) -> Any:
+    def run(row: Encoding, place: int) -> Any:
         inputs = {"input_ids": torch.tensor([row.ids])}
         if max(row.type_ids) < model.config.type_vocab_size:
             inputs["token_type_ids"] = torch.tensor([row.type_ids])
@@ -201,9 +202,9 @@ class Subject:
     parameters: int
     weights: list[Path]
     run: Timer
-    timed: list[Row]
+    timed: list[Encoding]
     tokens: list[int]
-    doubled: list[Row]
+    doubled: list[Encoding]
 
     @property
     def trial(self) -> Trial:
@@ -213,7 +214,7 @@ class Subject:
         return Trial(self.run, calls + [(row, last) for row in self.doubled])
 
 
-def _subject(work: Work, letters: str, in_order: list[Row]) -> Subject:
+def _subject(work: Work, letters: str, in_order: list[Encoding]) -> Subject:
     options, folder = work.options, work.folder(checkpoint_of(letters))
     model = load_classifier(folder, options.max_length)
     config, parameters, weights, run = model.config, model.num_parameters(), weight_files(folder), _torch_timer(model)
@@ -231,7 +232,7 @@ def _subject(work: Work, letters: str, in_order: list[Row]) -> Subject:
 
 def measure(work: Work, pipelines: Sequence[str]) -> list[Measurement]:
     """Pipelines whose stages are there: quality on dev, and times on this machine, in turns."""
-    rows = rows_of(work.dev)
+    rows = encodings_of(work.dev)
     in_order = [rows[row] for row in np.argsort(work.dev.lengths, kind="stable")]
     subjects = [_subject(work, letters, in_order) for letters in pipelines]
     with one_thread():
@@ -266,7 +267,7 @@ def _measurement(work: Work, subject: Subject, spent: np.ndarray) -> Measurement
     )
 
 
-def _spread(rows: list[Row], count: int) -> list[Row]:
+def _spread(rows: list[Encoding], count: int) -> list[Encoding]:
     """So many of the rows, evenly over their order."""
     return [rows[place] for place in np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
 
