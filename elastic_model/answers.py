@@ -45,8 +45,10 @@ def word_tags(text: Any, windows: Sequence[Any], values: Sequence[Values], label
     for window, value in zip(windows, values, strict=True):
         for token, (word, (start, _)) in enumerate(zip(window.word_ids, window.offsets, strict=True)):
             room = min(token, len(window.ids) - 1 - token)
-            if word is None or start != spans[word][0] or (word in found and room <= found[word][0]):
+            if word is None or (word in found and room <= found[word][0]):
                 continue
+            if start != spans[word][0] or (token and window.word_ids[token - 1] == word):
+                continue  # no first piece: several may begin at one character
             logits = value["logits"][token]
             best = int(logits.argmax())
             found[word] = (room, labels[best], float(_shares(logits)[best]))

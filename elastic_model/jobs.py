@@ -35,6 +35,8 @@ def cut_log(file: Path, name: str, last: int) -> None:
             line = json.loads(text)
         except json.JSONDecodeError:
             break
+        if name not in line:
+            raise ValueError(f"{file}: a line has no {name!r}: the log of another job; choose another output")
         if line[name] <= last:
             kept.append(text + "\n")
     with new_file(file) as temporary:

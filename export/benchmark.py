@@ -71,7 +71,7 @@ def time_session(
             batches = [encodings[start : start + batch] for start in range(0, len(encodings), batch)]
             spent, layers = _passes(session, batches, given, seconds)
             p50, p95 = np.percentile(spent, [50, 95]) * 1e3
-            rate = len(encodings) * (len(spent) // len(batches)) / sum(spent)
+            rate = len(texts) * (len(spent) // len(batches)) / sum(spent)
             timings.append(Timing(session.file.stem, name, threads, batch, float(p50), float(p95), rate, layers))
     return timings
 

@@ -222,7 +222,8 @@ def read_journal(folder: Path, settings: dict[str, Any]) -> dict[Lengths, tuple[
                 break
             raise ValueError(f"{file}, line {number + 1}: damaged; search anew without --resume") from None
         if not number:
-            other = [name for name in settings if record.get(name) != settings[name]]
+            noted = [name for name in settings if name in record or name != "policy"]  # noted only since
+            other = [name for name in noted if record.get(name) != settings[name]]
             if other:
                 raise ValueError(
                     f"{folder} holds a search with {other[0]} = {record.get(other[0])!r}, not {settings[other[0]]!r}; "

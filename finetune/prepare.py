@@ -179,8 +179,8 @@ def check_length(config: Any, max_length: int) -> None:
 def length_for(config: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
     """At most `max_length`: what another model, of any family, reads of a text in its own tokens."""
     known = config.model_type in FAMILIES
-    positions = longest_input(config) if known else getattr(config, "max_position_embeddings", max_length)
-    return min(max_length, tokenizer.model_max_length, positions)
+    positions = longest_input(config) if known else getattr(config, "max_position_embeddings", None) or 0
+    return min(max_length, tokenizer.model_max_length, positions if positions > 0 else max_length)
 
 
 def longest_input(config: Any) -> int:

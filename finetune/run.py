@@ -27,7 +27,6 @@ from finetune.kinds import answers_of
 from finetune.labels import Labels
 from finetune.policies import policy_name
 from finetune.prepare import (
-    check_length,
     check_metric,
     chosen_task,
     encode_split,
@@ -166,11 +165,15 @@ class TaskRun(Run):
 
 
 def chosen_policy(options: LabelledOptions, labels: Labels) -> str:
-    """The exit policy to calibrate; ValueError for one that does not fit the task or asks a head that is not there."""
-    recipe = find_recipe(options.recipe)
-    name = policy_name(options.exit_policy or recipe.exit_policy, labels.problem_type)
-    if name != "learned" or options.learned_exit_head or recipe.config.get("learned_exit_head"):
-        return name
+    """The exit policy to calibrate; ValueError for one that does not fit the task."""
+    return policy_name(options.exit_policy or find_recipe(options.recipe).exit_policy, labels.problem_type)
+
+
+def check_policy(options: LabelledOptions, labels: Labels) -> None:
+    """ValueError for an exit policy that does not fit the task, or asks a head that is not there."""
+    head = options.learned_exit_head or find_recipe(options.recipe).config.get("learned_exit_head")
+    if chosen_policy(options, labels) != "learned" or head:
+        return
     start = AutoConfig.from_pretrained(options.model, local_files_only=True)
     if not isinstance(options, TrainOptions):
         raise ValueError("exit policy 'learned': distill and prune keep no learned exit head; train one afterwards")
@@ -178,7 +181,6 @@ def chosen_policy(options: LabelledOptions, labels: Labels) -> str:
         raise ValueError(
             "exit policy 'learned' asks a head that is not there: add --learned_exit_head, or --recipe learned"
         )
-    return name
 
 
 AT_LEAST_ONE = (
@@ -240,7 +242,9 @@ def _taught(
     name, size = str(options.teacher), options.eval_batch_size
     if labels.problem_type in ("token_classification", "question_answering"):
         check_tokenizer(name, tokenizer)
-        check_length(AutoConfig.from_pretrained(name), options.max_length)
+        longest = length_for(AutoConfig.from_pretrained(name), tokenizer, options.max_length)
+        if longest < options.max_length:
+            raise ValueError(f"teacher {name} reads {longest} tokens at most, max_length is {options.max_length}")
     else:
         tokenizer = AutoTokenizer.from_pretrained(name)
         length = length_for(AutoConfig.from_pretrained(name), tokenizer, options.max_length)
@@ -279,7 +283,7 @@ def prepare(
     if len(train) < options.batch_size:
         raise ValueError(f"the train split has {len(train)} rows, fewer than a batch ({options.batch_size})")
     labels = labels_of_training(options, task, train)
-    chosen_policy(options, labels)
+    check_policy(options, labels)
     if options.metric:
         labels = _decided_by(options.metric, labels)
     order = label_order(options.teacher, labels.names, labels.problem_type) if options.teacher else None

@@ -343,7 +343,7 @@ def _ignore_signals(worker: int) -> None:
 def _check_run_folder(config: PretrainConfig) -> None:
     """ValueError where the output is not ours, or holds a run that was not asked to go on."""
     check_output(config.output)
-    if not (config.output / METRICS).exists():
+    if not (config.output / DATA).exists():  # which a run of ours has from its start, and no other checkpoint
         check_no_checkpoint(config.output)
     elif not (config.resume or config.resume_previous):
         raise ValueError(

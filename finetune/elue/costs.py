@@ -280,8 +280,9 @@ def _importing_from(folder: Path) -> Iterator[None]:
     finally:
         sys.path[:] = paths
         for name in set(sys.modules) - before:
-            file = getattr(sys.modules[name], "__file__", None)
-            if file and Path(file).resolve().is_relative_to(folder):
+            file = Path(getattr(sys.modules[name], "__file__", None) or "/")
+            installed = {"site-packages", "dist-packages"} & set(file.parts)  # an environment below the folder
+            if file.resolve().is_relative_to(folder) and not installed:
                 del sys.modules[name]
 
 

@@ -11,6 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import ByteLevel as ByteLevelPieces
 from transformers import AutoTokenizer
 
 from elastic_model import (
@@ -20,6 +21,7 @@ from elastic_model import (
     ElasticBertModel,
     ElasticSession,
 )
+from elastic_model.answers import word_tags
 from elastic_model.operating_points import FILE, OperatingPoint, OperatingPoints, checkpoint_hash
 from export.benchmark import time_session
 from export.config import ExportOptions
@@ -147,9 +149,12 @@ def test_words_are_read_as_in_training(session_of, tiny_tokenizer, tmp_path):
     session = session_of(ElasticBertForTokenClassification)
     bytes_of = Tokenizer(BPE({character: number for number, character in enumerate("Ġabc")}, []))
     bytes_of.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    bytes_of.post_processor = ByteLevelPieces(trim_offsets=True)
     session.tokenizer = bytes_of
     (one,) = session.encode([["ab", "c"]])
     assert one.ids == [0, 1, 2, 0, 3] and one.word_ids == [0, 0, 0, 1, 1]
+    said = {"logits": np.eye(5, dtype=np.float32)}  # each token another tag: a word's is that of its first piece
+    assert word_tags(["ab", "c"], [one], [said], list("vwxyz"))["label"] == ["v", "y"]
 
 
 def test_windows_are_timed_and_compared(session_of, tmp_path):

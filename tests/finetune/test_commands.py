@@ -133,7 +133,7 @@ def test_a_learned_head_of_the_start_may_be_asked(options, capsys, tiny_checkpoi
     ElasticBertForSequenceClassification.from_pretrained(tiny_checkpoint, learned_exit_head=True).save_pretrained(
         tiny_checkpoint
     )
-    assert "neither" not in error_of(capsys, *changed(options, dev="/nowhere.tsv"), *flags)
+    assert "/nowhere.tsv: No such file" in error_of(capsys, *changed(options, dev="/nowhere.tsv"), *flags)
     prune = ["prune", *(f"--{name}={getattr(options(), name)}" for name in ("model", "train", "dev", "output"))]
     line = error_of(
         capsys, *prune, "--text=text", "--label=label", "--max_length=32", "--batch_size=10", "--heads=2", *flags

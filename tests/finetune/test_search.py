@@ -309,6 +309,12 @@ def test_another_policy_is_not_resumed_with(checkpoint, small_task, tmp_path):
     patch_config(checkpoint, {"exit_policy": {"name": "confidence", "threshold": 0.7}})
     with pytest.raises(ValueError, match="holds a search with policy = .*entropy.*, not .*confidence"):
         search(replace(options, resume=True))
+    patch_config(checkpoint, {"exit_policy": None})
+    lines = (tmp_path / "out" / JOURNAL).read_text().splitlines()
+    old = {name: value for name, value in json.loads(lines[0]).items() if name != "policy"}  # of an earlier version
+    (tmp_path / "out" / JOURNAL).write_text("\n".join([json.dumps(old), *lines[1:]]) + "\n")
+    (checkpoint / "operating_points.json").unlink()
+    search(replace(options, resume=True))
 
 
 def test_the_policy_of_the_points_counts_where_the_configuration_has_none(checkpoint, small_task, tmp_path):
