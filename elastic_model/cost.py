@@ -54,6 +54,8 @@ def modules(
     asked = [top] if asked is None and head == "none" else asked
     lengths = _lengths(config, length_config)
     executed = check_layer_config(layer_config, config.num_hidden_layers)
+    if top not in executed and top != exits[-1]:
+        raise ValueError(f"exit_layer {top}: layer_config {executed} leaves that layer, and its exit, out.")
     inside = tokens
     rows = [Module("emb", tokens, 0)]
     for layer in range(1, top + 1):

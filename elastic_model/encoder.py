@@ -208,6 +208,7 @@ class Flow:
             self.attention_mask_is_stale = False
         if length is None or (isinstance(length, int) and length >= self.hidden.shape[1]):
             self.hidden, _, _ = layer(self.hidden, self.attention_mask, **kwargs)
+            self.follow()
             return
         real = self.real_mask()
         if self.real_tokens is None:
@@ -221,12 +222,20 @@ class Flow:
         self.hidden, kept, mask = layer(
             self.hidden, self.attention_mask, real=real, keep_cls=config.keep_cls, **dropping, **kwargs
         )
+        self.follow()
+        before, real = before.to(self.hidden.device), real.to(self.hidden.device)
         if self.memory is None or self.positions is None:
             self.memory, self.positions = before, kept
         else:
             self.memory = restore(self.memory, before, self.positions, real)
             self.positions = self.positions.gather(1, kept)
         self.mask, self.attention_mask_is_stale = mask, True
+
+    def follow(self) -> None:
+        """What goes with the states goes where they are: the model's layers may lie on several devices."""
+        for name in ("mask", "rows", "positions", "memory", "real_tokens"):
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, value.to(self.hidden.device))
 
     def real_mask(self) -> torch.Tensor:
         """(rows, tokens) booleans, true at real tokens still kept."""
@@ -252,7 +261,7 @@ class Flow:
 
     def select_rows(self, stay: torch.Tensor) -> None:
         """Only the rows of `stay` (booleans) go on, cut to the longest of them."""
-        index = stay.nonzero().squeeze(1)
+        index = stay.nonzero().squeeze(1).to(self.hidden.device)
         for name in ("hidden", "mask", "positions", "memory", "real_tokens"):
             value = getattr(self, name)
             setattr(self, name, None if value is None else value[index])

@@ -167,4 +167,6 @@ def wrong_answers(
     classes = 1 if problem_type == "question_answering" else -1
     if problem_type == "question_answering" and mask is not None:
         logits = logits.masked_fill(~mask[..., None], -torch.inf)
-    return ((logits.argmax(classes) != labels) & (labels != -100)).reshape(labels.shape[0], -1).any(-1)
+    answers = logits.argmax(classes)
+    labels = labels.reshape(answers.shape)  # (rows, 1) is taken as (rows,), as by the loss
+    return ((answers != labels) & (labels != -100)).reshape(labels.shape[0], -1).any(-1)

@@ -256,6 +256,8 @@ class ElasticBertTaskModel(ElasticBertPreTrainedModel):
 
     def policy_for(self, exit_policy: dict | None, labels, problem_type: str) -> dict | None:
         """The policy in force: the argument's or the config's; none while training or when labels are given."""
+        if exit_policy is None and (self.training or labels is not None):
+            return None
         policy = self.config.exit_policy if exit_policy is None else exit_policy
         policy = check_exit_policy(policy, len(self.exit_layers), problem_type)
         if policy and policy["name"] == "learned" and not hasattr(self, "exit_uncertainty"):
@@ -323,6 +325,9 @@ def _gather(walk, head, policy, problem_type, exit_layers, mask, choices) -> Ans
     for exit in walk():
         logits, doubt = head(exit)
         rows = exit.flow.rows if exit.flow.rows is None or choices == 1 else exit.flow.rows[::choices] // choices
+        if answers is not None:  # the model's layers may lie on several devices
+            device = answers.left_at.device
+            logits, doubt, rows = (None if one is None else one.to(device) for one in (logits, doubt, rows))
         if answers is None:
             left_at = torch.full((logits.shape[0],), exit.layer, dtype=torch.long, device=logits.device)
             answers = Answers({}, {}, logits.clone(), left_at)
@@ -698,7 +703,7 @@ class ElasticBertMaskedModel(ElasticBertTaskModel):
 
         states = exit.flow.all_tokens()[masked]
         if recompute and torch.is_grad_enabled():
-            return checkpoint(loss, states, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(loss, states, use_reentrant=False)
         return loss(states)
 
 
@@ -727,8 +732,8 @@ class ElasticBertForMaskedLM(ElasticBertMaskedModel):
     ) -> ElasticBertExitOutput:
         """labels (rows, tokens), -100 where nothing is to be predicted.
 
-        logits (rows, tokens, vocabulary). With labels, logits are the last exit's alone, and while training there are
-        none: the loss needs them at masked positions only.
+        logits (rows, tokens, vocabulary). With labels, logits are those of the last exit asked for, and while training
+        there are none: the loss needs them at masked positions only.
         """
         policy = self.policy_for(exit_policy, labels, "token_classification")
         ids = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
@@ -743,7 +748,7 @@ class ElasticBertForMaskedLM(ElasticBertMaskedModel):
         losses, logits = {}, None
         for exit in walk():
             losses[exit.layer], _ = self.masked_loss(exit, labels, num_items_in_batch, recompute=not exit.is_last)
-            if exit.is_last and not self.training:
+            if exit.layer == (exits or self.exit_layers)[-1] and not self.training:
                 logits = self.head(exit)[0]
         trained = trained_exits(self.config.exit_loss, list(losses))
         loss = weighted_loss(losses, self.config.exit_loss) + zero_for_others(self, trained)
@@ -847,7 +852,8 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
                 mlm[exit.layer], right[exit.layer] = self.masked_loss(exit, labels, mlm_count, recompute=recompute)
             if sentence_order_label is not None:
                 sop[exit.layer] = cross_entropy(orders[exit.layer], sentence_order_label, sop_count)
-            if labels is None or (exit.is_last and not self.training and mlm_count is None):
+            last = exit.layer == (exits or self.exit_layers)[-1]
+            if labels is None or (last and not self.training and mlm_count is None):
                 predictions[exit.layer] = self.predictions(exit.flow.all_tokens(), exit.layer)
         computed = list(orders)
         loss = distillation = None

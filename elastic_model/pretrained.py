@@ -165,6 +165,14 @@ def load_foreign(model_class, name, kwargs: dict) -> tuple[PreTrainedConfig, dic
     tensors = _read_weights(name, files, hub)
     config = kwargs.pop("config", None)
     kwargs = {key: value for key, value in kwargs.items() if key not in _DTYPES or value != "auto"}  # as without it
+    if isinstance(config, model_class.config_class) and model_type != "elasticbert":
+        known = elastic_config(stock)
+        for field in ("position_offset", "type_vocab_size"):  # shapes would fit, or be filled with random weights
+            if field in known and known[field] != getattr(config, field):
+                raise ValueError(
+                    f"the config given says {field} {getattr(config, field)}, {name} has {known[field]}: give the "
+                    "settings that you change as arguments of from_pretrained, instead of a config."
+                )
     if config is not None and config.model_type in _KEYS and config.model_type != "elasticbert":
         fields = elastic_config(config.to_dict())
         config, kwargs = model_class.config_class.from_dict(fields, return_unused_kwargs=True, **kwargs)

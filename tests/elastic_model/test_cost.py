@@ -104,6 +104,7 @@ def test_parameters_of_a_shallower_model():
         ({"tokens": 0}, "tokens must be at least 1"),
         ({"tokens": 5, "head": "speech"}, "head must be one of"),
         ({"tokens": 5, "exit_layer": 9}, "exit_layer must be one of"),
+        ({"tokens": 5, "exit_layer": 2, "layer_config": [1, 3]}, r"exit_layer 2: layer_config \[1, 3\] leaves that"),
     ],
 )
 def test_impossible_questions_are_named(arguments, message):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import elastic_model
-from elastic_model import ElasticBertConfig
+from elastic_model import ElasticBertConfig, modeling_elasticbert
 from elastic_model.losses import (
     EXIT_LOSSES,
     exit_group,
@@ -200,6 +200,30 @@ def test_the_learned_exit_head_learns_who_is_wrong():
     wrong = torch.stack(output.exit_logits)[:-1].argmax(-1) != labels
     error = ((output.exit_uncertainty[:-1] - wrong.float()) ** 2).mean()
     torch.testing.assert_close(output.loss, sum(output.exit_losses) + error)
+
+
+def test_labels_in_a_column_are_labels():
+    """Against (rows,) answers they made a table, in which nearly every row was wrong."""
+    logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0]])
+    for labels in (torch.tensor([0, 1, 1]), torch.tensor([[0], [1], [1]])):
+        assert wrong_answers(logits, labels, "single_label_classification").tolist() == [False, False, True]
+
+
+def test_what_is_computed_again_draws_the_same_dropout(monkeypatch):
+    """Adapters put dropout into what the backward pass computes anew: their gradients were of another mask."""
+    model = model_of("ElasticBertForMaskedLM").train()
+    for transform in model.predictions.transforms.values():
+        transform.dense = torch.nn.Sequential(transform.dense, torch.nn.Dropout(0.5))
+    gradients = []
+    for kept in (False, True):
+        if kept:
+            monkeypatch.setattr(modeling_elasticbert, "checkpoint", lambda loss, states, **how: loss(states))
+        model.zero_grad()
+        torch.manual_seed(0)
+        model(ids(), labels=ids()).loss.backward()
+        gradients.append([one.grad.clone() for one in model.parameters() if one.grad is not None])
+    for again, once in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, once)
 
 
 def test_padding_answers_no_question():

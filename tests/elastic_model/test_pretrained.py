@@ -251,6 +251,15 @@ def test_fewer_layers_cut_lists_and_exits():
     assert ElasticBertConfig.from_dict(config.to_dict()).exit_layers == [2, 3]
 
 
+@pytest.mark.parametrize(("family", "field"), [("Roberta", "position_offset 0"), ("DistilBert", "type_vocab_size 2")])
+def test_a_config_that_does_not_fit_the_stock_model_is_named(family, field, tmp_path):
+    """RoBERTa's positions were read two too low: every shape fitted, and full depth was another model."""
+    stock_model(family, "ForSequenceClassification").save_pretrained(tmp_path)
+    config = ElasticBertConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"the config given says {field}, .* give the settings that you change"):
+        elastic_model.ElasticBertForSequenceClassification.from_pretrained(tmp_path, config=config)
+
+
 def test_other_model_types_and_empty_folders_are_refused_by_name(tmp_path):
     transformers.GPT2Config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="must be one of .*bert.*got 'gpt2'"):

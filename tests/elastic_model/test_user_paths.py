@@ -242,3 +242,25 @@ def test_the_modules_of_exits_are_reached_as_in_a_module_dict(tiny_config):
 def test_a_config_that_no_model_can_be_made_of_is_refused(fields, message):
     with pytest.raises(StrictDataclassError, match=message):
         ElasticBertConfig(**fields)
+
+
+def test_a_policy_of_the_configuration_bars_no_training(model, batch, tmp_path):
+    """It does not apply there, and was checked against the task all the same."""
+    model.config.exit_policy = {"name": "entropy", "threshold": 0.3}
+    model.save_pretrained(tmp_path)
+    regression = ElasticBertForSequenceClassification.from_pretrained(
+        tmp_path, num_labels=1, problem_type="regression", ignore_mismatched_sizes=True
+    )
+    assert regression.train()(**batch, labels=torch.zeros(4)).loss.isfinite()
+    assert regression.eval()(**batch, labels=torch.zeros(4)).loss.isfinite()
+    with pytest.raises(ValueError, match="exit_policy for regression must be one of"):
+        regression(**batch)
+
+
+@torch.inference_mode()
+def test_logits_beside_a_loss_are_those_of_the_last_exit_asked_for(tiny_config, batch):
+    model = ElasticBertForMaskedLM(tiny_config).eval()
+    labels = batch["input_ids"]
+    asked = model(**batch, labels=labels, exits=[1, 2])
+    torch.testing.assert_close(asked.logits, model(**batch, exits=[1, 2]).logits)
+    torch.testing.assert_close(model(**batch, labels=labels).logits, model(**batch).logits)
