@@ -682,6 +682,10 @@ class ElasticBertMaskedModel(ElasticBertTaskModel):
     def set_output_embeddings(self, new_embeddings):
         self.predictions.decoder = new_embeddings
 
+    def is_last(self, exit: Exit, exits: list[int] | None) -> bool:
+        """Whether an exit is the last of those asked for (None: all)."""
+        return exit.layer == (exits or self.exit_layers)[-1]
+
     def masked_loss(
         self, exit: Exit, labels: torch.Tensor, count=None, teacher: torch.Tensor | None = None, recompute: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -748,7 +752,7 @@ class ElasticBertForMaskedLM(ElasticBertMaskedModel):
         losses, logits = {}, None
         for exit in walk():
             losses[exit.layer], _ = self.masked_loss(exit, labels, num_items_in_batch, recompute=not exit.is_last)
-            if exit.layer == (exits or self.exit_layers)[-1] and not self.training:
+            if self.is_last(exit, exits) and not self.training:
                 logits = self.head(exit)[0]
         trained = trained_exits(self.config.exit_loss, list(losses))
         loss = weighted_loss(losses, self.config.exit_loss) + zero_for_others(self, trained)
@@ -852,8 +856,7 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
                 mlm[exit.layer], right[exit.layer] = self.masked_loss(exit, labels, mlm_count, recompute=recompute)
             if sentence_order_label is not None:
                 sop[exit.layer] = cross_entropy(orders[exit.layer], sentence_order_label, sop_count)
-            last = exit.layer == (exits or self.exit_layers)[-1]
-            if labels is None or (last and not self.training and mlm_count is None):
+            if labels is None or (self.is_last(exit, exits) and not self.training and mlm_count is None):
                 predictions[exit.layer] = self.predictions(exit.flow.all_tokens(), exit.layer)
         computed = list(orders)
         loss = distillation = None

@@ -166,13 +166,7 @@ def load_foreign(model_class, name, kwargs: dict) -> tuple[PreTrainedConfig, dic
     config = kwargs.pop("config", None)
     kwargs = {key: value for key, value in kwargs.items() if key not in _DTYPES or value != "auto"}  # as without it
     if isinstance(config, model_class.config_class) and model_type != "elasticbert":
-        known = elastic_config(stock)
-        for field in ("position_offset", "type_vocab_size"):  # shapes would fit, or be filled with random weights
-            if field in known and known[field] != getattr(config, field):
-                raise ValueError(
-                    f"the config given says {field} {getattr(config, field)}, {name} has {known[field]}: give the "
-                    "settings that you change as arguments of from_pretrained, instead of a config."
-                )
+        _check_config(config, elastic_config(stock), name)
     if config is not None and config.model_type in _KEYS and config.model_type != "elasticbert":
         fields = elastic_config(config.to_dict())
         config, kwargs = model_class.config_class.from_dict(fields, return_unused_kwargs=True, **kwargs)
@@ -202,6 +196,16 @@ def commit_of(name, kwargs: dict) -> str | None:
         str(name), config, cache_dir=kwargs.get("cache_dir"), revision=kwargs.get("revision")
     )
     return extract_commit_hash(file, None) if isinstance(file, str) else None
+
+
+def _check_config(config: PreTrainedConfig, stock: dict, name) -> None:
+    """ValueError where a config differs from the stock model's in what shapes do not tell."""
+    for field in ("position_offset", "type_vocab_size"):
+        if field in stock and stock[field] != getattr(config, field):
+            raise ValueError(
+                f"the config given says {field} {getattr(config, field)}, {name} has {stock[field]}: give the settings "
+                "that you change as arguments of from_pretrained, instead of a config."
+            )
 
 
 def _check_base(name, adapter: Path) -> None:
