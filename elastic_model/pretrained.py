@@ -203,8 +203,8 @@ def _check_config(config: PreTrainedConfig, stock: dict, name) -> None:
     for field in ("position_offset", "type_vocab_size"):
         if field in stock and stock[field] != getattr(config, field):
             raise ValueError(
-                f"the config given says {field} {getattr(config, field)}, {name} has {stock[field]}: give the settings "
-                "that you change as arguments of from_pretrained, instead of a config."
+                f"the config given says {field} {getattr(config, field)}, {name} has {stock[field]}: give the "
+                "settings that you change as arguments of from_pretrained, instead of a config."
             )
 
 
