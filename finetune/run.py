@@ -96,7 +96,7 @@ class Run:
     """What a training run works on; `folder` holds its log and state until the checkpoint is written.
 
     splits: train, and what `measure` looks at; metric: which of its values decides; teacher: its logits (...) for each
-    row of train, where there is one.
+    row of train, where there is one; notes: files of `folder` that the checkpoint gets, beside the metrics.
     """
 
     options: LoopOptions
