@@ -25,7 +25,7 @@ from finetune.config import DistillOptions, LabelledOptions
 from finetune.data import inputs_of
 from finetune.kinds import KINDS, kind_of, problem_type_of
 from finetune.labels import Labels
-from finetune.prepare import check_length, exit_pooling_of, load_tokenizer, weight_files
+from finetune.prepare import check_length, configured, exit_pooling_of, load_tokenizer, weight_files
 from finetune.recipe import NEVER, Batch, Phase, Update, exits_of
 from finetune.run import TaskRun, prepare, start_accelerator
 from finetune.state import Progress
@@ -77,13 +77,8 @@ def settings_of_student(options: LabelledOptions, labels: Labels, exits: list[in
     chosen = exits if options.exit_layers is None else options.exit_layers
     if not set(chosen) <= set(exits) or exits[-1] not in chosen:
         raise ValueError(f"exit_layers of this student must be some of {exits}, the last one among them, got {chosen}")
-    settings: dict[str, Any] = {"exit_layers": chosen, "num_output_layers": None, "exit_loss": options.exit_loss}
-    settings |= {"gradient_equilibrium": options.gradient_equilibrium, "exit_groups": options.exit_groups}
-    settings |= {"exit_policy": None, "length_config": None, "learned_exit_head": False}
-    settings |= {"no_answer_threshold": labels.no_answer_threshold}
-    if options.dropout is not None:
-        settings |= {"hidden_dropout_prob": options.dropout, "attention_probs_dropout_prob": options.dropout}
-    return settings
+    own = {"exit_layers": chosen, "num_output_layers": None, "learned_exit_head": False}
+    return {**configured(options, exits[-1]), **own, "no_answer_threshold": labels.no_answer_threshold}
 
 
 def shallower(teacher: ElasticBertExitModel, layers: int, settings: dict[str, Any]) -> ElasticBertExitModel:

@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, log
 
 from elastic_model.arguments import to_yaml
 from elastic_model.card import write_card
-from elastic_model.checks import check_exit_layers
 from elastic_model.configuration_elasticbert import pooling_with_new_exits
 from elastic_model.cost import mean_flops
 from elastic_model.folders import check_replaceable, new_folder
@@ -28,7 +27,7 @@ from finetune.data import Encoded, rows_of
 from finetune.evaluate import stacked_exits, table
 from finetune.figures import plot_exits
 from finetune.kinds import KINDS, problem_type_of
-from finetune.prepare import FAMILIES, check_length, rows_hash, weight_files
+from finetune.prepare import FAMILIES, check_length, configured, rows_hash, weight_files
 from finetune.recipe import INNER_EXITS, SANDWICH, Phase
 from finetune.run import Run, check_numbers, start_accelerator
 from finetune.state import Progress
@@ -142,15 +141,8 @@ def _check_original(name: str, config: Any, options: ElastifyOptions) -> Problem
 
 def _load(name: str, problem_type: ProblemType, config: Any, options: ElastifyOptions) -> Any:
     """The original as an elastic model: every inner head starts as its own, unless it has some already."""
-    settings: dict[str, Any] = {"exit_loss": options.exit_loss, "gradient_equilibrium": options.gradient_equilibrium}
-    settings |= {"exit_groups": options.exit_groups, "exit_policy": None, "length_config": None}
+    settings = configured(options, config.num_hidden_layers)
     settings |= {"exit_pooling": pooling_with_new_exits(config, options.exit_pooling)}
-    settings |= {"learned_exit_head": options.learned_exit_head or getattr(config, "learned_exit_head", False)}
-    if options.exit_layers is not None:
-        check_exit_layers(options.exit_layers, config.num_hidden_layers)
-        settings |= {"exit_layers": options.exit_layers, "num_output_layers": None}
-    if options.dropout is not None:
-        settings |= {"hidden_dropout_prob": options.dropout, "attention_probs_dropout_prob": options.dropout}
     set_seed(options.seed)
     model, loading = KINDS[problem_type].model.from_pretrained(
         name, dtype=torch.float32, output_loading_info=True, **settings

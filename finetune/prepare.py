@@ -197,23 +197,31 @@ def exit_pooling_of(config: Any, exit_layers: list[int] | None, options: LoopOpt
     return pooling_with_new_exits(config, options.exit_pooling, alone or problem_type_of(config) is not None)
 
 
+def configured(options: LoopOptions, layers: int) -> dict[str, Any]:
+    """The fields that the options of a run set in the configuration of its model, which has so many layers.
+
+    Policy and lengths are left behind: both were chosen for the weights as they were.
+    """
+    exit_weights(options.exit_loss, [1])
+    fields: dict[str, Any] = {"exit_policy": None, "length_config": None, "exit_loss": options.exit_loss}
+    fields |= {"gradient_equilibrium": options.gradient_equilibrium, "exit_groups": options.exit_groups}
+    if options.learned_exit_head:
+        fields |= {"learned_exit_head": True}
+    if options.exit_layers is not None:
+        check_exit_layers(options.exit_layers, layers)
+        fields |= {"exit_layers": options.exit_layers, "num_output_layers": None}
+    if options.dropout is not None:
+        fields |= {"hidden_dropout_prob": options.dropout, "attention_probs_dropout_prob": options.dropout}
+    return fields
+
+
 def load_for_training(options: TrainOptions, labels: Labels) -> ElasticBertExitModel:
     """The starting checkpoint with an exit head per exit layer; what it lacks is drawn from the seed."""
     folder = Path(options.model)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     check_length(config, options.max_length)
-    exit_weights(options.exit_loss, [1])
-    settings: dict[str, Any] = {"exit_loss": options.exit_loss, "gradient_equilibrium": options.gradient_equilibrium}
-    settings |= {"exit_groups": options.exit_groups, **find_recipe(options.recipe).config}
-    settings |= {"exit_policy": None, "length_config": None}  # both were chosen for the weights as they are
+    settings = {**find_recipe(options.recipe).config, **configured(options, config.num_hidden_layers)}
     settings |= {"exit_pooling": exit_pooling_of(config, options.exit_layers, options)}
-    if options.learned_exit_head:
-        settings |= {"learned_exit_head": True}
-    if options.exit_layers is not None:
-        check_exit_layers(options.exit_layers, config.num_hidden_layers)
-        settings |= {"exit_layers": options.exit_layers, "num_output_layers": None}
-    if options.dropout is not None:
-        settings |= {"hidden_dropout_prob": options.dropout, "attention_probs_dropout_prob": options.dropout}
     set_seed(options.seed)
     sequences = kind_of(labels).model is ElasticBertForSequenceClassification
     model: ElasticBertExitModel = kind_of(labels).model.from_pretrained(
