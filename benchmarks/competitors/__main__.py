@@ -5,20 +5,14 @@ method joins its leaderboard.
 """
 
 import importlib
-import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from elastic_model.arguments import parse, run
-from elastic_model.folders import check_no_checkpoint, check_output, claim_folder, new_folder
+from elastic_model.folders import claim_folder
 from finetune.elue.config import LAST_EXIT, SizeOptions
-
-if TYPE_CHECKING:
-    from finetune.elue.jobs import Job
-
-SETTINGS = "settings.json"  # what makes two submissions the same
 
 
 @dataclass(frozen=True)
@@ -60,40 +54,28 @@ def _command(argv: list[str]) -> int:
     return compete(name, parse(SizeOptions, flags, prog=f"python -m benchmarks.competitors {name}"))
 
 
-def _settings(name: str, options: SizeOptions, job: "Job") -> dict[str, Any]:
-    """What a submission was made from: where that has changed, it is made again."""
-    from elastic_model.provenance import file_hash
-    from finetune.prepare import weight_files
-
-    sizes = {
-        size: getattr(job, size) for size in ("train_rows", "epochs", "learning_rate", "batch_size", "max_length")
-    }
-    start = [file_hash(file) for file in weight_files(Path(str(job.checkpoint or options.model)))]
-    return {"method": COMPETITORS[name].settings, "weights": start, "test rows": job.test_hash, **sizes}
-
-
 def compete(name: str, options: SizeOptions) -> int:
     """Fine-tune (or take a checkpoint), run the method, write its test files, a task and a seed after the other; what
     is there is not made again. Then its result, and the leaderboard of all that the folder holds."""
     from benchmarks.competitors.common import Start
-    from finetune.elue.costs import CostTable, write_table
-    from finetune.elue.jobs import encoded_train, jobs_of, subject_of, training_of, write_labels
-    from finetune.elue.results import publish, reference_of, result_of
-    from finetune.elue.submission import MODULES_FILE
+    from finetune.elue.jobs import check_jobs, encoded_train, jobs_of, subject_of, training_of, write_labels
+    from finetune.elue.results import is_made, make, publish, reference_of, result_of
     from finetune.train import train
 
-    check_output(Path(options.output))
-    check_no_checkpoint(Path(options.output))
+    about = COMPETITORS[name]
     method = getattr(importlib.import_module(f"benchmarks.competitors.{name}"), name)
-    jobs = jobs_of(options)
+    jobs = jobs_of(options, trains=True)
+    check_jobs(options, jobs)
     reference = reference_of(options, jobs)
     folder = claim_folder(Path(options.output))
     write_labels(jobs, folder / "labels")
     for job in jobs:
+        sizes = ("train_rows", "epochs", "learning_rate", "batch_size", "max_length")
+        settings = {"method": about.settings, "start": job.start_hash, **{size: getattr(job, size) for size in sizes}}
+        settings["rows"] = {split: job.rows_hash(split) for split in ("train", "dev", "test")}
         for seed in job.seeds:
-            written = folder / "submissions" / name / f"seed-{seed}" / job.name
-            settings = _settings(name, options, job)
-            if (written / SETTINGS).is_file() and json.loads((written / SETTINGS).read_text()) == settings:
+            submission = folder / "submissions" / name / f"seed-{seed}" / job.name
+            if is_made(submission, settings):
                 continue
             checkpoint = job.checkpoint
             if checkpoint is None:
@@ -104,11 +86,7 @@ def compete(name: str, options: SizeOptions) -> int:
                 checkpoint = training.output
             subject, splits = subject_of(options, job, Path(checkpoint))
             splits["train"] = encoded_train(job, subject, seed)
-            with new_folder(written) as new:
-                modules = method(Start(options, job, seed, subject, splits), new)
-                write_table(CostTable(modules), new / MODULES_FILE)
-                (new / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
-    about = COMPETITORS[name]
+            make(submission, settings, partial(method, Start(options, job, seed, subject, splits)))
     publish([result_of(name, f"{about.paper}; {about.settings}", jobs, folder)], jobs, folder, reference)
     return 0
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from elastic_model import ElasticBertConfig, ElasticBertForSequenceClassification, cost
 from elastic_model.pretrained import elastic_config
 from finetune.elue.submission import MODULES_FILE, Step
-from finetune.elue.tasks import Answers
+from finetune.elue.tasks import Answers, spelled
 
 COLUMNS = ("module", "input", "flops", "flops_per_token", "flops_per_token_squared", "parameters")
 SHAPE = re.compile(r"\((?:n|\d+)(?:,(?:n|\d+))*\)")
@@ -168,10 +168,12 @@ def load_costs(path: Path, kind: Answers, trust_model_code: bool = False) -> Cos
     wrong with it.
     """
     if path.is_dir():
-        names = (f"{kind.task}.tsv", f"{kind.task}.json", f"{kind.task}/{MODULES_FILE}", MODULES_FILE, "config.json")
-        found = next((path / name for name in names if (path / name).is_file()), None)
+        own = [spelled(path, kind.task, suffix) for suffix in (".tsv", ".json", "")]
+        files = (*own[:2], own[2] / MODULES_FILE, path / MODULES_FILE, path / "config.json")
+        found = next((file for file in files if file.is_file()), None)
         if found is None:
-            raise ValueError(f"model folder {path} has none of {', '.join(names)}")
+            names = ", ".join(str(file.relative_to(path)) for file in files)
+            raise ValueError(f"model folder {path} has none of {names}")
         path = found
     if not path.is_file():
         raise ValueError(f"model file {path} does not exist; give a table of module costs or a config.json")
@@ -182,7 +184,7 @@ def load_costs(path: Path, kind: Answers, trust_model_code: bool = False) -> Cos
     if path.suffix == ".tsv":
         return _read_tsv(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
     except ValueError as error:  # of JSON, of its encoding, or a name that is there twice
         raise ValueError(f"model file {path} is not JSON ({error}); tables are .tsv or .json") from error
     if not isinstance(content, dict):
@@ -192,7 +194,11 @@ def load_costs(path: Path, kind: Answers, trust_model_code: bool = False) -> Cos
     modules = content.get("modules", content)
     if not isinstance(modules, dict) or not modules:
         raise ValueError(f"model file {path}: expected modules with their costs, got {str(modules)[:60]!r}")
-    return CostTable({_plain(name): _module(name, value, str(path)) for name, value in modules.items()})
+    rows = [(_plain(name), _module(name, value, str(path))) for name, value in modules.items()]
+    try:
+        return CostTable(_once(rows))
+    except ValueError as error:
+        raise ValueError(f"model file {path}: {error}") from None
 
 
 def _config_of(content: dict[str, Any], path: Path) -> ElasticBertConfig:
@@ -202,19 +208,24 @@ def _config_of(content: dict[str, Any], path: Path) -> ElasticBertConfig:
             f"model file {path}: costs are derived for {', '.join(known)}, not for {content['model_type']!r}; "
             "write a table of module costs"
         )
-    if content["model_type"] != "elasticbert":
-        content = elastic_config(content)
-    return ElasticBertConfig.from_dict(content)
+    try:
+        fields = content if content["model_type"] == "elasticbert" else elastic_config(content)
+        return ElasticBertConfig.from_dict(fields)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"model file {path} is no configuration ({type(error).__name__}: {error})") from error
 
 
 def _read_tsv(path: Path) -> CostTable:
-    text = enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1)
-    lines = [(number, line.split("\t")) for number, line in text if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"model file {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    lines = [(number, line.split("\t")) for number, line in enumerate(text, start=1) if line.strip()]
     header = [cell.strip() for cell in lines[0][1]] if lines else []
     unknown = [name for name in header if name not in COLUMNS]
-    if "module" not in header or unknown:
+    if "module" not in header or unknown or len(set(header)) < len(header):
         raise ValueError(
-            f"model file {path}, line 1: its columns must be module and some of {', '.join(COLUMNS[1:])}, "
+            f"model file {path}, line 1: its columns must be module and some of {', '.join(COLUMNS[1:])}, each once, "
             f"got {', '.join(header) or 'nothing'}"
         )
     modules: dict[str, ModuleCost] = {}
@@ -302,7 +313,9 @@ class CodeCosts:
             with _importing_from(self.folder):
                 sys.modules[spec.name] = code
                 spec.loader.exec_module(code)
-            self.modules: dict[str, torch.nn.Module] = dict(code.module_list)
+            listed = code.module_list
+            pairs = listed.items() if isinstance(listed, Mapping) else listed
+            self.modules: dict[str, torch.nn.Module] = _once(list(pairs))
         except (Exception, SystemExit) as error:
             raise ValueError(
                 f"model file {path}: it must define module_list, pairs of a name and a torch module; running it gave "

@@ -2,8 +2,10 @@
 
 import hashlib
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from transformers import AutoConfig
 
 from elastic_model import ElasticBertConfig, ElasticBertModel
 from elastic_model.configuration_elasticbert import pooling_with_new_exits
-from elastic_model.folders import new_file, new_folder
+from elastic_model.folders import check_no_checkpoint, check_output, new_file, new_folder
 from elastic_model.provenance import file_hash
 from finetune.config import TaskOptions, TrainOptions
 from finetune.data import Encoded
@@ -22,6 +24,7 @@ from finetune.elue.tasks import ELUE_TASKS, Answers, answers_to, task_called
 from finetune.examples import Examples, read_examples
 from finetune.labels import encode_labels
 from finetune.prepare import (
+    check_length,
     chosen_task,
     encode_split,
     labels_of_model,
@@ -37,7 +40,10 @@ from finetune.tasks import SPLIT_NAMES, Task
 
 @dataclass(frozen=True)
 class Job:
-    """One task of a run: its sizes, its rows, and the checkpoint that is taken instead of fine-tuning, if any."""
+    """One task of a run: its sizes, its rows, and the checkpoint that is taken instead of fine-tuning, if any.
+
+    start: what training begins with, or the checkpoint; trains: whether anything is trained, from either.
+    """
 
     name: str
     task: Task
@@ -45,6 +51,8 @@ class Job:
     test: Examples
     dataset: str | None
     checkpoint: str | None
+    start: Path
+    trains: bool
     epochs: int
     train_rows: int | None
     max_length: int
@@ -52,20 +60,32 @@ class Job:
     batch_size: int
     seeds: list[int]
 
-    @property
-    def test_hash(self) -> str:
-        """sha256 of the test rows."""
-        return hashlib.sha256(repr((self.test.texts, self.test.pairs, self.test.labels)).encode()).hexdigest()
+    def rows_hash(self, split: str) -> str:
+        """sha256 of the rows of a split; of test those that are answered."""
+        rows = self.test if split == "test" else read_examples(self.task, split)
+        return hashlib.sha256(repr((rows.texts, rows.pairs, rows.labels)).encode()).hexdigest()
+
+    @cached_property
+    def start_hash(self) -> str:
+        """Of the weights that all begins with."""
+        return weights_hash(self.start)
 
     @property
     def sizes(self) -> str:
-        """The sizes that stand beside its numbers."""
+        """The sizes that stand beside its numbers, and whose weights they began with."""
         trained = "all" if self.train_rows is None else f"at most {self.train_rows:,}"
         epochs = f"{self.epochs} epoch{'s' if self.epochs > 1 else ''} a phase"
-        fitted = f"{trained} train rows, {epochs}, batches of {self.batch_size}, learning rate {self.learning_rate:g}"
-        made = fitted if self.checkpoint is None else self.checkpoint
+        fitted = (
+            f"{trained} train rows, {epochs}, batches of {self.batch_size}, learning rate {self.learning_rate:g}, "
+        )
+        made = f"{fitted if self.trains else ''}from {self.start_hash}"
         seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
         return f"{ELUE_TASKS[self.name]}: {made}, {self.max_length} tokens, {len(self.test):,} test rows, {seeds}"
+
+
+def weights_hash(folder: Path) -> str:
+    """The first 12 digits of sha256 over the files of a checkpoint's weights."""
+    return hashlib.sha256("".join(file_hash(file) for file in weight_files(folder)).encode()).hexdigest()[:12]
 
 
 def words(given: list[str]) -> list[str]:
@@ -73,14 +93,15 @@ def words(given: list[str]) -> list[str]:
     return [word for one in given for word in one.split(",") if word]
 
 
-def _named(given: list[str], flag: str) -> dict[str, str]:
-    """{task: value} of TASK=VALUE words."""
-    named = {}
+def _named(given: list[str], flag: str, what: str) -> dict[str, str]:
+    """{task: value} of TASK=VALUE words; what: the word for the value."""
+    named: dict[str, str] = {}
     for word in given:
         task, equals, value = word.partition("=")
         if not equals or not value:
-            raise ValueError(f"--{flag}: expected TASK=FOLDER, got {word!r}")
-        named[task_called(task)] = value
+            raise ValueError(f"--{flag}: expected TASK={what}, got {word!r}")
+        if named.setdefault(task_called(task), value) != value:
+            raise ValueError(f"--{flag}: {task} is there twice, with {named[task_called(task)]} and {value}")
     return named
 
 
@@ -93,7 +114,7 @@ def _sizes(options: SizeOptions, name: str) -> dict[str, str]:
     if len(for_all) > 1:
         raise ValueError(f"--{name.replace('_', '-')}: expected one value for all tasks, got {' '.join(for_all)}")
     default = dict.fromkeys(ELUE_TASKS, for_all[0]) if for_all else SIZES[name]
-    named = _named([word for word in given if "=" in word], name.replace("_", "-"))
+    named = _named([word for word in given if "=" in word], name.replace("_", "-"), "VALUE")
     return {**default, **named}
 
 
@@ -124,9 +145,12 @@ def _seeds(sizes: Mapping[str, str], task: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def jobs_of(options: SizeOptions) -> list[Job]:
-    """The tasks with their rows and sizes; ValueError where something cannot be had."""
-    checkpoints, data = _named(options.checkpoints, "checkpoints"), _named(options.data, "data")
+def jobs_of(options: SizeOptions, trains: bool = False) -> list[Job]:
+    """The tasks with their rows and sizes; ValueError where something cannot be had.
+
+    trains: a checkpoint, too, is only where training starts, with every seed.
+    """
+    checkpoints, data = (_named(getattr(options, name), name, "FOLDER") for name in ("checkpoints", "data"))
     sizes = {name: _sizes(options, name) for name in SIZES}
     jobs = []
     for name in dict.fromkeys(map(task_called, words(options.tasks))):
@@ -146,12 +170,14 @@ def jobs_of(options: SizeOptions) -> list[Job]:
                 _test_rows(task, test_rows),
                 data.get(name),
                 checkpoint,
+                Path(checkpoint or options.model or ""),
+                trains or checkpoint is None,
                 _count(sizes["epochs"], name, "epochs") or 0,
                 _count(sizes["train_rows"], name, "train-rows"),
                 _count(sizes["max_length"], name, "max-length") or 0,
                 _rate(sizes["learning_rate"], name),
                 options.batch_size,
-                _seeds(sizes["seeds"], name) if checkpoint is None else [0],
+                _seeds(sizes["seeds"], name) if trains or checkpoint is None else [0],
             )
         )
     if not jobs:
@@ -178,8 +204,7 @@ def layers_of(folder: str) -> int:
 def _cut(options: SizeOptions, depth: int) -> str:
     """The starting checkpoint cut to its first layers."""
     whole = Path(options.model or "")
-    weights = hashlib.sha256("".join(file_hash(file) for file in weight_files(whole)).encode()).hexdigest()
-    folder = Path(options.output) / "starts" / f"{weights[:12]}-layers-{depth}"
+    folder = Path(options.output) / "starts" / f"{weights_hash(whole)}-layers-{depth}"
     if not folder.exists():
         with new_folder(folder) as new:
             pooling = pooling_with_new_exits(AutoConfig.from_pretrained(whole, local_files_only=True))
@@ -226,6 +251,26 @@ def training_of(
         resume=True,
         **changes,
     )
+
+
+def check_jobs(options: SizeOptions, jobs: list[Job]) -> None:
+    """ValueError for what would only fail after an hour."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("ELUE is run by one process, stage by stage; start it without accelerate launch")
+    check_output(Path(options.output))
+    check_no_checkpoint(Path(options.output))
+    for job in jobs:
+        if job.checkpoint is not None:  # which checks the length
+            check_answers(job, load_classifier(job.start, job.max_length).config, job.start)
+        else:
+            weight_files(job.start)
+            try:
+                check_length(AutoConfig.from_pretrained(job.start, local_files_only=True), job.max_length)
+            except ValueError as error:
+                raise ValueError(f"{job.name}: {error}") from None
+        rows = len(some_rows(read_examples(job.task, "train"), job.train_rows, seed=0)) if job.trains else None
+        if rows is not None and rows < options.batch_size:
+            raise ValueError(f"{job.name}: {rows} train rows are fewer than a batch ({options.batch_size})")
 
 
 def check_answers(job: Job, config: ElasticBertConfig, checkpoint: Path) -> None:

@@ -141,12 +141,16 @@ def _task_score(result: Result, task: str, reference: Curve | None) -> TaskScore
     )
 
 
+def _shown(score: float) -> str:
+    return f"{round(score, 2) + 0.0:.2f}"  # no zero with a sign
+
+
 def score_text(task: TaskScore | None) -> str:
     """A score as tables show it, with its deviation over seeds; a dash where there is none."""
     if task is None or task.score is None:
         return "-"
     deviation = "" if task.deviation is None else f" ({task.deviation:.2f})"
-    return f"{task.score + 0.0:.2f}{deviation}"
+    return f"{_shown(task.score)}{deviation}"
 
 
 def million(parameters: int | None) -> str:
@@ -164,7 +168,7 @@ def head_and_cells(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
             *(score_text(entry.tasks.get(task)) for task in board.tasks),
             million(entry.parameters),
             *(
-                "-" if value is None else f"{value + 0.0:.2f}"
+                "-" if value is None else _shown(value)
                 for value in (entry.macro, *(entry.macro_by_size.get(size) for size in sizes))
             ),
         ]

@@ -1,13 +1,16 @@
-"""The results of a folder of submissions: read back, kept task by task in results/NAME.json, put on a leaderboard."""
+"""A folder of submissions: each made once, read back, kept task by task in results/NAME.json, put on a leaderboard."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
+from elastic_model.folders import new_folder
 from finetune.elue.config import SizeOptions
-from finetune.elue.costs import load_costs
+from finetune.elue.costs import CostTable, ModuleCost, load_costs, write_table
 from finetune.elue.jobs import Job
 from finetune.elue.leaderboard import leaderboard_of, text, write_board
 from finetune.elue.score import points_of, true_labels
@@ -16,6 +19,7 @@ from finetune.elue.submission import MODULES_FILE, files_of
 from finetune.elue.tasks import ELUE_TASKS
 
 RESULTS = "results"
+SETTINGS = "settings.json"  # what makes two submissions the same
 Reference = tuple[str, dict[str, list[Point]]]  # name, {task: curve}
 REFERENCE = "elasticbert"  # the method whose curve the others are scored against, where no other is given
 
@@ -32,6 +36,20 @@ def reference_of(options: SizeOptions, jobs: list[Job]) -> Reference | None:
     if not curves.keys() & set(own):
         raise ValueError(f"reference {options.reference} has {', '.join(curves)}, none of {', '.join(own)}")
     return options.reference, curves
+
+
+def is_made(submission: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether it is there, from the same settings: else it is made (again)."""
+    file = submission / SETTINGS
+    return file.is_file() and json.loads(file.read_text()) == settings
+
+
+def make(submission: Path, settings: Mapping[str, Any], write: Callable[[Path], Mapping[str, ModuleCost]]) -> None:
+    """The test files of a method on a task with the table of what their modules cost: `write` puts them into a folder
+    and returns the costs."""
+    with new_folder(submission) as new:
+        write_table(CostTable(write(new)), new / MODULES_FILE)
+        (new / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def result_of(name: str, note: str, jobs: list[Job], folder: Path) -> Result:
@@ -80,7 +98,7 @@ def publish(own: list[Result], jobs: list[Job], folder: Path, reference: Referen
         for result in own:  # what others found stays as it is, also at other sizes
             write_result(results[result.name], kept / f"{result.name}.json")
         if reference is None and REFERENCE in results:
-            reference = REFERENCE, {task: one.points for task, one in results[REFERENCE].tasks.items()}
+            reference = REFERENCE, {task: one.reference for task, one in results[REFERENCE].tasks.items()}
         name, curves = reference or (None, {})
         board = leaderboard_of(list(results.values()), curves, name)
         write_board(board, folder)

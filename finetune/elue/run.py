@@ -4,70 +4,48 @@ A stage that is there is not made again: checkpoints/METHOD/TASK/seed-N, submiss
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, logging
 
-from elastic_model.folders import check_no_checkpoint, check_output, claim_folder, new_folder
+from elastic_model.folders import claim_folder
 from elastic_model.provenance import file_hash
 from finetune.elue.config import RunOptions
-from finetune.elue.costs import CostTable, ModuleCost, table_of, write_table
-from finetune.elue.jobs import Job, check_answers, jobs_of, layers_of, subject_of, training_of, words, write_labels
+from finetune.elue.costs import ModuleCost, table_of
+from finetune.elue.jobs import Job, check_jobs, jobs_of, layers_of, subject_of, training_of, words, write_labels
 from finetune.elue.methods import METHODS, Method, Setting, chosen_methods, constant_share
 from finetune.elue.points import Subject, choose_settings, outputs_of, write_point
-from finetune.elue.results import publish, reference_of, result_of
+from finetune.elue.results import is_made, make, publish, reference_of, result_of
 from finetune.elue.scoring import Result
-from finetune.elue.submission import MODULES_FILE
 from finetune.elue.tasks import ELUE_TASKS
-from finetune.examples import read_examples
-from finetune.prepare import check_length, load_classifier, some_rows, weight_files
+from finetune.prepare import weight_files
 from finetune.train import train
-
-SETTINGS = "settings.json"  # what makes two stages the same
 
 
 def _check(options: RunOptions, methods: Mapping[str, Method], jobs: list[Job]) -> None:
-    """ValueError for what would only fail after an hour."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("elue run is one process: its stages follow each other; start it without accelerate launch")
-    check_output(Path(options.output))
-    check_no_checkpoint(Path(options.output))
+    """ValueError for methods that cannot be run."""
     if options.points < 1:
         raise ValueError(f"points must be at least 1, got {options.points}")
     if not options.shares or not all(0 < share <= 1 for share in options.shares):
         raise ValueError(f"shares must lie in (0, 1], got {options.shares}")
-    for job in jobs:
-        if job.checkpoint is not None:
-            config = load_classifier(Path(job.checkpoint), job.max_length).config  # checks the length
-            check_answers(job, config, Path(job.checkpoint))
-            for name, method in methods.items():
-                if method.depths:
-                    raise ValueError(f"method {name} makes models of its own: it cannot be run on --checkpoints")
-                if method.policy_for(job.kind.problem_type) and len(config.exit_layers or ()) == 1:
-                    raise ValueError(
-                        f"method {name}: the checkpoint of {job.name} has one exit, nothing to choose from"
-                    )
-                if method.policy_for(job.kind.problem_type) == "learned" and not config.learned_exit_head:
-                    raise ValueError(f"method {name}: the checkpoint of {job.name} has no learned exit head")
+    for job in (job for job in jobs if job.checkpoint is not None):
+        config = AutoConfig.from_pretrained(job.start, local_files_only=True)
+        for name, method in methods.items():
+            if method.depths:
+                raise ValueError(f"method {name} makes models of its own: it cannot be run on --checkpoints")
+            if method.policy_for(job.kind.problem_type) and len(config.exit_layers or ()) == 1:
+                raise ValueError(f"method {name}: the checkpoint of {job.name} has one exit, nothing to choose from")
+            if method.policy_for(job.kind.problem_type) == "learned" and not config.learned_exit_head:
+                raise ValueError(f"method {name}: the checkpoint of {job.name} has no learned exit head")
     if options.model is not None and any(job.checkpoint is None for job in jobs):
-        weight_files(Path(options.model))
         _depths(options)
         config = AutoConfig.from_pretrained(options.model, local_files_only=True)
         asked = any(one.policy_for(job.kind.problem_type) for one in methods.values() for job in jobs)
         exits = getattr(config, "exit_layers", None) or range(config.num_hidden_layers)  # a stock body gets them all
         if asked and len(exits) == 1:
             raise ValueError(f"{options.model} has one exit: a method with an exit policy has nothing to choose from")
-        for job in (job for job in jobs if job.checkpoint is None):
-            try:
-                check_length(config, job.max_length)
-            except ValueError as error:
-                raise ValueError(f"{job.name}: {error}") from None
-            rows = len(some_rows(read_examples(job.task, "train"), job.train_rows, seed=0))
-            if rows < options.batch_size:
-                raise ValueError(f"{job.name}: {rows} train rows are fewer than a batch ({options.batch_size})")
 
 
 def _depths(options: RunOptions) -> list[int]:
@@ -88,25 +66,26 @@ def _settings(options: RunOptions, job: Job, method: Method, checkpoints: list[P
         "lengths_and_depths": method.lengths_and_depths,
         "points": options.points,
         "shares": options.shares,
-        "test rows": job.test_hash,
+        "rows": {split: job.rows_hash(split) for split in ("dev", "test")},
         "max_length": job.max_length,
     }
 
 
 def _submit(options: RunOptions, job: Job, method: Method, checkpoints: list[Path], folder: Path) -> None:
-    """The test files of a method on a task, from its checkpoints, with the table of its modules' costs."""
-    settings = _settings(options, job, method, checkpoints)
-    if (folder / SETTINGS).is_file() and json.loads((folder / SETTINGS).read_text()) == settings:
-        return
-    with new_folder(folder) as new:
+    """The test files of a method on a task, from its checkpoints."""
+
+    def write(new: Path) -> dict[str, ModuleCost]:
         modules: dict[str, ModuleCost] = {}
         for checkpoint in checkpoints:
             subject, splits = subject_of(options, job, checkpoint)
             for setting, outputs in _points(options, job, method, subject, splits):
                 write_point(subject, setting, outputs, splits["test"], new, job.kind.classes)
             modules |= table_of(subject.config, job.kind.outputs).modules
-        write_table(CostTable(modules), new / MODULES_FILE)
-        (new / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
+        return modules
+
+    settings = _settings(options, job, method, checkpoints)
+    if not is_made(folder, settings):
+        make(folder, settings, write)
 
 
 def _points(
@@ -140,6 +119,7 @@ def run(options: RunOptions) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     methods, jobs = chosen_methods(words(options.methods)), jobs_of(options)
+    check_jobs(options, jobs)
     _check(options, methods, jobs)
     reference = reference_of(options, jobs)
     folder = claim_folder(Path(options.output))

@@ -1,5 +1,6 @@
 """`python -m finetune elue score`: from test files and module costs to points and a score."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from finetune.elue.costs import Costs, load_costs
 from finetune.elue.leaderboard import leaderboard_of, text, write_board
 from finetune.elue.scoring import SCORES_FILE, Point, Result, TaskResult, read_reference, write_result
 from finetune.elue.submission import MODULES_FILE, files_of, flops_of, read_predictions
-from finetune.elue.tasks import Answers, answers_to
+from finetune.elue.tasks import Answers, answers_to, spelled
 from finetune.examples import read_examples
 from finetune.labels import encode_labels
 from finetune.metrics import metric
@@ -28,7 +29,7 @@ def true_labels(task: str, given: Path | None) -> np.ndarray:
         if "test" not in found.splits:
             raise ValueError(f"the test labels of {task} are not public; set {DATA_VARIABLE}, or give --labels")
         return encode_labels(found, read_examples(found, "test"), list(kind.classes), kind.problem_type)
-    return _read_labels(given / f"{task}.tsv" if given.is_dir() else given, kind)
+    return _read_labels(spelled(given, task, ".tsv") if given.is_dir() else given, kind)
 
 
 def _read_labels(file: Path, kind: Answers) -> np.ndarray:
@@ -42,8 +43,10 @@ def _read_labels(file: Path, kind: Answers) -> np.ndarray:
             raise ValueError(f"{row.place}: index {index!r} must be one of 0 to {len(rows) - 1}, each once")
         try:
             labels[int(index)] = float(label) if kind.is_regression else numbers[label]
+            if not math.isfinite(labels[int(index)]):
+                raise ValueError
         except (ValueError, KeyError):
-            allowed = "a number" if kind.is_regression else f"one of {', '.join(numbers)}"
+            allowed = "a finite number" if kind.is_regression else f"one of {', '.join(numbers)}"
             raise ValueError(f"{row.place}: label {label!r} must be {allowed}") from None
     return np.array([labels[index] for index in range(len(rows))])
 
@@ -64,7 +67,7 @@ def _model_file(options: ScoreOptions, task: str) -> Path:
         return Path(options.model_file)
     folder = Path(options.submission)
     folder = folder if folder.is_dir() else folder.parent
-    for file in (folder / task / MODULES_FILE, folder / MODULES_FILE):
+    for file in (spelled(folder, task) / MODULES_FILE, folder / MODULES_FILE):
         if file.is_file():
             return file
     raise ValueError(f"submission {folder} has no {MODULES_FILE} for {task}; give --model-file, what its modules cost")

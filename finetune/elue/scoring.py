@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 import numpy as np
 
 from elastic_model.folders import new_file
-from finetune.elue.tasks import task_called
+from finetune.elue.tasks import answers_to, task_called
 
 FORMAT = 1
 SCORES_FILE = "scores.json"
@@ -49,6 +48,10 @@ class TaskResult:
     seeds: list[list[Point]]
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.rows, int) and self.rows > 0):
+            raise ValueError(f"rows must be a whole number above 0, got {self.rows!r}")
+        if not self.seeds or not all(self.seeds):
+            raise ValueError("seeds must be lists of points, at least one of each")
         for points in self.seeds:
             names = [point.name for point in points]
             if len(set(names)) != len(names):
@@ -78,8 +81,28 @@ class TaskResult:
             for point in points
         ]
 
+    @property
+    def reference(self) -> list[Point]:
+        """The curve that others are scored against. Where seeds have points of their own it runs through all of them,
+        of those of one cost, as a policy's cheapest are in every seed, through the mean, every seed with the same
+        weight: against it, the seeds' own scores have the mean 0."""
+        if len(self.curves) == 1:
+            return self.curves[0]
+        of_cost: dict[str, list[tuple[Point, float]]] = {}
+        for points in self.seeds:
+            for point in points:
+                of_cost.setdefault(f"{point.flops:.9e}", []).append((point, 1 / len(points)))
+        curve = []
+        for same in of_cost.values():
+            of_seeds, weights = zip(*same, strict=True)
+            quality = np.average([point.quality for point in of_seeds], weights=weights)
+            curve.append(replace(of_seeds[0], quality=float(quality)))
+        return curve
+
     def score(self, reference: Curve) -> float:
         """The ELUE score; where seeds have points of their own, the mean of theirs."""
+        if list(reference) == self.reference:
+            return 0.0  # which the rounding of means over seeds would miss by 1e-15
         return fmean(elue_score(points, reference) for points in self.curves)
 
     def scores_by_size(self, reference: Curve) -> dict[int, float]:
@@ -100,7 +123,7 @@ class Result:
     name: str
     tasks: dict[str, TaskResult]
     note: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int | None:
@@ -118,6 +141,15 @@ def _mean(points: list[Point]) -> Point:
         fmean(point.quality for point in points),
         points[0].parameters,
     )
+
+
+def check_reference(curves: Mapping[str, Curve], path: Path) -> None:
+    """ValueError with file and task where a curve is no function of FLOPs."""
+    for task, curve in curves.items():
+        try:
+            _knots(curve)
+        except ValueError as error:
+            raise ValueError(f"reference {path}, {task}: {error}") from None
 
 
 def _knots(reference: Curve) -> tuple[list[float], list[float]]:
@@ -179,7 +211,10 @@ def macro_average(scores: Mapping[str, float], tasks: Sequence[str]) -> float | 
 
 
 def seeds_deviation(task: TaskResult, reference: Curve) -> float | None:
-    """Standard deviation over seeds of the score against one and the same reference curve; None for a single seed."""
+    """Standard deviation over seeds of the score against one and the same reference curve; None for a single seed,
+    and for the reference itself where it runs through the points of every seed."""
+    if len(task.curves) > 1 and task.reference == list(reference):
+        return None
     return stdev(elue_score(points, reference) for points in task.seeds) if len(task.seeds) > 1 else None
 
 
@@ -205,15 +240,16 @@ def read_result(path: Path) -> Result:
         content = json.loads(file.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r}, this version reads {FORMAT}")
-        if not isinstance(content["name"], str):
-            raise ValueError(f"its name is {content['name']!r}, not text")
-        tasks = {
-            task_called(name): TaskResult(
-                task["metric"], task["rows"], [[Point(**point) for point in points] for points in task["seeds"]]
-            )
-            for name, task in content["tasks"].items()
-        }
-        return Result(content["name"], tasks, content.get("note", ""), content.get("settings", {}))
+        tasks: dict[str, TaskResult] = {}
+        for name, task in content["tasks"].items():
+            if task_called(name) in tasks:
+                raise ValueError(f"task {task_called(name)} is there twice")
+            seeds = [[Point(**point) for point in points] for points in task["seeds"]]
+            tasks[task_called(name)] = TaskResult(task["metric"], task["rows"], seeds)
+        note, settings = content.get("note", ""), content.get("settings", {})
+        if not all(isinstance(text, str) for text in (content["name"], note, *settings.values())):
+            raise ValueError("its name, its note and the settings of each task must be text")
+        return Result(content["name"], tasks, note, settings)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: not the {SCORES_FILE} of a submission ({type(error).__name__}: {error})") from error
 
@@ -232,14 +268,19 @@ def read_reference(path: Path, rows: Mapping[str, int]) -> dict[str, list[Point]
                     f"reference {path} has {tasks[name].rows} test rows of {name}, not {rows[name]}: "
                     "they do not compare"
                 )
-        return {name: task.points for name, task in tasks.items()}
+            metric = answers_to(name).metric
+            if tasks[name].metric != metric:
+                raise ValueError(f"reference {path} has {tasks[name].metric} of {name}, not {metric}")
+        curves = {name: task.reference for name, task in tasks.items()}
+        check_reference(curves, path)
+        return curves
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"reference {path}: not a readable tsv file in UTF-8 ({error})") from error
     if not lines or lines[0].split("\t") != ["task", "flops", "quality"]:
         raise ValueError(f"reference {path}, line 1: its columns must be task, flops, quality, tab-separated")
-    curves: dict[str, list[Point]] = {}
+    curves = {}
     for number, line in enumerate(lines[1:], start=2):
         if not line.strip():
             continue
@@ -251,4 +292,5 @@ def read_reference(path: Path, rows: Mapping[str, int]) -> dict[str, list[Point]
             raise ValueError(f"reference {path}, line {number}: expected task, flops, quality ({error})") from None
     if not curves:
         raise ValueError(f"reference {path} has no rows")
+    check_reference(curves, path)
     return curves

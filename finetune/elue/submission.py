@@ -104,8 +104,10 @@ def files_of(folder: Path) -> dict[str, dict[str, Path]]:
             files = {path.stem: path}
         else:
             continue
-        if files:
-            found.setdefault(_task_of(path), {}).update(files)
+        there = found.setdefault(_task_of(path), {}) if files else {}
+        for point in there.keys() & files.keys():
+            raise ValueError(f"{files[point]}: the point {point} of this task is also in {there[point]}")
+        there |= files
     if not found:
         raise ValueError(f"submission {folder} has no test files; expected TASK.tsv or TASK/POINT.tsv")
     return {task: found[task] for task in ELUE_TASKS if task in found}

@@ -1,6 +1,7 @@
 """ELUE's six tasks, and what their predictions look like."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from finetune.tasks import TASKS, ProblemType
 
@@ -37,10 +38,22 @@ class Answers:
 
 def task_called(name: str) -> str:
     """The task's name in the table, from either spelling (sst2, SST-2); ValueError for one that ELUE has not."""
-    plain = name.lower().replace("-", "").replace("_", "")
+    plain = _plain(name)
     if plain not in ELUE_TASKS:
         raise ValueError(f"{name!r} is not a task of ELUE; its tasks: {', '.join(ELUE_TASKS)}")
     return plain
+
+
+def spelled(folder: Path, task: str, suffix: str = "") -> Path:
+    """What lies in a folder under the task's name with that suffix, in either spelling; else where it would lie."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix == suffix and _plain(path.stem) == task:
+            return path
+    return folder / f"{task}{suffix}"
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
 
 
 def answers_to(task: str) -> Answers:

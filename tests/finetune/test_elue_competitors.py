@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 
 import pytest
@@ -148,9 +149,38 @@ def test_a_competitor_from_checkpoint_to_score(name, elue_data, elue_start, caps
                    for task, own in zip(tasks.values(), costs, strict=True) for cost in own)  # fmt: skip
     capsys.readouterr()
     assert run(lambda: _command([name, *flags, "--reference", given])) == (0 if is_curve else 2)
-    assert is_curve or "the reference has two qualities at" in capsys.readouterr().err
+    assert is_curve or re.search("sst2|stsb: the reference has two qualities at", capsys.readouterr().err)
     board = json.loads((out / "leaderboard.json").read_text())
     assert not is_curve or (board["reference"] == given and board["entries"][0]["macro"] == 0.0)
+
+
+def test_what_fails_later_is_told_before_training(elue_data, elue_start, tmp_path, capsys):
+    own = ["--model", str(elue_start), "--output", str(tmp_path / "out"), "--tasks", "sst2", "stsb", "--seeds", "0"]
+    (tmp_path / "curve.tsv").write_text("task\tflops\tquality\nsst2\t5\t1\nsst2\t5\t2\n")
+    for flags, message in (
+        (["--max-length", "sst2=24", "stsb=999"], "stsb: max_length must be 3 to 64"),
+        (["--max-length", "32", "--train-rows", "stsb=3"], "stsb: 3 train rows are fewer than a batch"),
+        (["--max-length", "32", "--reference", str(tmp_path / "curve.tsv")], "sst2: the reference has two qualities"),
+        (["--epochs", "sst2="], "--epochs: expected TASK=VALUE, got 'sst2='"),
+        (["--epochs", "sst2=1", "sst2=2"], "--epochs: sst2 is there twice, with 1 and 2"),
+    ):
+        assert run(lambda flags=flags: _command(["head_prune", *own, *flags])) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_where_every_seed_starts(elue_data, elue_start, capsys):
+    """They were given and not run; and nothing beside the numbers said what was trained, and from which weights."""
+    short = ["--max-length", "32", "--batch-size", "16", "--tasks", "sst2", "--epochs", "1"]
+    own = ["--model", str(elue_start), *short]
+    flags = ["--output", str(elue_data / "run"), "--seeds", "0", "--methods", "elasticbert"]
+    assert run(lambda: finetune_command(["elue", "run", *own, *flags])) == 0
+    given = ["--checkpoints", f"sst2={elue_data / 'run/checkpoints/elasticbert/sst2/seed-0'}", "--seeds", "0,1"]
+    assert run(lambda: _command(["dynabert", "--output", str(elue_data / "out"), *short, *given])) == 0
+    result = read_result(elue_data / "out" / "results" / "dynabert.json")
+    assert len(result.tasks["sst2"].seeds) == 2
+    assert re.search("1 epoch a phase, .*, from weights [0-9a-f]{12}, 32 tokens, .* 2 seeds", result.settings["sst2"])
 
 
 @pytest.mark.slow

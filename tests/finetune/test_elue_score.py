@@ -36,6 +36,12 @@ from finetune.elue.scoring import (
 REFERENCE = [Point("exit_1", 100.0, 60.0), Point("exit_2", 200.0, 80.0), Point("exit_3", 400.0, 82.0)]
 
 
+SCORES = '{"format": 1, "name": "a", "tasks": {"sst2": {"metric": %s, "rows": %s, "seeds": %s}}}'
+POINTS = '[[{"name": "one", "flops": 1, "quality": 2}]]'
+ONE = f'{{"metric": "accuracy", "rows": 4, "seeds": {POINTS}}}'
+TWICE = f'{{"format": 1, "name": "a", "tasks": {{"sst2": {ONE}, "SST-2": {ONE}}}}}'
+
+
 def result_of(name, points, task="mrpc", rows=1725, seeds=1):
     return Result(name, {task: TaskResult("accuracy+f1", rows, [list(points)] * seeds)})
 
@@ -51,6 +57,24 @@ def test_any_reference_against_itself_is_exactly_zero():
         curve = [Point(str(number), draw.uniform(1, 1e12), draw.uniform(-5, 100)) for number in range(12)]
         draw.shuffle(curve)
         assert elue_score(curve, curve) == 0.0
+
+
+def test_several_seeds_of_a_policy_are_a_reference(tmp_path):
+    """Their cheapest points, all rows at the first exit, cost the same: the curve was refused, without its file."""
+    seeds = [[Point("a", 100.0, 60.0), Point("b", 200.0, 80.0)], [Point("a", 100.0, 63.0), Point("c", 150.0, 70.0)],
+             [Point("a", 100.0, 61.0)]]  # fmt: skip
+    result = Result("ours", {"mrpc": TaskResult("accuracy+f1", 1725, seeds)})
+    write_result(result, tmp_path / "scores.json")
+    reference = read_reference(tmp_path / "scores.json", {"mrpc": 1725})
+    assert reference_quality(reference["mrpc"], 100.0) == pytest.approx((60 / 2 + 63 / 2 + 61) / 2)
+    scores = [elue_score(points, reference["mrpc"]) for points in seeds]
+    assert statistics.fmean(scores) == pytest.approx(0.0, abs=1e-12)
+    (entry,) = leaderboard_of([result], reference, "ours").entries
+    assert (entry.macro, entry.tasks["mrpc"].score, entry.tasks["mrpc"].deviation) == (0.0, 0.0, None)
+    single = Result("bent", {"mrpc": TaskResult("accuracy+f1", 9, [[seeds[0][0], Point("b", 100.0, 61.0)]])})
+    write_result(single, tmp_path / "scores.json")
+    with pytest.raises(ValueError, match=r"reference .*scores.json, mrpc: the reference has two qualities at 100"):
+        read_reference(tmp_path / "scores.json", {})
 
 
 def test_the_ends_are_continued_flat():
@@ -136,13 +160,24 @@ def test_a_result_survives_its_file_and_serves_as_reference(tmp_path):
         ("curve.tsv", "flops\tquality\n", "line 1: its columns must be task, flops, quality"),
         ("scores.json", "{}", r"not the scores.json of a submission \(KeyError"),
         ("scores.json", '{"format": 2}', "its format is 2, this version reads 1"),
-        ("scores.json", '{"format": 1, "name": null, "tasks": {}}', "its name is None, not text"),
+        ("scores.json", '{"format": 1, "name": null, "tasks": {}}', "its name, its note and .* must be text"),
+        (
+            "scores.json",
+            '{"format": 1, "name": "a", "note": 5, "tasks": {}}',
+            "its name, its note and .* must be text",
+        ),
+        ("scores.json", SCORES % ('"accuracy"', "4", "[]"), "seeds must be lists of points, at least one of each"),
+        ("scores.json", SCORES % ('"accuracy"', "4", "[[]]"), "seeds must be lists of points, at least one of each"),
+        ("scores.json", SCORES % ('"accuracy"', '"4"', POINTS), "rows must be a whole number above 0, got '4'"),
+        ("scores.json", SCORES % ('"f1"', "4", POINTS), "has f1 of sst2, not accuracy"),
+        ("scores.json", TWICE, "task sst2 is there twice"),
+        ("curve.tsv", "task\tflops\tquality\nmrpc\t1\t2\nmrpc\t1\t3\n", "curve.tsv, mrpc: .* two qualities at 1"),
     ],
 )
 def test_a_bad_reference_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        read_reference(tmp_path / name, {})
+        read_reference(tmp_path / name, {"sst2": 4})
 
 
 def test_a_reference_in_another_encoding_is_named(tmp_path):
@@ -222,6 +257,21 @@ def test_one_file_and_its_labels(submission, capsys):
     assert re.search(row, capsys.readouterr().out)
 
 
+def test_the_papers_spelling_is_taken_of_what_lies_beside_the_test_files(submission, capsys):
+    assert score(submission) == 0
+    expected = capsys.readouterr().out
+    (submission / "labels" / "sst2.tsv").rename(submission / "labels" / "SST-2.tsv")
+    (submission / "costs").mkdir()
+    for table in ("SST-2.tsv", "STS-B.tsv"):
+        shutil.copy(submission / "model.tsv", submission / "costs" / table)
+    for place in ("SST-2/modules.tsv", "modules.tsv"):
+        shutil.copy(submission / "model.tsv", submission / "submission" / place)
+    own = ["--submission", str(submission / "submission"), "--labels", str(submission / "labels")]
+    for model in ([], ["--model-file", str(submission / "costs")]):
+        assert run(lambda model=model: _command(["elue", "score", *own, *model])) == 0
+        assert capsys.readouterr().out == expected
+
+
 def test_without_labels_and_data_the_remedy_is_named(submission, capsys, monkeypatch):
     monkeypatch.delenv("ELASTIC_MODEL_DATA", raising=False)
     flags = ["--submission", str(submission / "submission"), "--model-file", str(submission / "model.tsv")]
@@ -258,6 +308,8 @@ def test_score_and_leaderboard(submission, capsys):
     [
         ("model.tsv", None, "model.tsv does not exist"),
         ("labels/sst2.tsv", None, "sst2.tsv: No such file"),
+        ("labels/stsb.tsv", "label\n1\nnan\n2\n3\n", "row 3: label 'nan' must be a finite number"),
+        ("submission/sst2/one.tsv", "", "sst2/one.tsv: the point one of this task is also in .*SST-2/one.tsv"),
         ("labels/sst2.tsv", "index\tlabel\n0\t3\n", "label '3' must be one of negative, positive, 0, 1"),
         ("labels/sst2.tsv", "index\tlabel\n1\t1\n", "index '1' must be one of 0 to 0, each once"),
         ("submission/stsb.tsv", "0\tnan\t(4),emb\n", "stsb.tsv, line 1: pred 'nan' is not a finite number"),
@@ -265,6 +317,7 @@ def test_score_and_leaderboard(submission, capsys):
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(submission, capsys, file, content, message):
+    (submission / file).parent.mkdir(exist_ok=True)
     (submission / file).unlink() if content is None else (submission / file).write_text(content)
     assert score(submission, "--output", str(submission / "out")) == 2
     lines = capsys.readouterr().err.splitlines()

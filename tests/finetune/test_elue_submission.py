@@ -205,6 +205,9 @@ def test_costs_from_a_stock_configuration(tmp_path, outputs):
         ("table.tsv", "module\tflops\nemb\t1\nemb\t2\n", "line 3: module 'emb' is there twice"),
         ("table.tsv", "module\tflops\n\n\nemb\t1\nlayer_1\tx\n", "line 5: flops of module 'layer_1' must be a whole"),
         ("table.json", '{"emb": 5, "emb": 7}', "'emb' is there twice"),
+        ("table.json", '{"(3,8),emb": 5, "(3, 8),emb": 7}', r"table.json: '\(3,8\),emb' is there twice"),
+        ("table.tsv", "module\tflops\tflops\nemb\t1\t2\n", "line 1: its columns must be module and .*, each once"),
+        ("config.json", '{"model_type": "bert", "id2label": [1]}', "config.json is no configuration"),
         ("table.json", "[1]", "expected an object of modules, got a list"),
         ("table.json", "{", "is not JSON"),
         ("table.json", '{"emb": {"cost": 3}}', "module 'emb' has 'cost'; allowed: input, flops"),
@@ -221,6 +224,14 @@ def test_a_bad_model_file_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         load_costs(tmp_path / name, answers_to("sst2"))
+
+
+def test_a_table_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "table.tsv").write_text("module\tflops\nemb\t1\n", encoding="utf-16")
+    with pytest.raises(ValueError, match="model file .*table.tsv: not UTF-8 text"):
+        load_costs(tmp_path / "table.tsv", answers_to("sst2"))
+    (tmp_path / "table.json").write_text('{"emb": 7}', encoding="utf-8-sig")
+    assert load_costs(tmp_path / "table.json", answers_to("sst2")).flops(Step("emb", (3,))) == 7
 
 
 CODE = """
@@ -283,6 +294,9 @@ def test_code_that_fails_is_named(tmp_path):
     (other / "model.py").write_text(f"{late}        return wide(x)\nmodule_list = [('layer_1', Late())]")
     more = load_costs(other / "model.py", answers_to("sst2"), trust_model_code=True)
     assert more.flops(Step("layer_1", (10, 24))) == 2 * 10 * 24 * 48
+    (tmp_path / "model.py").write_text("module_list = [('emb', None), ('emb', None)]")
+    with pytest.raises(ValueError, match="running it gave ValueError: 'emb' is there twice"):
+        load_costs(tmp_path / "model.py", answers_to("sst2"), trust_model_code=True)
     (tmp_path / "model.py").write_text("modules = 1 / 0")
     with pytest.raises(ValueError, match="it must define module_list.*ZeroDivisionError"):
         load_costs(tmp_path / "model.py", answers_to("sst2"), trust_model_code=True)
