@@ -13,9 +13,9 @@ import argparse
 import json
 import random
 import sys
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,11 +92,8 @@ def threads_alike(session: ElasticSession, texts: list[Any], minutes: float) -> 
             )
             counts[thread] += len(places)
 
-    threads = [threading.Thread(target=ask, args=(thread,)) for thread in range(THREADS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(THREADS) as threads:
+        list(threads.map(ask, range(THREADS)))  # raises what a thread raised
     return {"minutes": minutes, "rows": sum(counts), "wrong": sum(wrong)}
 
 

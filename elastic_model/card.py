@@ -52,6 +52,7 @@ class Task:
     result: str
     ids: str = "[[2, 3, 4, 5]]"
     takes_policy: bool = True
+    texts: str = TEXTS
 
 
 TASKS = {
@@ -99,6 +100,7 @@ TASKS = {
         "question_answering",
         'tokenizer(["Who spoke?"], ["The speaker spoke."], return_tensors="pt")',
         "output.start_logits.argmax(-1), output.end_logits.argmax(-1), output.exit_layers",
+        texts='[("Who spoke?", "The speaker spoke.")]',
     ),
     "ElasticBertForMultipleChoice": Task(
         "multiple-choice",
@@ -308,7 +310,7 @@ def _session_example(facts: Facts) -> str:
     if facts.repo_id:
         lines.insert(0, "from huggingface_hub import snapshot_download\n")
         folder = f'snapshot_download("{facts.repo_id}")'
-    lines += ["", f"session = ElasticSession.from_pretrained({folder})", f"print(session({TEXTS}))"]
+    lines += ["", f"session = ElasticSession.from_pretrained({folder})", f"print(session({facts.task.texts}))"]
     files = ", ".join(f"`onnx/{name}`" for name in facts.onnx_files)
     return "\n\nWithout torch, from " + files + ":\n\n```python\n" + "\n".join(lines) + "\n```"
 

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,7 @@ class ElasticSession:
         self.no_answer_threshold: float | None = metadata["no_answer_threshold"]
         self.never = never(self.policy, self.problem_type, len(self.thresholds))
         self.points = points
-        self.tokenizer = load_tokenizer(tokenizer, self.max_tokens, self.problem_type)
-        self._whole = without_truncation(self.tokenizer)
+        self.tokenizer = load_tokenizer(tokenizer, self.max_tokens, self.problem_type, metadata["truncation_side"])
         defaulted = self.session.get_overridable_initializers()
         self.inputs = {one.name for one in [*self.session.get_inputs(), *defaulted]}
         self.outputs = [one.name for one in self.session.get_outputs()]
@@ -107,10 +107,15 @@ class ElasticSession:
         path = Path(folder)
         if not path.is_dir():
             path = _download(str(folder), file, revision)
-        known = OperatingPoints.load(path) if points and (path / FILE).exists() else None
+        known = OperatingPoints.read(path) if points and (path / FILE).exists() else None
         model = _choose_file(path, file)
         _check_hash(path, model)
         return cls(model, path / "tokenizer.json", known, threads)
+
+    @cached_property
+    def _whole(self) -> Tokenizer:
+        """The tokenizer, cutting nothing."""
+        return without_truncation(self.tokenizer)
 
     @property
     def session(self) -> onnxruntime.InferenceSession:
@@ -164,7 +169,7 @@ class ElasticSession:
         cost: bool,
         progress: Callable[[int], None] | None,
     ) -> Iterator[dict[str, Any]]:
-        name = self.default_point() if point is None else point.name
+        name = self.default_point if point is None else point.name
         given = self.arguments(point) | ({} if max_layer is None else {"max_layer": max_layer})
         done = 0
         for chunk in self._chunks(texts):
@@ -241,6 +246,7 @@ class ElasticSession:
             "length_config": point.length_config or [1.0] * self.layers,
         }
 
+    @cached_property
     def default_point(self) -> str:
         """The name of the operating point at which the file runs by itself; points go up to the last exit."""
         for point in self.points.points if self.points and self.max_layer >= self.exit_layers[-1] else []:
@@ -561,7 +567,11 @@ def _metadata(session: onnxruntime.InferenceSession, model: Path) -> dict[str, A
         if written != FORMAT:
             raise ValueError(f"{model}: written in format {written}, this version reads format {FORMAT}")
         values = {name: json.loads(found[f"elastic_{name}"]) for name in (*names, "max_tokens", "flops")}
-        return {**values, "no_answer_threshold": json.loads(found.get("elastic_no_answer_threshold", "null"))}
+        later = {"no_answer_threshold": None, "truncation_side": "right"}  # what files of before do not say
+        return values | {
+            name: json.loads(found[f"elastic_{name}"]) if f"elastic_{name}" in found else value
+            for name, value in later.items()
+        }
     except KeyError as error:
         raise ValueError(
             f"{model}: not a file that `python -m export` of this version wrote: no elastic metadata ({error})"
@@ -613,8 +623,9 @@ def with_short_questions(whole: Tokenizer, texts: list[Any], max_tokens: int) ->
     ]
 
 
-def load_tokenizer(file: Path, max_tokens: int, problem_type: str) -> Tokenizer:
-    """The tokenizer of a file as a session uses it: no padding, texts cut or taken apart as the task needs."""
+def load_tokenizer(file: Path, max_tokens: int, problem_type: str, side: str) -> Tokenizer:
+    """The tokenizer of a file as a session uses it: no padding, texts cut on this side or taken apart as the task
+    needs."""
     if not file.is_file():
         raise ValueError(f"{file} is missing; export the checkpoint again")
     try:
@@ -628,5 +639,5 @@ def load_tokenizer(file: Path, max_tokens: int, problem_type: str) -> Tokenizer:
     elif problem_type == "token_classification":
         tokenizer.enable_truncation(max_tokens, stride=stride)
     else:
-        tokenizer.enable_truncation(max_tokens)
+        tokenizer.enable_truncation(max_tokens, direction=side)
     return tokenizer

@@ -7,31 +7,45 @@ NOTES = """\
 
 {files}
 
-They take the tokenizer's arrays and answer {outputs}. {inputs}Needed: onnxruntime {onnxruntime} or later.
+They take the tokenizer's {tokens} and answer {outputs}. {defaults}Needed: onnxruntime {onnxruntime} or later.
 """
-INPUTS = """\
+PLAIN = "`{}`, as the transformers model does, at the exit after layer {}"
+DEFAULTS = """\
 Further inputs have defaults, which onnxruntime in Python can override; Node and the browser ignore them, and a file
-runs at its defaults there (`python -m export CHECKPOINT FOLDER --at POINT` writes others): `exit_threshold`, one
-number per exit for the policy `{policy}`; `max_layer`, above which no row goes; `length_config`, for each layer the
-share of a row's tokens that it keeps (NaN and more than 1 drop nothing, a share that rises counts as the smallest
-before it); `length_mass`, for each layer the share of the attention that goes to the tokens it keeps, as few of each
-row as it takes. """
+runs at its defaults there (`python -m export CHECKPOINT FOLDER --at POINT` writes others): {}. """
+INPUTS = {
+    "exit_threshold": "for each exit the {number} at which the policy `{policy}` lets a row leave",
+    "max_layer": "above which no row goes",
+    "length_config": "for each layer the share of a row's tokens that it keeps (NaN and more than 1 drop nothing, a "
+    "share that rises counts as the smallest before it)",
+    "length_mass": "for each layer the share of the attention that goes to the tokens it keeps, as few of each row as "
+    "it takes",
+}
+OUTPUTS = {
+    "exit_layer": "the layer after which each row left",
+    "kept_tokens": "how many tokens of each row every layer kept",
+    "exit_logits": "every exit's answer, NaN where a row had left",
+}
+OUTPUTS |= dict.fromkeys(("exit_start_logits", "exit_end_logits"), OUTPUTS["exit_logits"])
+
+
+def _listed(names: list[str], meanings: dict[str, str], **values: str) -> str:
+    known = {name: f" ({meanings[name].format(**values)})" if name in meanings else "" for name in names}
+    return ", ".join(f"`{name}`{meaning}" for name, meaning in known.items())
 
 
 def card_notes(report: dict[str, Any]) -> str:
     """The section of the card, from the export's report."""
-    policy, plain = report["policy"], "exit" in report
-    outputs = (
-        "as the transformers model does, at the exit after layer {exit}".format(**report)
-        if plain
-        else (
-            "the row's answer, `exit_layer` (rows) and every exit's answer (`exit_logits`), NaN where a row had left"
-        )
-    )
+    policy = (report["policy"] or {}).get("name", "")
+    number = "count" if policy in ("patience", "voting") else "number"
+    first = next(iter(report["files"].values()))  # the others have the same names
+    given = [name for name in first["inputs"] if name in INPUTS]
+    outputs = _listed(first["outputs"], OUTPUTS)
     return NOTES.format(
         files="\n".join(f"- `onnx/{name}.onnx`: {summary(result)}." for name, result in report["files"].items()),
-        outputs=outputs,
-        inputs="" if plain else INPUTS.format(policy=policy["name"] if policy else "none"),
+        tokens=_listed([name for name in first["inputs"] if name not in INPUTS], {}),
+        outputs=PLAIN.format("`, `".join(first["outputs"]), report["exit"]) if "exit" in report else outputs,
+        defaults=DEFAULTS.format(_listed(given, INPUTS, policy=policy, number=number)) if given else "",
         onnxruntime=report["requires"]["onnxruntime"],
     )
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,11 +48,17 @@ class Checkpoint:
     def max_tokens(self) -> int:
         """The longest input, in tokens: what the position table and the tokenizer's own settings allow."""
         positions = self.config.max_position_embeddings - self.config.position_offset
-        settings = self.folder / "tokenizer_config.json"
-        longest = (
-            json.loads(settings.read_text(encoding="utf-8")).get("model_max_length") if settings.exists() else None
-        )
+        longest = self._tokenizer_settings().get("model_max_length")
         return min(positions, int(longest)) if longest else positions
+
+    @property
+    def truncation_side(self) -> str:
+        """Where the tokenizer cuts what is longer."""
+        return self._tokenizer_settings().get("truncation_side", "right")
+
+    def _tokenizer_settings(self) -> dict[str, Any]:
+        settings = self.folder / "tokenizer_config.json"
+        return json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
 
     def files(self) -> list[Path]:
         """The files that travel into the artefact."""

@@ -67,7 +67,7 @@ class Layout:
     longest: str  # scalar
     columns: str  # (longest,) 0, 1, 2, ...
     inside: str  # (rows, longest) booleans, true at tokens
-    slots: str  # (rows, longest) place of the token of each slot; 0 where there is none
+    parts: tuple[str, ...]  # 3 x (longest, rows) places of query, key and value of each slot; a token has three
     tokens: str  # (tokens,) slot of each token, counted through all rows
     mask: str  # (rows, 1, 1, longest) 0 at real tokens, minus infinity elsewhere
 
@@ -78,7 +78,8 @@ def starts_of(graph: GraphBuilder, lengths: str) -> str:
 
 
 def slots_of(graph: GraphBuilder, lengths: str) -> tuple[str, str, str, str]:
-    """The first four of `Layout`, of rows with these lengths (at least one row)."""
+    """The first three of `Layout`, and (rows, longest) the place of the token of each slot, 0 where there is none; of
+    rows with these lengths (at least one row)."""
     longest = graph.op("ReduceMax", lengths, keepdims=0)
     columns = graph.op("Range", graph.constant(0, np.int64), longest, graph.constant(1, np.int64))
     inside = graph.op("Less", columns, graph.op("Unsqueeze", lengths, graph.integers(1)))  # (rows, longest)
@@ -92,7 +93,9 @@ def layout_of(graph: GraphBuilder, lengths: str) -> Layout:
     flat = graph.op("NonZero", graph.op("Reshape", inside, graph.integers(-1)))
     tokens = graph.op("Squeeze", flat, graph.integers(0))
     mask = graph.op("Where", inside, graph.constant(0, np.float32), graph.constant(-np.inf, np.float32))
-    return Layout(longest, columns, inside, slots, tokens, graph.op("Unsqueeze", mask, graph.integers(1, 2)))
+    first = graph.op("Mul", graph.op("Transpose", slots, perm=[1, 0]), graph.constant(3, np.int64))
+    parts = (first, *(graph.op("Add", first, graph.constant(part, np.int64)) for part in (1, 2)))
+    return Layout(longest, columns, inside, parts, tokens, graph.op("Unsqueeze", mask, graph.integers(1, 2)))
 
 
 def embeddings(graph: GraphBuilder, weights: Weights, positions: str, ids: str, types: str | None = None) -> str:
@@ -146,13 +149,14 @@ def attention(
     biases[0] = biases[0] * np.float32(head**-0.5)
     projected = weights.product(graph, inside.hidden, *names, scale=head**-0.5, norm=norm_before(layer))
     projected = graph.op("Add", projected, graph.initializer("+".join(names) + ".bias", np.concatenate(biases)))
-    padded = graph.op("Gather", projected, layout.slots)  # (rows, longest, 3 heads head)
-    padded = graph.op("Reshape", padded, graph.integers(0, 0, 3, heads, head))
-    padded = graph.op("Transpose", padded, perm=[2, 0, 3, 1, 4])  # (3, rows, heads, longest, head)
-    query, key, value = (graph.op("Gather", padded, graph.constant(part, np.int64)) for part in range(3))
-    scores = graph.contrib("FusedMatMul", query, key, transB=1)  # (rows, heads, longest, longest)
-    probabilities = graph.op("Softmax", graph.op("Add", scores, layout.mask), axis=-1)
-    context = graph.op("Transpose", graph.op("MatMul", probabilities, value), perm=[0, 2, 1, 3])
+    projected = graph.op("Reshape", projected, graph.integers(-1, heads, head))  # (3 tokens, heads, head)
+    # each (longest, rows, heads, head): the products move the first axis to where they need it, without a copy
+    query, key, value = (graph.op("Gather", projected, places) for places in layout.parts)
+    scores = graph.contrib("FusedMatMul", query, key, transB=1, transBatchA=1, transBatchB=1)
+    scores = graph.op("Add", scores, layout.mask)  # (rows, heads, longest, longest)
+    probabilities = graph.op("Softmax", scores, axis=-1)
+    context = graph.contrib("FusedMatMul", probabilities, value, transBatchB=1)
+    context = graph.op("Transpose", context, perm=[0, 2, 1, 3])
     context = graph.op("Reshape", context, graph.integers(-1, heads * head))
     tokens = layout.tokens
     if lengths is not None:

@@ -162,7 +162,8 @@ def write_all(
     if points is not None and plain is None:
         points.save(folder)
     expected = references(checkpoint, task, config.exit_layers if plain is None else [plain])
-    tokenizer = load_tokenizer(options.checkpoint / "tokenizer.json", checkpoint.max_tokens, task.problem_type)
+    reads = checkpoint.max_tokens, task.problem_type, checkpoint.truncation_side
+    tokenizer = load_tokenizer(options.checkpoint / "tokenizer.json", *reads)
     rows = sample_rows(checkpoint, task, sample, tokenizer)
     ranges = input_ranges(checkpoint, rows) if options.activations == "static" else None
     products = {}
@@ -230,18 +231,21 @@ def write_graph(
     points: OperatingPoints | None,
     file: Path,
 ) -> dict[str, Any]:
-    """One ONNX file with its metadata; what its matrix products are."""
+    """One ONNX file with its metadata; what its matrix products are, and what goes in and comes out."""
     config = checkpoint.config if plain is None else cut_config(checkpoint.config, plain)
     if plain is None:
         model = build_graph(config, checkpoint.tensors, task, arithmetic)
     else:
         model = build_plain_graph(config, checkpoint.tensors, task, arithmetic, plain)
-    entries = metadata(config, task, checkpoint.max_tokens, versions(), REQUIRES, plain)
+    reads = {"max_tokens": checkpoint.max_tokens, "truncation_side": checkpoint.truncation_side}
+    entries = metadata(config, task, reads, versions(), REQUIRES, plain)
     if points is not None and plain is None:
         entries["elastic_operating_points"] = json.dumps(points.to_dict())
     onnx.helper.set_model_props(model.proto, entries)
     model.save(file)
-    return matrix_products(model)
+    graph = model.proto.graph
+    names = {"inputs": [one.name for one in graph.input], "outputs": [one.name for one in graph.output]}
+    return {**matrix_products(model), **names}
 
 
 def sample_rows(checkpoint: Checkpoint, task: Task, sample: Sample | None, tokenizer: Tokenizer) -> list[Any]:

@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from benchmarks.load import threads_alike
 from benchmarks.systems import era_rows
 from elastic_model import ElasticBertForSequenceClassification
 from export.config import ExportOptions
@@ -43,6 +45,21 @@ def test_a_run_that_was_cut_off_goes_on(tiny_config, tiny_tokenizer, tmp_path):
     assert other.returncode == 2 and "holds answers to other test rows" in other.stderr
     other = subprocess.run([*command, "--max_length", "30"], capture_output=True, text=True, cwd=ROOT)
     assert other.returncode == 2 and "holds answers of another max_length" in other.stderr
+
+
+def test_a_thread_that_fails_is_no_good_answer():
+    """What it raised was lost with it."""
+
+    class Failing:
+        layers = 4
+
+        def __call__(self, texts, **options):
+            if threading.current_thread() is not threading.main_thread():
+                raise RuntimeError("lost")
+            return [{"label": "a", "exit_layer": 4}] * len(texts)
+
+    with pytest.raises(RuntimeError, match="lost"):
+        threads_alike(Failing(), ["a"] * 200, minutes=0.001)
 
 
 @pytest.mark.slow

@@ -1,6 +1,10 @@
 """Every kind of artefact from end to end: heads, plain and stock files, defaults at a point, ways to compute."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -26,6 +30,7 @@ from tests.export.test_graph import VARIANTS
 TEXTS = ["A treaty of commerce was signed in the spring.", "Our people are strong.", "The debt has been reduced."]
 INT8 = "model_quint8_avx2"
 SLOW = pytest.mark.slow
+PATH = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 CONTEXT = "The mails reach every county of the western States. " * 12 + "A treaty was signed in the spring."
 
 
@@ -48,6 +53,43 @@ def exported(checkpoint, **options):
     out = checkpoint.parent / "out"
     report = export_checkpoint(ExportOptions(checkpoint, out, **{"files": [INT8], **options}))
     return out, report
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (ElasticBertForSequenceClassification, {}),
+        (ElasticBertForSequenceClassification, {"exit": 2}),
+        (ElasticBertForTokenClassification, {}),
+        (ElasticBertForQuestionAnswering, {}),
+        (ElasticBertModel, {}),
+    ],
+)
+def test_a_card_says_what_its_file_has_and_how_to_ask_it(checkpoint_of, kind, options):
+    """It named inputs and outputs of other kinds, and its code gave a question's model a text."""
+    out, report = exported(checkpoint_of(kind)[1], **options)
+    card = (out / "README.md").read_text()
+    session = ElasticSession.from_pretrained(out, "model", threads=1)
+    first = report["files"]["model"]
+    assert set(first["inputs"]) == session.inputs and first["outputs"] == session.outputs
+    assert all(f"`{name}`" in card for name in (*session.inputs, *session.outputs))
+    every = ("exit_threshold", "max_layer", "length_config", "length_mass", "exit_logits", "kept_tokens", "exit_layer")
+    absent = set(every) - session.inputs - set(session.outputs)
+    assert not [name for name in absent if f"`{name}`" in card.partition("## ONNX files")[2]]
+    code = card.partition("Without torch")[2].split("```")[1].removeprefix("python")
+    done = subprocess.run([sys.executable, "-c", code], cwd=out, env=PATH, capture_output=True, text=True)
+    assert "exit_layer" in done.stdout, done.stderr
+
+
+def test_a_text_is_cut_where_the_tokenizer_cuts_it(checkpoint_of):
+    """Sessions read the beginning of a long text, whatever fine-tuning had read."""
+    model, checkpoint = checkpoint_of()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, truncation_side="left")
+    tokenizer.save_pretrained(checkpoint)
+    text = " ".join(TEXTS * 20)
+    batch = tokenizer(text, truncation=True, max_length=64, return_tensors="pt")
+    (encoding,) = ElasticSession.from_pretrained(exported(checkpoint)[0], "model", threads=1).encode(text)
+    assert encoding.ids == batch["input_ids"][0].tolist() != tokenizer(text)["input_ids"][:64]
 
 
 def test_words_get_a_tag_each(checkpoint_of):
