@@ -25,8 +25,8 @@ class OperatingPoint:
     quality: {"metric", "value", "low", "high", "split"}, value and interval as fractions of 1. latency_ms: {"value",
     "batch", "threads", "machine"}. flops: mean FLOPs per row on its real tokens, a multiply-add counted as two;
     padded_flops: were every row padded to the maximum length, as Kim and Cho (2021) count. length_config: a share per
-    layer, {"mass": [...]} where rows choose themselves, None = all tokens. calibration: what a
-    calibrated point promises (`finetune.calibrate` writes it).
+    layer, {"mass": [...]} where rows choose themselves, None = all tokens. calibration: what a calibrated point
+    promises (`finetune.calibrate` writes it), and `full_quality`, full depth's on the rows that it was measured on.
     """
 
     name: str
@@ -47,6 +47,7 @@ class OperatingPoint:
             )
         for name, measured in (("quality", self.quality), ("latency_ms", self.latency_ms)):
             numbers = [measured.get(key) for key in ("value", "low", "high")] if measured else [0.0]
+            numbers += [(self.calibration or {}).get("full_quality")]
             if not all(
                 isinstance(value, int | float) and math.isfinite(value) for value in numbers if value is not None
             ):
@@ -228,9 +229,13 @@ class OperatingPoints:
             )
         return points
 
-    @staticmethod
-    def _quality(point: OperatingPoint) -> float:
-        return float(point.quality["value"]) if point.quality else -math.inf
+    def _quality(self, point: OperatingPoint) -> float:
+        """As far below the table's full depth as it was below full depth on its own rows."""
+        if not point.quality:
+            return -math.inf
+        here, there = self.full().quality, (point.calibration or {}).get("full_quality")
+        other = float(here["value"]) - there if here and there is not None and point is not self.full() else 0.0
+        return float(point.quality["value"]) + other
 
 
 def checkpoint_hash(folder: Path | str) -> str:

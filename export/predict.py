@@ -60,14 +60,14 @@ def show_progress(done: int, total: int) -> None:
     print(f"\r{done} of {total} texts", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
-def read_budget(text: str | None) -> str | dict[str, float] | None:
+def read_budget(text: str | None, flag: str = "--budget") -> str | dict[str, float] | None:
     """A budget as the session takes it: `speedup=4` becomes a mapping, anything else is a point's name."""
     name, equals, value = (text or "").partition("=")
     if not equals:
         return text
     if name not in BUDGETS:
-        raise ValueError(f"--budget {text}: allowed are a point's name or one of {', '.join(BUDGETS)} with =NUMBER")
+        raise ValueError(f"{flag} {text}: allowed are a point's name or one of {', '.join(BUDGETS)} with =NUMBER")
     try:
         return {name: float(value)}
     except ValueError:
-        raise ValueError(f"--budget {text}: {value!r} is not a number") from None
+        raise ValueError(f"{flag} {text}: {value!r} is not a number") from None

@@ -62,7 +62,8 @@ def _columns(file: Path, lines: list[str], text: str, pair: str | None) -> list[
         if len(cells) != len(header):
             raise ValueError(f"{file}, line {number}: {len(cells)} cells under {len(header)} columns")
         found = [cells[header.index(name)] for name in (text, pair) if name is not None]
-        if not all(cell.strip() for cell in found):
-            raise ValueError(f"{file}, line {number}: an empty text; leave such lines out")
+        for name, cell in zip((text, pair), found, strict=False):
+            if not cell.strip():
+                raise ValueError(f"{file}, line {number}: nothing in the column {name!r}; leave such lines out")
         texts.append(found[0] if pair is None else (found[0], found[1]))
     return texts

@@ -317,7 +317,7 @@ def apply_point(config: ElasticBertConfig, points: OperatingPoints | None, at: s
     """Make an operating point the configuration's default."""
     if points is None:
         raise ValueError(f"--at {at}: the checkpoint has no {FILE}; measure some first (python -m finetune search)")
-    budget = read_budget(at)
+    budget = read_budget(at, "--at")
     assert budget is not None
     config.exit_policy, config.length_config = points.at(budget)
 

@@ -311,7 +311,7 @@ def chosen_on(
 ) -> str | None:
     """What to say of rows that an earlier stage of the checkpoint was trained or chosen on; None of others.
 
-    A stage has noted its rows as it read them, cut at its own length.
+    A stage has noted its rows as it read them, cut at its own length; those of test training only reports.
     """
     if not labelled:
         return None
@@ -322,7 +322,8 @@ def chosen_on(
         if length not in known:
             known[length] = rows_hash(read_rows(replace(options, max_length=length), config, tokenizer).encoded)
         read = known[length]
-        if any(data.sha256 == read or (data.name, data.split) == (options.task, split) for data in stage.data):
+        chose = [data for data in stage.data if data.split != "test"]
+        if any(data.sha256 == read or (data.name, data.split) == (options.task, split) for data in chose):
             return (
                 f"the stage {stage.stage!r} of this checkpoint was trained or chosen on these rows ({split}): the "
                 "guarantee is for rows that chose nothing (another --split, other files, --texts)"
@@ -340,12 +341,17 @@ def save(
 ) -> OperatingPoints:
     """Put the calibrated point among the others, which are returned; a checkpoint takes its policy as its default.
 
-    A table has one policy: points of another are left out. Its costs are of the same rows: of the table's full depth
-    the calibrated point costs the share that it cost of `full`, full depth on the calibration rows; where the table
-    has none, `full` is put into it.
+    A table has one policy: points of another are left out, and said. Its costs are of the same rows: of the table's
+    full depth the calibrated point costs the share that it cost of `full`, full depth on the calibration rows, whose
+    quality it notes; where the table has none, `full` is put into it.
     """
     same = not points.policy or policy_kind(points.policy) == policy_kind(policy)
     others = [one for one in points.points if one.name != NAME] if same else []
+    if points.points and not same:
+        left = ", ".join(one.name for one in points.points)
+        print(f"{folder / FILE}: its points ({left}) are of the policy {points.policy['name']!r}, and left out")
+    if full.quality:
+        point = replace(point, calibration={**(point.calibration or {}), "full_quality": full.quality["value"]})
     there = next((one for one in others if one.name == FULL), None)
     if there is None:
         others = [full, *others]

@@ -14,6 +14,7 @@ OWN_HELP = (
     "of your own files (.tsv, .csv, .jsonl; .conll for tags, .json for SQuAD; also compressed), or its name in the"
     " --dataset"
 )
+OWN_CHECKPOINT = "task checkpoint that `python -m finetune` wrote"
 
 
 @dataclass(kw_only=True)
@@ -216,6 +217,8 @@ class ElastifyOptions(SubnetworkOptions):
 class EvaluateOptions(TaskOptions):
     """Quality of a task checkpoint at every exit and over a sweep of exit thresholds."""
 
+    model: str = option(help=OWN_CHECKPOINT, positional=True)
+
     split: Literal["train", "dev", "test"] = option("dev", help="which split")
     rows: int | None = option(None, help="rows of the split, a random subset (default: all)")
     exit_policy: str | None = option(None, help="exit policy to sweep (default: the checkpoint's, else as in train)")
@@ -259,6 +262,8 @@ class CalibrateOptions(TaskOptions):
 @dataclass(kw_only=True)
 class SearchOptions(TaskOptions):
     """Search the best length configurations and exit thresholds at every cost; they become operating points."""
+
+    model: str = option(help=OWN_CHECKPOINT, positional=True)
 
     split: Literal["train", "dev", "test"] = option("dev", help="which split to search on")
     rows: int = option(500, help="rows of the split to search on, a random subset; points are measured on all")

@@ -29,7 +29,7 @@ from finetune.figures import plot_exits
 from finetune.kinds import KINDS, problem_type_of
 from finetune.prepare import FAMILIES, check_length, configured, rows_hash, weight_files
 from finetune.recipe import INNER_EXITS, SANDWICH, Phase
-from finetune.run import Run, check_numbers, start_accelerator
+from finetune.run import Run, check_numbers, check_read, start_accelerator
 from finetune.state import Progress
 from finetune.tasks import ProblemType
 from finetune.teacher import ask, check_name, final_logits, load_stock
@@ -191,6 +191,9 @@ def prepare(options: ElastifyOptions, accelerator: Accelerator) -> ElastifyRun:
     """Everything read and checked; nothing is written yet."""
     phases = phases_of(options)
     check_numbers(options, phases)
+    check_read(options, phases)
+    if not options.train_backbone and options.backbone_learning_rate != ElastifyOptions.backbone_learning_rate:
+        raise ValueError("backbone_learning_rate would do nothing: without --train_backbone the backbone is frozen")
     if not 0 < options.backbone_learning_rate < math.inf:
         raise ValueError(f"backbone_learning_rate must be above 0, got {options.backbone_learning_rate:g}")
     check_replaceable(Path(options.output), options.model, options.texts, options.dev)
@@ -290,7 +293,8 @@ def _write(run: ElastifyRun, progress: Progress) -> None:
         _record(run, folder, exits)
     shutil.rmtree(run.folder)
     print(text, f"checkpoint of update {progress.best_update}: {options.output}", sep="\n\n")
-    print(f"next, exit thresholds: python -m finetune calibrate --model {options.output} --texts ...")
+    rows = "--dev FILE (labelled)" if run.problem_type == "token_classification" else "--texts FILE"
+    print(f"next, exit thresholds: python -m finetune calibrate {options.output} {rows} --max_disagreement 0.05")
 
 
 def _record(run: ElastifyRun, folder: Path, exits: dict[int, dict[str, float]]) -> None:

@@ -139,7 +139,9 @@ def labels_of_model(options: TaskOptions, task: Task, config: Any) -> Labels:
 
 
 def draw_rows(count: int, rows: int | None, seed: int) -> list[int]:
-    """A random subset of the places of `count` rows, in their order; None: all."""
+    """A random subset of the places of `count` rows, in their order; None: all. ValueError for none at all."""
+    if rows is not None and rows < 1:
+        raise ValueError(f"rows to draw (--train_rows, --rows) must be at least 1, got {rows}")
     if rows is None or rows >= count:
         return list(range(count))
     return sorted(random.Random(seed).sample(range(count), rows))

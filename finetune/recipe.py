@@ -243,12 +243,13 @@ def _one(options: LoopOptions) -> int:
 @dataclass(frozen=True)
 class Phase:
     """A stretch of training: its losses per update, which parameters it trains, how many backward passes they are,
-    its peak learning rate where that is not the run's."""
+    its peak learning rate where that is not the run's, and which options it alone reads."""
 
     objective: Objective
     trains: Callable[[str, ElasticBertConfig], bool] = everything
     passes: Callable[[LoopOptions], int] = _one
     learning_rate: float | None = None
+    reads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -260,8 +261,10 @@ class Recipe:
     exit_policy: str | None = None
 
 
-SANDWICH = Phase(sandwich, passes=lambda options: 2 + options.sampled)
-INNER_EXITS = Phase(distil_exits, inner_exits)
+OF_SUBNETWORKS = ("length_drop", "layer_drop", "sampled", "sandwich_rule")
+OF_DISTILLATION = ("distillation", "temperature")
+SANDWICH = Phase(sandwich, passes=lambda options: 2 + options.sampled, reads=(*OF_SUBNETWORKS, *OF_DISTILLATION))
+INNER_EXITS = Phase(distil_exits, inner_exits, reads=OF_DISTILLATION)
 
 RECIPES: dict[str, Recipe] = {
     "joint": Recipe((Phase(joint),)),

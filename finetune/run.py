@@ -3,8 +3,8 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -19,7 +19,7 @@ from elastic_model import distributed
 from elastic_model.folders import check_replaceable
 from elastic_model.jobs import flat
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
-from finetune.config import LabelledOptions, LoopOptions, TrainOptions
+from finetune.config import LabelledOptions, LoopOptions, SubnetworkOptions, TrainOptions
 from finetune.data import Encoded, encode, shuffled_batches
 from finetune.evaluate import exit_logits, quality
 from finetune.examples import Examples, read_examples
@@ -37,7 +37,7 @@ from finetune.prepare import (
     settings_of,
     some_rows,
 )
-from finetune.recipe import Phase, find_recipe
+from finetune.recipe import OF_DISTILLATION, OF_SUBNETWORKS, Phase, find_recipe
 from finetune.tasks import Task
 from finetune.teacher import ask, check_tokenizer, final_logits, label_order, load_stock
 
@@ -216,6 +216,21 @@ def check_numbers(options: LoopOptions, phases: tuple[Phase, ...]) -> None:
         )
 
 
+def check_read(options: SubnetworkOptions, phases: Sequence[Phase]) -> None:
+    """ValueError for an option that was given though none of the phases that run reads it."""
+    of_students = ("hard_weight", *OF_DISTILLATION)
+    read = {name for phase in phases for name in phase.reads}
+    read |= set(of_students if getattr(options, "teacher", None) else ())
+    for one in fields(options):
+        given = getattr(options, one.name)
+        if one.name in (*OF_SUBNETWORKS, *of_students) and one.name not in read and given != one.default:
+            needs = "sub-networks" if one.name in OF_SUBNETWORKS else "what learns from another's answers"
+            raise ValueError(
+                f"{one.name} {given} would do nothing: it is for {needs}, and this run has none (train: --recipe "
+                "sandwich, --teacher; elastify: --train_backbone)"
+            )
+
+
 def _quality_on_dev(run: TaskRun) -> dict[int, dict[str, float]]:
     dev = run.splits["dev"]
     logits = exit_logits(run.model, dev, run.tokenizer, run.options.eval_batch_size, run.accelerator)
@@ -279,10 +294,11 @@ def prepare(
     models = (options.teacher, getattr(options, "student", None))
     check_replaceable(Path(options.output), *options.sources, *models)
     task, tokenizer = chosen_task(options), load_tokenizer(Path(options.model))
-    train = some_rows(read_examples(task, "train"), options.train_rows, options.seed)
+    every = read_examples(task, "train")
+    labels = labels_of_training(options, task, every)
+    train = some_rows(every, options.train_rows, options.seed)
     if len(train) < options.batch_size:
         raise ValueError(f"the train split has {len(train)} rows, fewer than a batch ({options.batch_size})")
-    labels = labels_of_training(options, task, train)
     check_policy(options, labels)
     if options.metric:
         labels = _decided_by(options.metric, labels)
@@ -297,6 +313,8 @@ def prepare(
             f"recipe {options.recipe!r} has a phase for the exits below the last, of which this model has none (exits "
             f"{model.config.exit_layers}): choose recipe joint"
         )
+    if isinstance(options, SubnetworkOptions):
+        check_read(options, run)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer of {options.model} has {len(tokenizer)} tokens, its model {model.config.vocab_size}"

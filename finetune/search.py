@@ -20,7 +20,7 @@ from elastic_model.cost import exit_flops
 from elastic_model.distributed import working_together_in
 from elastic_model.exit_policies import sweep
 from elastic_model.folders import LOCK, MARKER, check_replaceable, empty_folder, new_file
-from elastic_model.operating_points import FILE, OperatingPoint, OperatingPoints, checkpoint_hash
+from elastic_model.operating_points import FILE, FULL, OperatingPoint, OperatingPoints, checkpoint_hash
 from elastic_model.provenance import file_hash
 from elastic_model.session import ElasticSession
 from finetune.by_row import FIT_ROWS, by_row, explore_by_row, fit_share
@@ -50,6 +50,7 @@ from finetune.tasks import Task
 RESULT = "search.json"
 LIKE_FULL = 1e-9  # qualities this close are equal
 FEWEST = 16  # rows on a rung
+SPEEDUP = "speedup-"  # begins the name of a point that stands for its cost
 BY_ROW = "-by-row"  # ends the name of a point whose rows choose their own lengths
 
 
@@ -68,7 +69,7 @@ def chosen(search: Search) -> dict[str, Found]:
     costs = np.log([one.cost for one in front])
     for target in np.linspace(costs[0], costs[-1], count):
         one = front[int(np.abs(costs - target).argmin())]
-        named.setdefault(f"speedup-{full.cost / one.cost:.2f}", one)
+        named.setdefault(f"{SPEEDUP}{full.cost / one.cost:.2f}", one)
     unique: dict[tuple[Lengths, int], str] = {}
     for name, one in named.items():
         unique.setdefault((one.lengths, one.setting), name)
@@ -101,8 +102,27 @@ def operating_points(search: Search, encoded: Encoded, weights: str) -> Operatin
             points += points_by_row(search, encoded, steps, group, known)
     order = [*named, *(f"{name}{BY_ROW}" for name in named)]
     points.sort(key=lambda point: order.index(point.name))
+    points = named_as_measured(points)
     policy = search.policies[named.get("lossless", named["full"]).setting]
     return OperatingPoints(weights, policy, points)
+
+
+def named_as_measured(points: list[OperatingPoint]) -> list[OperatingPoint]:
+    """The speed-ups in names are those that were measured, no longer those that chose; in milliseconds where every
+    point has them. A point whose rows choose their lengths keeps the name of the one that it stands beside."""
+
+    def cost(point: OperatingPoint) -> float:
+        return float(point.latency_ms["value"] if point.latency_ms else point.flops or 0.0)
+
+    full = next(point for point in points if point.name == FULL)
+    names: dict[str, str] = {}
+    for point in points:
+        if point.name.startswith(SPEEDUP) and not point.name.endswith(BY_ROW):
+            name = f"{SPEEDUP}{cost(full) / cost(point):.2f}"
+            others = [one for one in names.values() if one.partition("#")[0] == name]
+            names[point.name] = f"{name}#{len(others) + 1}" if others else name
+    found = [(point, point.name.removesuffix(BY_ROW)) for point in points]
+    return [replace(point, name=point.name.replace(name, names.get(name, name))) for point, name in found]
 
 
 def measured_point(

@@ -50,6 +50,9 @@ def label_order(name: str, names: list[str], problem_type: str) -> list[int] | N
     """
     check_name(name)
     config = AutoConfig.from_pretrained(name)
+    stated = getattr(config, "problem_type", None)  # of classifiers alone, and not of all
+    if stated and problem_type not in MODELS and stated != problem_type:
+        raise ValueError(f"teacher {name} is a model for {stated}, the task is {problem_type}")
     if problem_type == "question_answering":
         return None
     theirs = [str(config.id2label[number]) for number in range(config.num_labels)]
@@ -69,7 +72,11 @@ def label_order(name: str, names: list[str], problem_type: str) -> list[int] | N
 
 def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """ValueError where a model that must read the same tokens cuts texts into others."""
-    if AutoTokenizer.from_pretrained(name).get_vocab() != tokenizer.get_vocab():
+    try:
+        vocabulary = AutoTokenizer.from_pretrained(name).get_vocab()
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{name} has no tokenizer that loads ({str(error).splitlines()[0]})") from error
+    if vocabulary != tokenizer.get_vocab():
         raise ValueError(
             f"{name} has another vocabulary: a student, and a teacher that answers per token, must share the tokenizer"
         )

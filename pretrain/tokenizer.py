@@ -45,7 +45,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved in `folder`; ValueError for one without the special tokens that pre-training needs."""
     if not folder.is_dir():
         raise ValueError(f"tokenizer folder {folder} does not exist")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} has no tokenizer that loads ({str(error).splitlines()[0]})") from error
     for name in ("cls_token", "sep_token", "mask_token", "pad_token"):
         if getattr(tokenizer, name) is None:
             raise ValueError(f"the tokenizer in {folder} has no {name}: pre-training needs cls, sep, mask and pad")

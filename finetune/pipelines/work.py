@@ -81,10 +81,11 @@ def begin(options: OperatorOptions, root: Path, letters: str) -> Work:
     weight_files(folder)
     _check_targets(options, letters)
     task, tokenizer = chosen_task(options), load_tokenizer(folder)
-    train = some_rows(read_examples(task, "train"), options.train_rows, options.seed)
+    every = read_examples(task, "train")
+    labels = labels_of_training(training, task, every)
+    train = some_rows(every, options.train_rows, options.seed)
     if len(train) < options.batch_size:
         raise ValueError(f"the train split has {len(train)} rows, fewer than a batch ({options.batch_size})")
-    labels = labels_of_training(training, task, train)
     examples = {"train": train, "dev": read_examples(task, "dev")}
     encoded = {
         split: encode_split(rows, split, task, labels, tokenizer, options.max_length)

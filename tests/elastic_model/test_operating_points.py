@@ -56,6 +56,19 @@ def test_a_budget_that_cannot_be_met_says_why(points, budget, says):
         points.at(budget)
 
 
+def test_a_drop_is_counted_on_the_rows_of_the_point(points):
+    """A calibrated point is measured on other rows than the table: easier ones made a loss a gain."""
+    harder = replace(point("calibrated", 1, 0.80), calibration={"full_quality": 0.804})
+    easier = replace(point("calibrated", 1, 0.91), calibration={"full_quality": 0.95})
+    with_harder, with_easier = (replace(points, points=[*points.points, one]) for one in (harder, easier))
+    assert with_harder.at(max_drop=0.5).name == "calibrated" and with_easier.at(max_drop=0.5).name == "half"
+    assert with_easier.at(max_drop=4.5).name == "calibrated" and with_easier.at(max_drop=0).name == "full"
+    alone = OperatingPoints("", {"name": "entropy"}, [easier])
+    assert alone.at(max_drop=0).name == "calibrated"
+    with pytest.raises(ValueError, match="quality must be finite"):
+        replace(harder, calibration={"full_quality": "much"})
+
+
 def test_a_point_unpacks_into_what_a_model_takes(points):
     policy, lengths = points.at(speedup=4)
     assert (policy, lengths) == ({"name": "entropy", "threshold": [0.1] * 4}, None)

@@ -252,7 +252,7 @@ def test_the_commands_end_to_end(tiny_checkpoint, tmp_path, run_export):
     [
         ("rows.tsv", b"body\tlabel\nx\ty\n", "no column 'text'; its columns are body, label"),
         ("rows.tsv", b"text\tlabel\nx\n", "line 2: 1 cells under 2 columns"),
-        ("rows.tsv", b"text\tlabel\nx\ty\n \ty\n", "line 3: an empty text"),
+        ("rows.tsv", b"text\tlabel\nx\ty\n \ty\n", "line 3: nothing in the column 'text'"),
         ("rows.txt", b"\xff\xfe\n", "not a readable text file in UTF-8"),
         ("rows.txt", b"\n\n", "has no texts"),
         ("rows.txt", b"one\n\ntwo\n", "line 2: an empty text; leave such lines out"),  # answers were shifted

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoTokenizer
 
 from elastic_model import ElasticBertForSequenceClassification, ElasticSession
 from elastic_model.arguments import run
 from elastic_model.operating_points import FILE, OperatingPoints
 from export.__main__ import export
 from finetune.__main__ import _command
-from finetune.calibrate import _check, calibrate
+from finetune.calibrate import _check, calibrate, chosen_on
 from finetune.config import CalibrateOptions
 from tests.export.graphs import lively
 
@@ -193,6 +194,28 @@ def test_rows_that_chose_the_checkpoint_are_told(trained, tmp_path, capsys):
         CalibrateOptions(model=str(tmp_path / "exported"), dev=trained.dev, **own)
     )  # reads longer rows than train
     assert "warning: the stage 'finetune' of this checkpoint was trained or chosen on" in capsys.readouterr().out
+
+
+def test_points_of_another_policy_are_left_out_aloud(checkpoint, small_task, texts, capsys):
+    own = {"dev": None, "text": None, "label": None, "texts": str(texts)}
+    calibrate(options_of(checkpoint, small_task, **own, exit_policy="entropy"))
+    assert "left out" not in capsys.readouterr().out
+    calibrate(options_of(checkpoint, small_task, **own, exit_policy="confidence"))
+    assert "its points (full, calibrated) are of the policy 'entropy', and left out" in capsys.readouterr().out
+
+
+def test_rows_that_training_only_reported_are_free(trained, tmp_path):
+    """The warning said that they had trained or chosen the checkpoint."""
+    folder = shutil.copytree(trained.output, tmp_path / "checkpoint")
+    record = json.loads((folder / "provenance.json").read_text())
+    (stage,) = record["stages"]
+    stage["data"] = [{**data, "split": "test"} for data in stage["data"] if data["split"] == "dev"]
+    own = {"text": "text", "label": "label", "max_length": trained.max_length, "max_disagreement": 0.3}
+    options = CalibrateOptions(model=str(folder), dev=trained.dev, **own)
+    how = (folder, options, AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), True)
+    assert chosen_on(*how) is not None
+    (folder / "provenance.json").write_text(json.dumps(record))
+    assert chosen_on(*how) is None
 
 
 def test_rows_that_choose_their_own_lengths_are_refused_at_once(checkpoint, small_task):

@@ -34,7 +34,7 @@ from finetune.evolution import JOURNAL, read_journal
 from finetune.examples import read_examples
 from finetune.explore import explore, explore_batch, explore_graph
 from finetune.prepare import chosen_task
-from finetune.search import RESULT, guaranteed, load_served, prepare, search
+from finetune.search import RESULT, guaranteed, load_served, named_as_measured, prepare, search
 
 
 def test_configurations_never_rise():
@@ -49,6 +49,17 @@ def test_configurations_never_rise():
         assert all(after <= before for before, after in itertools.pairwise(child))
         check_length_config(shares(child), 12)
         population[draw.randrange(len(population))] = child
+
+
+def test_a_points_name_is_what_was_measured():
+    """Those of the searched rows stood in the names: speedup-1.83 was slower than full depth."""
+    costs = {"full": 12.0, "speedup-1.90": 6.0, "speedup-2.00": 6.0, "lossless": 5.0, "speedup-4.10": 3.0}
+    costs |= {"speedup-4.10-by-row": 2.9, "lossless-by-row": 5.0}
+    points = [OperatingPoint(name, [0.5], 1.0, flops=flops) for name, flops in costs.items()]
+    names = ["full", "speedup-2.00", "speedup-2.00#2", "lossless", "speedup-4.00", "speedup-4.00-by-row"]
+    assert [point.name for point in named_as_measured(points)] == [*names, "lossless-by-row"]
+    timed = [replace(point, latency_ms={"value": 2.0 if point.name == "full" else 1.0}) for point in points[::4]]
+    assert [point.name for point in named_as_measured(timed)] == ["full", "speedup-2.00"]
 
 
 def test_a_mutation_reaches_every_share_and_leaves_what_it_does_not_touch():
