@@ -139,10 +139,28 @@ def make_student(options: DistillOptions, labels: Labels, teacher: ElasticBertEx
         id2label=names,
         label2id={name: number for number, name in names.items()},
         problem_type=teacher.config.problem_type,
-        ignore_mismatched_sizes=True,  # a head of another task is not used
+        ignore_mismatched_sizes=True,  # a head of as many other labels is left to `_fit_heads`
         **settings,
     )
+    if problem_type_of(config) is not None:
+        _fit_heads(student, config, labels)
     return student
+
+
+def _fit_heads(student: ElasticBertExitModel, config: Any, labels: Labels) -> None:
+    """The heads that a student brings with it, `config` its own: their labels in the task's order; heads of another
+    task are drawn anew."""
+    ours, theirs = list(labels.names), [config.id2label[number] for number in range(config.num_labels)]
+    named = labels.problem_type not in ("regression", "question_answering")
+    same = problem_type_of(config) == labels.problem_type and (not named or sorted(ours) == sorted(theirs))
+    for layer in student.exit_layers:
+        head: Any = student.head_at(layer)
+        if not same:
+            nn.init.normal_(head.weight, std=student.config.initializer_range)
+            nn.init.zeros_(head.bias)
+        elif named:
+            order = [theirs.index(name) for name in ours]
+            head.load_state_dict({name: value[order] for name, value in head.state_dict().items()})
 
 
 def add_projections(student: ElasticBertExitModel, teacher: ElasticBertExitModel) -> None:

@@ -191,11 +191,11 @@ def prepare(options: ElastifyOptions, accelerator: Accelerator) -> ElastifyRun:
     """Everything read and checked; nothing is written yet."""
     phases = phases_of(options)
     check_numbers(options, phases)
+    if not 0 < options.backbone_learning_rate < math.inf:
+        raise ValueError(f"backbone_learning_rate must be above 0, got {options.backbone_learning_rate:g}")
     check_read(options, phases)
     if not options.train_backbone and options.backbone_learning_rate != ElastifyOptions.backbone_learning_rate:
         raise ValueError("backbone_learning_rate would do nothing: without --train_backbone the backbone is frozen")
-    if not 0 < options.backbone_learning_rate < math.inf:
-        raise ValueError(f"backbone_learning_rate must be above 0, got {options.backbone_learning_rate:g}")
     check_replaceable(Path(options.output), options.model, options.texts, options.dev)
     if not Path(options.texts).is_file():
         raise ValueError(f"texts {options.texts} is not a file")

@@ -9,9 +9,10 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from finetune.data import collate, inputs_of, sorted_batches
 from finetune.distill import load_teacher, settings_of_student, shallower, taught_by, write_student
 from finetune.recipe import NEVER, exits_of
 from finetune.run import TaskRun, prepare, start_accelerator
-from finetune.state import copy_weights
+from finetune.state import copy_weights, load_progress
 from finetune.train import run_to_the_end, start, was_finished
 from finetune.widths import Gates, Loss, importance, loss_on_labels, narrowed
 
@@ -40,10 +41,19 @@ REPEATS = 5  # of a timing; the fastest counts
 
 @dataclass(frozen=True)
 class Widths:
-    """How many heads and FFN neurons a layer keeps, on average where layers differ."""
+    """How many heads and FFN neurons each layer keeps; of layers that share them by importance the sums count."""
 
-    heads: int
-    neurons: int
+    heads: tuple[int, ...]
+    neurons: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: ElasticBertConfig) -> "Widths":
+        """A model's own."""
+        return cls(tuple(config.num_attention_heads_per_layer or ()), tuple(config.intermediate_size_per_layer or ()))
+
+    def __str__(self) -> str:
+        heads, neurons = (one[0] if len(set(one)) == 1 else list(one) for one in (self.heads, self.neurons))
+        return f"{heads} heads and {neurons} FFN neurons a layer"
 
 
 @dataclass(frozen=True)
@@ -56,8 +66,8 @@ class Kept:
     @classmethod
     def everything(cls, config: ElasticBertConfig) -> "Kept":
         """Nothing pruned yet."""
-        counts = (config.num_attention_heads_per_layer, config.intermediate_size_per_layer)
-        return cls(*([list(range(count)) for count in one or ()] for one in counts))
+        own = Widths.of(config)
+        return cls(*([list(range(count)) for count in one] for one in (own.heads, own.neurons)))
 
     def of(self, heads: list[list[int]], neurons: list[list[int]]) -> "Kept":
         """What is left when those places of what was left are kept."""
@@ -101,7 +111,8 @@ def loss_without_labels(model: ElasticBertExitModel, batch: Mapping[str, torch.T
 
 
 def _blocks(scores: Gates, size: int) -> list[tuple[float, int, list[int]]]:
-    """Every layer's places in blocks of `size`, the most important first: (importance, layer, places).
+    """Every layer's places in blocks of `size`, the most important first: (importance, layer, places). The least
+    important ones that fill no block are in none.
 
     Scores are normalised by layer (Molchanov et al. 2017): gradients of different layers have different scales.
     """
@@ -109,20 +120,22 @@ def _blocks(scores: Gates, size: int) -> list[tuple[float, int, list[int]]]:
     for layer, score in enumerate(scores):
         normal = (score / score.norm().clamp(min=1e-30)).tolist()
         order = sorted(range(len(normal)), key=lambda place: (-normal[place], place))
-        for first in range(0, len(order), size):
+        for first in range(0, len(order) - size + 1, size):
             places = order[first : first + size]
             blocks.append((sum(normal[place] for place in places) / len(places), layer, places))
     return blocks
 
 
-def best(scores: Gates, count: int, uneven: bool, multiple_of: int = 1) -> list[list[int]]:
-    """The places kept of each layer, in rising order: its `count` best; uneven: the best `count` x layers of all, but
-    at least one block of `multiple_of` a layer."""
-    if not uneven:
-        return [sorted(score.argsort(descending=True, stable=True)[:count].tolist()) for score in scores]
+def best(scores: Gates, counts: Sequence[int], uneven: bool, multiple_of: int = 1) -> list[list[int]]:
+    """The places kept of each layer, in rising order: its `counts` best; uneven: as many as these are together, the
+    best of all, but at least one block of `multiple_of` a layer."""
+    own = [len(score) for score in scores]
+    if not uneven or sum(counts) >= sum(own):
+        pairs = zip(scores, own if uneven else counts, strict=True)
+        return [sorted(score.argsort(descending=True, stable=True)[:count].tolist()) for score, count in pairs]
     blocks = sorted(_blocks(scores, multiple_of), key=lambda block: -block[0])
     first = {layer: next(block for block in blocks if block[1] == layer) for layer in range(len(scores))}
-    kept, left = list(first.values()), count * len(scores) - sum(len(block[2]) for block in first.values())
+    kept, left = list(first.values()), sum(counts) - sum(len(block[2]) for block in first.values())
     for block in blocks:
         if block is not first[block[1]] and len(block[2]) <= left:
             kept.append(block)
@@ -142,21 +155,25 @@ def schedule(before: Widths, after: Widths, rounds: int, multiple_of: int) -> li
     steps = []
     for number in range(1, rounds):
         heads, neurons = (
-            now + (then - now) * number / rounds
-            for now, then in ((before.heads, after.heads), (before.neurons, after.neurons))
+            [(now + (then - now) * number / rounds, then) for now, then in zip(*both, strict=True)]
+            for both in ((before.heads, after.heads), (before.neurons, after.neurons))
         )
-        steps.append(Widths(max(after.heads, round(heads)), max(after.neurons, _down_to(multiple_of, neurons))))
+        whole = tuple(max(then, round(count)) for count, then in heads)
+        steps.append(Widths(whole, tuple(max(then, _down_to(multiple_of, count)) for count, then in neurons)))
     return list(dict.fromkeys(one for one in [*steps, after] if one != before))
 
 
-def widths_of(config: ElasticBertConfig) -> Widths:
-    """The widths of a model: of a layer, on average and rounded down."""
-    heads, neurons = config.num_attention_heads_per_layer or (), config.intermediate_size_per_layer or ()
-    return Widths(sum(heads) // len(heads), sum(neurons) // len(neurons))
+def _spread(total: int, own: Sequence[int]) -> tuple[int, ...]:
+    """So many over the layers, in the proportions that they have."""
+    ends = [round(total * upto / sum(own)) for upto in accumulate(own)]
+    return tuple(end - begin for begin, end in pairwise([0, *ends]))
 
 
 def _at_share(share: float, before: Widths, multiple_of: int) -> Widths:
-    return Widths(max(1, round(share * before.heads)), _down_to(multiple_of, share * before.neurons))
+    return Widths(
+        tuple(max(1, round(share * own)) for own in before.heads),
+        tuple(_down_to(multiple_of, share * own) for own in before.neurons),
+    )
 
 
 @contextmanager
@@ -173,9 +190,7 @@ def one_thread() -> Iterator[None]:
 @torch.inference_mode()
 def milliseconds_at(model: ElasticBertExitModel, widths: Widths, tokens: int) -> float:
     """Of one row of `tokens` tokens at full depth, on one thread, were the model that wide."""
-    config = model.config  # a layer that is narrower already stays so
-    heads = [list(range(min(widths.heads, own))) for own in config.num_attention_heads_per_layer or ()]
-    neurons = [list(range(min(widths.neurons, own))) for own in config.intermediate_size_per_layer or ()]
+    heads, neurons = ([list(range(count)) for count in one] for one in (widths.heads, widths.neurons))
     thin = narrowed(model, heads, neurons)
     row = torch.full((1, tokens), model.config.vocab_size - 1, device=model.device)
     spent = []
@@ -189,11 +204,11 @@ def milliseconds_at(model: ElasticBertExitModel, widths: Widths, tokens: int) ->
 
 def _at_latency(model: ElasticBertExitModel, options: PruneOptions, before: Widths) -> Widths:
     """The widest that takes at most `latency_ms`, of shares in steps of one head; ValueError where none does."""
-    limit, low, high = float(options.latency_ms or 0), 1, before.heads
-    measured: dict[int, float] = {}
+    limit, low, most = float(options.latency_ms or 0), 1, max(before.heads)
+    high, measured = most, dict[int, float]()
 
     def fits(heads: int) -> bool:
-        widths = _at_share(heads / before.heads, before, options.multiple_of)
+        widths = _at_share(heads / most, before, options.multiple_of)
         measured[heads] = milliseconds_at(model, widths, options.max_length)
         return measured[heads] <= limit
 
@@ -207,12 +222,31 @@ def _at_latency(model: ElasticBertExitModel, options: PruneOptions, before: Widt
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return _at_share(low / before.heads, before, options.multiple_of)
+    return _at_share(low / most, before, options.multiple_of)
+
+
+def _at_counts(options: PruneOptions, before: Widths) -> Widths:
+    """What --heads and --intermediate leave: of each layer at most so many, or so many on average; a kind that is not
+    named stays."""
+    left = {"heads": before.heads, "intermediate": before.neurons}
+    for name, own in left.items():
+        count, multiple = getattr(options, name), options.multiple_of if name == "intermediate" else 1
+        if count is None:
+            continue
+        most = sum(own) // len(own) if options.uneven else max(own)
+        if not 1 <= count <= most:
+            of = "on average" if options.uneven else "at most"
+            raise ValueError(f"{name} must be 1 to {most}, what a layer of the model has {of}, got {count}")
+        if count % multiple:
+            raise ValueError(f"{name} must be a multiple of multiple_of {multiple}, got {count}")
+        even = tuple(_down_to(multiple, min(count, one)) for one in own)
+        left[name] = _spread(count * len(own), own) if options.uneven else even
+    return Widths(left["heads"], left["intermediate"])
 
 
 def target(options: PruneOptions, model: ElasticBertExitModel) -> Widths:
     """The widths asked for; ValueError where they are none, larger than the model, or not what a layer can have."""
-    config, before = model.config, widths_of(model.config)
+    before = Widths.of(model.config)
     counts = [one for one in (options.heads, options.intermediate) if one is not None]
     given = bool(counts) + (options.share is not None) + (options.latency_ms is not None)
     if given != 1:
@@ -220,40 +254,23 @@ def target(options: PruneOptions, model: ElasticBertExitModel) -> Widths:
     for name in ("rounds", "multiple_of", "importance_rows"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    narrowest = min(config.intermediate_size_per_layer or ())
+    narrowest = min(before.neurons)
     if options.multiple_of > narrowest:
         raise ValueError(
             f"multiple_of must be at most {narrowest}, the FFN neurons of a layer, got {options.multiple_of}"
         )
-    if options.share is not None:
-        if not 0 < options.share < 1:
-            raise ValueError(f"share must be above 0 and below 1, got {options.share}")
-        left = _at_share(options.share, before, options.multiple_of)
-        if left == before:
-            raise ValueError(
-                f"share {options.share:g} leaves all {before.heads} heads and {before.neurons} FFN neurons of a layer"
-            )
-        return left
     if options.latency_ms is not None:
         if not 0 < options.latency_ms < math.inf:
             raise ValueError(f"latency_ms must be above 0, got {options.latency_ms:g}")
         return _at_latency(model, options, before)
-    for name, count, most in (
-        ("heads", options.heads, before.heads),
-        ("intermediate", options.intermediate, before.neurons),
-    ):
-        if count is not None and not 1 <= count <= most:
-            raise ValueError(f"{name} must be 1 to {most}, what a layer of the model has, got {count}")
-    asked = Widths(options.heads or before.heads, options.intermediate or before.neurons)
-    if asked.neurons % options.multiple_of and options.intermediate:
-        raise ValueError(f"intermediate must be a multiple of multiple_of {options.multiple_of}, got {asked.neurons}")
-    if asked == before:
-        raise ValueError(f"the model has {before.heads} heads and {before.neurons} FFN neurons a layer already")
-    if not options.uneven and (
-        asked.heads > min(config.num_attention_heads_per_layer or ()) or asked.neurons > narrowest
-    ):
-        raise ValueError("layers of this model differ and some are smaller than the target: add --uneven")
-    return asked
+    if options.share is not None and not 0 < options.share < 1:
+        raise ValueError(f"share must be above 0 and below 1, got {options.share}")
+    share = options.share
+    left = _at_counts(options, before) if share is None else _at_share(share, before, options.multiple_of)
+    if left == before:
+        asked = "the target" if share is None else f"share {share:g}"
+        raise ValueError(f"{asked} leaves all that the model has: {before}")
+    return left
 
 
 def remove(run: TaskRun, model: ElasticBertExitModel, to: Widths) -> tuple[ElasticBertExitModel, Kept, list[Any]]:
@@ -267,7 +284,7 @@ def remove(run: TaskRun, model: ElasticBertExitModel, to: Widths) -> tuple[Elast
         rows = [rows[number * len(rows) // wanted] for number in range(wanted)]
     kept, history = Kept.everything(model.config), []
     for step in tqdm(
-        schedule(widths_of(model.config), to, options.rounds, options.multiple_of), unit="round", disable=None
+        schedule(Widths.of(model.config), to, options.rounds, options.multiple_of), unit="round", disable=None
     ):
         batches = (collate(encoded, one, run.tokenizer, model.device) for one in rows)
         heads, neurons = importance(model, batches, loss)
@@ -281,8 +298,8 @@ def remove(run: TaskRun, model: ElasticBertExitModel, to: Widths) -> tuple[Elast
     return model, kept, history
 
 
-def prepare_pruning(options: PruneOptions, accelerator: Accelerator) -> tuple[TaskRun, ElasticBertExitModel, Widths]:
-    """The run with a copy of the model, the model itself, and the widths to reach; nothing is written yet."""
+def prepare_pruning(options: PruneOptions, accelerator: Accelerator) -> tuple[TaskRun, ElasticBertExitModel]:
+    """The run with a copy of the model, and the model itself; nothing is written yet."""
     unpruned = load_teacher(options)
     if options.latency_ms is None:
         target(options, unpruned)
@@ -293,15 +310,18 @@ def prepare_pruning(options: PruneOptions, accelerator: Accelerator) -> tuple[Ta
 
     run = prepare(options, accelerator, copy)
     run.model.to(accelerator.device)
-    return run, unpruned, on_main_process(accelerator, lambda: _begun(run) or target(options, unpruned))
+    return run, unpruned
 
 
-def _begun(run: TaskRun) -> Widths | None:
-    """The widths that the run to be resumed prunes to: a latency would not be measured twice alike."""
+def _begun(run: TaskRun) -> tuple[Widths, Kept, list[Any]] | None:
+    """What the run to be resumed prunes to, what it left and how: a latency would not be measured twice alike.
+    ValueError where it had other settings."""
     file = run.folder / RESULT
     if not (run.options.resume and is_ours(run.state) and file.is_file()):
         return None
-    return Widths(**json.loads(file.read_text(encoding="utf-8"))["target"])
+    load_progress(run.state, run.settings)
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return Widths(*map(tuple, found["target"].values())), Kept(**found["kept"]), found["rounds"]
 
 
 def prune(options: PruneOptions) -> int:
@@ -309,10 +329,14 @@ def prune(options: PruneOptions) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     accelerator = start_accelerator(options)
-    run, unpruned, to = prepare_pruning(options, accelerator)
+    run, unpruned = prepare_pruning(options, accelerator)
     if was_finished(run):
         return 0
-    model, kept, history = remove(run, run.model, to)
+    begun = on_main_process(accelerator, lambda: _begun(run))
+    to = begun[0] if begun else on_main_process(accelerator, lambda: target(options, unpruned))
+    model, kept, history = remove(run, run.model, to) if begun is None else (run.model, *begun[1:])
+    if begun is not None:
+        model = narrowed(model, kept.heads, kept.neurons)
     counts = {"before": unpruned.num_parameters(), "after": model.num_parameters()}
     accelerator.print(
         f"pruned in {len(history)} rounds to heads {history[-1]['heads']}, FFN {history[-1]['intermediate']}: "

@@ -22,7 +22,7 @@ from finetune.distill import load_teacher, settings_of_student, shallower
 from finetune.kinds import problem_type_of
 from finetune.pipelines.answers import answer
 from finetune.pipelines.letters import OPERATORS, name_of
-from finetune.pipelines.work import Work, narrowest, pruned_widths, student_layers, training_options
+from finetune.pipelines.work import Work, mean_widths, pruned_widths, student_layers, training_options
 from finetune.prepare import load_tokenizer
 from finetune.run import run_folder
 from finetune.state import PROGRESS
@@ -81,7 +81,7 @@ def _distilled(work: Work, stage: str, parent: Path, folder: Path) -> int:
 def _pruned(work: Work, stage: str, parent: Path, folder: Path) -> int:
     options = work.options
     more = {name: getattr(options, name) for name in (*PRUNING, "temperature")}
-    more |= {"exit_policy": work.policy, **pruned_widths(options, *narrowest(_config(parent)))}
+    more |= {"exit_policy": work.policy, **pruned_widths(options, *mean_widths(_config(parent)))}
     return _run("prune", training_options(PruneOptions, options, parent, folder, **more))
 
 

@@ -111,9 +111,10 @@ def pruned_widths(options: OperatorOptions, heads: int, neurons: int) -> dict[st
     }
 
 
-def narrowest(config: ElasticBertConfig) -> tuple[int, int]:
-    """The fewest heads and FFN neurons that a layer has."""
-    return min(config.num_attention_heads_per_layer or ()), min(config.intermediate_size_per_layer or ())
+def mean_widths(config: ElasticBertConfig) -> tuple[int, int]:
+    """Heads and FFN neurons of a layer on average, rounded down."""
+    heads, neurons = config.num_attention_heads_per_layer or (), config.intermediate_size_per_layer or ()
+    return sum(heads) // len(heads), sum(neurons) // len(neurons)
 
 
 def _elastic(folder: str, max_length: int) -> ElasticBertConfig:
@@ -142,7 +143,7 @@ def _check_targets(options: OperatorOptions, letters: str) -> None:
             raise ValueError("D: a model of one layer has none to lose; leave D out")
         raise ValueError(f"layers must be 1 to {layers - 1}, fewer than the model's, got {options.layers}")
     if "P" in letters:
-        heads, neurons = narrowest(config)
+        heads, neurons = mean_widths(config)
         widths = pruned_widths(options, heads, neurons)
         for name, most in (("heads", heads), ("intermediate", neurons)):
             if not 1 <= widths[name] <= most:

@@ -11,7 +11,17 @@ from elastic_model import ElasticBertConfig, ElasticBertForSequenceClassificatio
 from elastic_model.provenance import read_provenance
 from finetune.__main__ import _command
 from finetune.config import DistillOptions
-from finetune.distill import Distillation, add_projections, distill, exit_map, layer_map, shallower
+from finetune.distill import (
+    Distillation,
+    add_projections,
+    distill,
+    exit_map,
+    layer_map,
+    load_teacher,
+    make_student,
+    shallower,
+)
+from finetune.labels import Labels
 from finetune.recipe import Update
 
 
@@ -135,6 +145,31 @@ def test_another_checkpoint_as_the_student(distilled, tiny_tokenizer, tmp_path):
     assert student.exit_layers == [1, 2, 3] and not loading["unexpected_keys"] and not loading["missing_keys"]
 
 
+def test_a_student_that_has_learned_the_task_keeps_what_it_knows(distilled, trained, tiny_tokenizer, tmp_path):
+    """Of the same labels in another order it answered one for the other; a head of other labels was taken as it is."""
+    model = ElasticBertForSequenceClassification.from_pretrained(trained.output).eval()
+    names = [model.config.id2label[number] for number in range(3)]
+    batch = tiny_tokenizer(["the treaty and the harvest", "Congress of energy"], padding=True, return_tensors="pt")
+    expected = model(**batch, exit_policy={"name": "never"}).exit_logits
+    for order, labels in (([1, 2, 0], [names[place] for place in (1, 2, 0)]), ([0, 1, 2], ["a", "b", "c"])):
+        other = ElasticBertForSequenceClassification.from_pretrained(trained.output)
+        for layer in other.exit_layers:
+            head = other.head_at(layer)
+            head.load_state_dict({name: value[order] for name, value in head.state_dict().items()})
+        other.config.id2label = dict(enumerate(labels))
+        other.config.label2id = {name: number for number, name in enumerate(labels)}
+        other.save_pretrained(tmp_path / "student")
+        tiny_tokenizer.save_pretrained(tmp_path / "student")
+        options = distilled(student=str(tmp_path / "student"))
+        student = make_student(
+            options, Labels("single_label_classification", names, ("accuracy",)), load_teacher(options)
+        )
+        assert student.config.id2label == dict(enumerate(names))
+        found = student.eval()(**batch, exit_policy={"name": "never"}).exit_logits
+        pairs = list(zip(found, expected, strict=True))
+        assert all(torch.allclose(*pair, atol=1e-6) for pair in pairs) == (labels != ["a", "b", "c"])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -143,6 +178,7 @@ def test_another_checkpoint_as_the_student(distilled, tiny_tokenizer, tmp_path):
         (["--layers", "2", "--distillation", "none"], "distillation none"),
         (["--layers", "2", "--exit_layers", "1"], r"must be some of \[1, 2\], the last one among them"),
         (["--student", "DEEP"], "student of 6 layers cannot learn from a teacher of 4"),
+        (["--student", "BARE"], "bare has no tokenizer that loads"),
     ],
 )
 def test_bad_input_is_named_before_training(distilled, flags, message, tmp_path, tiny_tokenizer):
@@ -152,7 +188,10 @@ def test_bad_input_is_named_before_training(distilled, flags, message, tmp_path,
         )
     ).save_pretrained(tmp_path / "deep")
     tiny_tokenizer.save_pretrained(tmp_path / "deep")
-    flags = [str(tmp_path / "deep") if flag == "DEEP" else flag for flag in flags]
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    ElasticBertModel(ElasticBertConfig(vocab_size=200, **sizes)).save_pretrained(tmp_path / "bare")
+    places = {"DEEP": str(tmp_path / "deep"), "BARE": str(tmp_path / "bare")}
+    flags = [places.get(flag, flag) for flag in flags]
     own = distilled()
     common = [f"--{name}={getattr(own, name)}" for name in ("model", "train", "dev", "text", "label", "output")]
     with pytest.raises(ValueError, match=message):

@@ -172,6 +172,8 @@ def test_agreement_on_known_answers():
         ({"exit_layers": [2, 9]}, "exit_layers must be a rising list of layers within 1..3"),
         ({"backbone_learning_rate": 0.0}, "backbone_learning_rate must be above 0, got 0"),
         ({"phase_epochs": [1, 2]}, "phase_epochs must be 1 numbers"),
+        ({"length_drop": 0.5}, "length_drop 0.5 would do nothing: it is for sub-networks"),
+        ({"backbone_learning_rate": 1e-3}, "backbone_learning_rate would do nothing: without --train_backbone"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_written(tiny_tokenizer, tmp_path, options, changes, message):

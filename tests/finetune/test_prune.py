@@ -12,7 +12,7 @@ from elastic_model import ElasticBertForSequenceClassification
 from elastic_model.provenance import read_provenance
 from finetune.__main__ import _command
 from finetune.config import PruneOptions
-from finetune.prune import Kept, Widths, _probe, best, loss_without_labels, milliseconds_at, prune, schedule
+from finetune.prune import Kept, Widths, _probe, best, loss_without_labels, milliseconds_at, prune, schedule, target
 from finetune.train import train
 from finetune.widths import gated, importance, loss_on_labels, narrowed
 
@@ -68,17 +68,38 @@ def test_the_probes_squared_gradient_is_the_fisher_information():
 
 def test_what_is_kept_is_the_best():
     scores = [torch.tensor([4.0, 1, 3, 2]), torch.tensor([1.0, 1, 1, 9])]
-    assert best(scores, 2, uneven=False) == [[0, 2], [0, 3]]
-    assert best(scores, 2, uneven=True) == [[0, 2, 3], [3]]  # 9 of norm 9.2, then 4, 3, 2 of norm 5.5
-    kept = best([torch.rand(16), torch.rand(16)], 8, uneven=True, multiple_of=4)
+    assert best(scores, [2, 1], uneven=False) == [[0, 2], [3]]
+    assert best(scores, [2, 2], uneven=True) == [[0, 2, 3], [3]]  # 9 of norm 9.2, then 4, 3, 2 of norm 5.5
+    kept = best([torch.rand(18), torch.rand(16)], [8, 8], uneven=True, multiple_of=4)  # two fill no block
     assert sum(map(len, kept)) == 16 and all(len(one) % 4 == 0 and one for one in kept)
+    assert best([torch.rand(5), torch.rand(3)], [4, 4], uneven=True, multiple_of=3) == [[0, 1, 2, 3, 4], [0, 1, 2]]
 
 
 def test_rounds_fall_evenly_to_the_target():
-    steps = schedule(Widths(12, 1536), Widths(8, 768), 4, 8)
-    assert steps == [Widths(11, 1344), Widths(10, 1152), Widths(9, 960), Widths(8, 768)]
-    assert schedule(Widths(4, 64), Widths(4, 32), 1, 1) == [Widths(4, 32)]
-    assert len(schedule(Widths(2, 8), Widths(1, 8), 8, 1)) == 1
+    steps = schedule(Widths((12, 6), (1536, 768)), Widths((8, 6), (768, 768)), 4, 8)
+    assert [step.heads for step in steps] == [(11, 6), (10, 6), (9, 6), (8, 6)]
+    assert [step.neurons for step in steps] == [(1344, 768), (1152, 768), (960, 768), (768, 768)]
+    assert schedule(Widths((4,), (64,)), Widths((4,), (32,)), 1, 1) == [Widths((4,), (32,))]
+    assert len(schedule(Widths((2,), (8,)), Widths((1,), (8,)), 8, 1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "heads", "neurons"),
+    [
+        ({"heads": 2}, (2, 1, 2, 2), (64, 20, 60, 64)),
+        ({"heads": 3}, (3, 1, 2, 3), (64, 20, 60, 64)),
+        ({"intermediate": 48, "multiple_of": 16}, (4, 1, 2, 3), (48, 16, 48, 48)),
+        ({"intermediate": 48, "multiple_of": 16, "uneven": True}, (4, 1, 2, 3), 192),
+        ({"heads": 2, "uneven": True}, 8, (64, 20, 60, 64)),
+        ({"share": 0.8}, (3, 1, 2, 2), (51, 16, 48, 51)),
+        ({"share": 0.8, "multiple_of": 8}, (3, 1, 2, 2), (48, 16, 48, 48)),
+    ],
+)
+def test_layers_that_differ_are_pruned_each_from_its_own(pruned, tiny_model, changes, heads, neurons):
+    """They were taken for the mean of all, rounded down: kinds that nobody had named were pruned too."""
+    places = [[0, 1, 2, 3], [0], [1, 3], [0, 1, 2]], [list(range(size)) for size in (64, 20, 60, 64)]
+    found = target(pruned(**changes), narrowed(tiny_model, *places))
+    assert heads in (found.heads, sum(found.heads)) and neurons in (found.neurons, sum(found.neurons))
 
 
 @torch.no_grad()
@@ -145,21 +166,21 @@ def interrupted(monkeypatch, options):
 
 def test_a_resumed_run_keeps_the_widths_that_met_the_latency(pruned, monkeypatch, tmp_path):
     """Measured anew, a latency would ask for others."""
-    monkeypatch.setattr("finetune.prune.milliseconds_at", lambda model, widths, tokens: widths.neurons / 10)
+    monkeypatch.setattr("finetune.prune.milliseconds_at", lambda model, widths, tokens: widths.neurons[0] / 10)
     interrupted(monkeypatch, pruned(latency_ms=5.0, rounds=1, save_steps=1))
-    monkeypatch.setattr("finetune.prune.milliseconds_at", lambda model, widths, tokens: widths.neurons / 5)
+    monkeypatch.setattr("finetune.prune.milliseconds_at", lambda model, widths, tokens: widths.neurons[0] / 5)
     assert prune(pruned(latency_ms=5.0, rounds=1, save_steps=1, resume=True)) == 0
     result = json.loads((tmp_path / "pruned" / "pruning.json").read_text())
     model = ElasticBertForSequenceClassification.from_pretrained(tmp_path / "pruned")
-    assert set(model.config.intermediate_size_per_layer) == {result["target"]["neurons"]}
-    assert 25 < result["target"]["neurons"] <= 50
+    assert model.config.intermediate_size_per_layer == result["target"]["neurons"]
+    assert 25 < result["target"]["neurons"][0] <= 50
 
 
 def test_a_run_begun_anew_and_killed_at_once_does_not_meet_the_state_before(pruned, monkeypatch, tmp_path):
     """Its notes told other widths than the state that it had not cleared yet: resuming ended in an error of shapes."""
-    monkeypatch.setattr("finetune.prune.milliseconds_at", lambda model, widths, tokens: widths.neurons / 10)
+    monkeypatch.setattr("finetune.prune.milliseconds_at", lambda model, widths, tokens: widths.neurons[0] / 10)
     interrupted(monkeypatch, pruned(latency_ms=5.0, rounds=1, save_steps=1))
-    monkeypatch.setattr("finetune.prune.milliseconds_at", lambda model, widths, tokens: widths.neurons / 5)
+    monkeypatch.setattr("finetune.prune.milliseconds_at", lambda model, widths, tokens: widths.neurons[0] / 5)
     with monkeypatch.context() as killed:
         killed.setattr("finetune.prune.run_to_the_end", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -167,6 +188,19 @@ def test_a_run_begun_anew_and_killed_at_once_does_not_meet_the_state_before(prun
     assert prune(pruned(latency_ms=5.0, rounds=1, save_steps=1, resume=True)) == 0
     model = ElasticBertForSequenceClassification.from_pretrained(tmp_path / "pruned")
     assert max(model.config.intermediate_size_per_layer) <= 25
+
+
+def test_a_run_of_other_settings_is_named_before_it_is_pruned_again(pruned, monkeypatch, tmp_path):
+    """All rounds were measured, and the notes of the run that was begun were replaced, before that was said."""
+    interrupted(monkeypatch, pruned(heads=2, rounds=2, save_steps=1))
+    notes = (tmp_path / "pruned.run" / "pruning.json").read_text()
+    monkeypatch.setattr("finetune.prune.remove", Mock(side_effect=AssertionError))
+    with pytest.raises(ValueError, match="holds a run with heads = 2, not 3"):
+        prune(pruned(heads=3, rounds=2, save_steps=1, resume=True))
+    assert (tmp_path / "pruned.run" / "pruning.json").read_text() == notes
+    assert prune(pruned(heads=2, rounds=2, save_steps=1, resume=True)) == 0  # nothing is measured again
+    found = json.loads((tmp_path / "pruned" / "pruning.json").read_text())
+    assert found == json.loads(notes)
 
 
 def test_notes_of_an_interrupted_run_are_not_anothers(pruned, trained, monkeypatch, tmp_path):
@@ -180,11 +214,11 @@ def test_notes_of_an_interrupted_run_are_not_anothers(pruned, trained, monkeypat
 def test_the_latency_of_a_model_whose_layers_differ(tiny_model):
     """Layers narrower than the mean were asked for heads that they have not."""
     uneven = narrowed(tiny_model, [[0, 1, 2, 3], [0], [1, 3], [0]], [list(range(size)) for size in (64, 8, 40, 16)])
-    assert milliseconds_at(uneven, Widths(2, 32), tokens=8) > 0
+    assert milliseconds_at(uneven, Widths((2, 1, 2, 1), (32, 8, 32, 16)), tokens=8) > 0
 
 
 def test_a_latency_that_half_the_width_meets_is_met(pruned, monkeypatch, tmp_path):
-    monkeypatch.setattr("finetune.prune.milliseconds_at", lambda model, widths, tokens: widths.neurons / 10)
+    monkeypatch.setattr("finetune.prune.milliseconds_at", lambda model, widths, tokens: widths.neurons[0] / 10)
     assert prune(pruned(latency_ms=5.0, rounds=1, distill=False)) == 0
     model = ElasticBertForSequenceClassification.from_pretrained(tmp_path / "pruned")
     assert model.config.num_attention_heads_per_layer == [3] * 4
@@ -201,11 +235,14 @@ def test_a_latency_that_half_the_width_meets_is_met(pruned, monkeypatch, tmp_pat
     [
         ([], "give one target"),
         (["--heads", "3", "--share", "0.5"], "give one target"),
-        (["--share", "0.99", "--multiple_of", "64"], "share 0.99 leaves all 4 heads and 64 FFN neurons of a layer"),
-        (["--heads", "5"], "heads must be 1 to 4, what a layer of the model has, got 5"),
+        (
+            ["--share", "0.99", "--multiple_of", "64"],
+            "share 0.99 leaves all that the model has: 4 heads",
+        ),
+        (["--heads", "5"], "heads must be 1 to 4, what a layer of the model has at most, got 5"),
         (["--intermediate", "0"], "intermediate must be 1 to 64"),
         (["--intermediate", "30", "--multiple_of", "8"], "intermediate must be a multiple of multiple_of 8, got 30"),
-        (["--heads", "4"], "has 4 heads and 64 FFN neurons a layer already"),
+        (["--heads", "4"], "the target leaves all that the model has: 4 heads and 64 FFN"),
         (["--share", "1"], "share must be above 0 and below 1"),
         (["--heads", "2", "--rounds", "0"], "rounds must be at least 1"),
     ],

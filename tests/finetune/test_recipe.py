@@ -1,5 +1,6 @@
 """Recipes: what an update's gradient is, which exits take part, what the teacher's answers change."""
 
+import json
 import random
 
 import numpy as np
@@ -131,19 +132,20 @@ def test_what_an_ablation_changes(options):
     assert losses["whole"][1:] == pytest.approx([same / 4] * 3)
 
 
-def test_a_teacher_is_everybodys(options):
-    run, _ = prepared(options, recipe="sandwich", hard_weight=0.0)
+def test_a_teacher_is_everybodys(options, tiny_checkpoint):
+    taught = {"recipe": "sandwich", "teacher": str(tiny_checkpoint)}
+    run, _ = prepared(options, **taught, hard_weight=0.0)
     teacher = torch.randn(8, 3)
     batch, losses = sandwich_losses(run, teacher)
     exits = run.model(**inputs_of(batch), exit_policy={"name": "never"}).exit_logits
     soft = sum(inplace_distillation(one, teacher, "single_label_classification").item() for one in exits)
     assert losses[0] == pytest.approx(soft / 4, rel=1e-5)
-    run, _ = prepared(options, recipe="sandwich", hard_weight=1.0)
+    run, _ = prepared(options, **taught, hard_weight=1.0)
     assert sandwich_losses(run, teacher)[1][0] == pytest.approx(run.model(**batch).loss.item() / 4, rel=1e-5)
 
 
-def test_temperature_softens_both_sides(options):
-    run, _ = prepared(options, temperature=2.0, hard_weight=0.0)
+def test_temperature_softens_both_sides(options, tiny_checkpoint):
+    run, _ = prepared(options, teacher=str(tiny_checkpoint), temperature=2.0, hard_weight=0.0)
     teacher, batch = torch.randn(8, 3), collate(run.splits["train"], list(range(8)), run.tokenizer, CPU)
     update = Update(0, random.Random(0), run.options, teacher)
     (loss,) = run.phases[0].objective(run.model, run.model.config, batch, update)
@@ -187,6 +189,10 @@ def test_teacher_logits_are_asked_in_evaluation_mode_and_in_our_order(options, t
     assert label_order(str(tiny_checkpoint), ["late", "early", "middle"], "single_label_classification") == [2, 0, 1]
     with pytest.raises(ValueError, match="has the labels early, middle, late; the task has a, b"):
         label_order(str(tiny_checkpoint), ["a", "b"], "single_label_classification")
+    config = json.loads((tiny_checkpoint / "config.json").read_text())
+    (tiny_checkpoint / "config.json").write_text(json.dumps({**config, "problem_type": "multi_label_classification"}))
+    with pytest.raises(ValueError, match="is a model for multi_label_classification, the task is single_label"):
+        label_order(str(tiny_checkpoint), ["late", "early", "middle"], "single_label_classification")
 
 
 KINDS = {  # a model class and the targets of four rows of five tokens

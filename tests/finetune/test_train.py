@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 import finetune.state
 import finetune.train
-from elastic_model import ElasticBertForSequenceClassification
+from elastic_model import ElasticBertForSequenceClassification, ElasticBertModel
 from elastic_model.arguments import parse
 from elastic_model.operating_points import OperatingPoints, checkpoint_hash
 from export.write import patch_config
@@ -101,6 +101,50 @@ def test_the_report_and_the_files_agree(trained):
         assert re.search(rf"^{layer} .*{scores[0]['value']:.4f}.*{scores[1]['value']:.4f}", report, re.M)
     assert evaluation["dev"]["calibrated"]["policy"] == json.loads((folder / "config.json").read_text())["exit_policy"]
     assert parse(TrainOptions, ["--config", str(folder / "finetune.yaml")]) == trained
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"length_drop": 0.9}, "length_drop 0.9"),
+        ({"layer_drop": 0.0, "recipe": "self_distillation"}, "layer_drop 0.0"),
+        ({"sampled": 7, "recipe": "sandwich", "phase_epochs": [1, 0]}, "sampled 7"),
+        ({"sandwich_rule": False, "recipe": "alternating"}, "sandwich_rule False"),
+        ({"temperature": 9.0}, "temperature 9.0"),
+        ({"distillation": "none"}, "distillation none"),
+        ({"hard_weight": 0.1, "recipe": "sandwich"}, "hard_weight 0.1"),
+    ],
+)
+def test_an_option_that_nothing_reads_is_refused(options, changes, name):
+    """The weights were the same with it and without."""
+    with pytest.raises(ValueError, match=f"{name} would do nothing: it is for"):
+        prepare(options(**changes), Accelerator())
+
+
+def test_an_option_that_something_reads_is_taken(options, tiny_checkpoint):
+    for changes in (
+        {"recipe": "sandwich", "length_drop": 0.9, "layer_drop": 0.0, "sampled": 1, "sandwich_rule": False},
+        {"recipe": "sandwich", "distillation": "none", "temperature": 2.0},
+        {"recipe": "self_distillation", "distillation": "reverse", "temperature": 2.0},
+        {"teacher": str(tiny_checkpoint), "hard_weight": 0.1, "temperature": 2.0},
+    ):
+        prepare(options(**changes), Accelerator())
+
+
+def test_a_rare_class_is_one_of_the_labels_whatever_rows_are_drawn(options, tmp_path, small_task):
+    """They were those of the rows drawn: a class of dev was unknown, and a checkpoint of the task one of another."""
+    rows = (small_task / "train.tsv").read_text() + "the people\trare\n"
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.tsv").write_text(rows)
+    own = {split: str(tmp_path / f"{split}.tsv") for split in ("train", "dev")}
+    start = ElasticBertModel.from_pretrained(options().model)
+    start.save_pretrained(tmp_path / "start")
+    AutoTokenizer.from_pretrained(options().model).save_pretrained(tmp_path / "start")
+    for seed in range(3):
+        run = prepare(options(**own, model=str(tmp_path / "start"), train_rows=12, seed=seed), Accelerator())
+        assert run.labels.names == ["early", "late", "middle", "rare"] and len(run.splits["train"]) == 12
+    with pytest.raises(ValueError, match="must be at least 1, got -5"):
+        prepare(options(train_rows=-5), Accelerator())
 
 
 class Crash(Exception):

@@ -56,6 +56,8 @@ def test_a_saved_tokenizer_is_read_by_auto_tokenizer(corpus_text, tmp_path):
 
 
 def test_a_missing_tokenizer_folder_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} has no tokenizer that loads"):
+        load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="tokenizer folder .*nowhere does not exist"):
         load_tokenizer(tmp_path / "nowhere")
 
