@@ -5,16 +5,20 @@ import dataclasses
 import difflib
 import json
 import os
+import signal
 import sys
+import threading
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 import yaml
 
 from elastic_model.folders import shipped
+from elastic_model.jobs import INTERRUPTED
 
 Options = TypeVar("Options")
 
@@ -78,16 +82,41 @@ def to_yaml(options: Any) -> str:
     return yaml.safe_dump(plain, sort_keys=False)
 
 
+class _Terminated(SystemExit):
+    """SIGTERM has come; a `SystemExit`, since processes forked from this one end so without a word."""
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """SIGTERM becomes an exception, as Ctrl-C is one: files half written are removed, and locks released."""
+
+    def end(*_: Any) -> None:
+        raise _Terminated(INTERRUPTED)
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def run(command: Callable[[], int | None]) -> int:
     """The exit code of `command()`; bad input (ValueError, OSError, a configuration that fails its own checks) becomes
-    one line on stderr and code 2.
+    one line on stderr and code 2. SIGTERM ends it where it is (a training run saves first) with code 143.
 
     ELASTIC_MODEL_TRACEBACK=1 shows the whole traceback instead.
     """
     try:
-        code = command() or 0
+        with _ending_on_sigterm():
+            code = command() or 0
         sys.stdout.flush()
         return code
+    except _Terminated:
+        print("error: stopped by SIGTERM; what was finished is kept", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:  # whoever reads the output, as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at its end
         return 141  # 128 + SIGPIPE

@@ -190,6 +190,19 @@ class ElasticBertModel(ElasticBertPreTrainedModel):
         state = exit.flow.mean_token() if means else exit.flow.first_token(self.config.keep_cls)
         return self.encoder.pooler.at(exit.layer)(state)
 
+    def ends_at(self, exit_policy: dict | None) -> int:
+        """The layer at which a pass ends whose exits have no answers to decide by: that of a constant policy, the
+        argument's or the config's, else the last exit, as always while training. ValueError for another policy."""
+        exits, own = self.encoder.exit_layers, self.config.exit_policy or {}
+        if exit_policy is None and own.get("name") == "constant":  # others ask a head, for which they are kept
+            exit_policy = own
+        policy = check_exit_policy(exit_policy, len(exits))
+        if policy is not None and policy["name"] != "constant":
+            raise ValueError(f"exit_policy {policy['name']!r} needs a task head; this model knows never and constant.")
+        if policy is not None and policy["layer"] not in exits:
+            raise ValueError(f"exit_policy 'constant': layer must be one of {exits}, got {policy['layer']}.")
+        return exits[-1] if policy is None or self.training else policy["layer"]
+
     @capture_outputs
     def forward(
         self,
@@ -204,21 +217,8 @@ class ElasticBertModel(ElasticBertPreTrainedModel):
         **kwargs: Unpack[RecordingArguments],
     ) -> ElasticBertModelOutput:
         """length_config, layer_config: the sub-network, None = the config's; exit_policy: only "never" and "constant"
-        here, None = the config's where that is constant and the model does not train."""
-        own = self.config.exit_policy or {}
-        # others ask a head, for which they are kept; none holds while training, as of the task models
-        if exit_policy is None and own.get("name") == "constant" and not self.training:
-            exit_policy = own
-        policy = check_exit_policy(exit_policy, len(self.encoder.exit_layers))
-        if policy is not None and policy["name"] != "constant":
-            raise ValueError(
-                f"exit_policy {policy['name']!r} needs a task head; the bare model knows never and constant."
-            )
-        if policy is not None and policy["layer"] not in self.encoder.exit_layers:
-            raise ValueError(
-                f"exit_policy 'constant': layer must be one of {self.encoder.exit_layers}, got {policy['layer']}."
-            )
-        lowest = self.encoder.exit_layers[-1] if policy is None else policy["layer"]
+        here, None = the config's where that is constant; none holds while the model trains."""
+        lowest = self.ends_at(exit_policy)
         wanted = [layer for layer in self.encoder.exit_layers if layer >= lowest]
         ids = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         last = next(self.exits((*ids, length_config, layer_config), wanted, **kwargs))
@@ -833,6 +833,7 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
         sentence_order_label: torch.Tensor | None = None,
         length_config: list | float | None = None,
         layer_config: list[int] | None = None,
+        exit_policy: dict | None = None,
         exits: list[int] | None = None,
         students: Sequence[Mapping[str, Any]] = (),
         mlm_count: torch.Tensor | float | None = None,
@@ -841,6 +842,7 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
     ) -> ElasticBertForPreTrainingOutput:
         """labels (rows, tokens), -100 where nothing is to be predicted; sentence_order_label (rows,): 1 = swapped.
 
+        exit_policy: never or constant, as `ElasticBertModel` takes it; none holds where there are labels.
         students: sub-networks, each a length_config and a layer_config, that learn this pass's last answers (sandwich
         rule with inplace distillation); the loss is then the mean over the full model and them.
         mlm_count, sop_count: what the summed losses are divided by (None: this batch's own counts), the counts of the
@@ -848,6 +850,9 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
         """
         ids = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         self.check_targets(labels, sentence_order_label, students)
+        last = self.elasticbert.ends_at(exit_policy)
+        if exits is None and labels is None and sentence_order_label is None:
+            exits = [layer for layer in self.exit_layers if layer <= last]
         mlm, sop, right, predictions, orders = {}, {}, {}, {}, {}
         for exit in self.walk((*ids, length_config, layer_config), exits, kwargs):
             orders[exit.layer] = self.sentence_order(exit)

@@ -61,8 +61,8 @@ def parts_needed(letters: str) -> list[str]:
 def combine(letters: str, parts: Mapping[str, Part]) -> Curve:
     """The estimated curve of a pipeline: of one point without E."""
     base_ms, base_quality = parts[NOTHING].full
-    if not base_quality:
-        raise ValueError("the quality of O is 0: shares of it say nothing")
+    if base_quality <= 0:
+        raise ValueError(f"the quality of O is {base_quality:g}: shares of what is not above 0 say nothing")
     curve = (parts["E"] if "E" in letters else parts[NOTHING]).curve.copy()
     for name in parts_needed(letters):
         if name in (NOTHING, "E"):
@@ -189,6 +189,14 @@ def read_parts(files: Sequence[str]) -> tuple[str, Measured]:
         if any(one[name] != contents[0][name] for one in contents):
             what = "data" if name == "dev" else name
             raise ValueError(f"{', '.join(files)} were measured on different {what}: they do not combine")
+    where: dict[tuple[str, int], str] = {}
+    for file, content in zip(files, contents, strict=True):
+        for one in content["measurements"]:
+            other = where.setdefault((one.pipeline, one.seed), file)
+            if other != file:
+                raise ValueError(
+                    f"{other} and {file} both have {one.pipeline} of seed {one.seed}: give one of the files"
+                )
     return contents[0]["metric"], by_pipeline([one for content in contents for one in content["measurements"]])
 
 

@@ -26,7 +26,7 @@ from finetune.evaluate import outcome
 from finetune.explore import encodings_of
 from finetune.pipelines.answers import read_answers
 from finetune.pipelines.letters import checkpoint_of, letters_of, name_of, parse, prefixes, stage_of
-from finetune.pipelines.stages import settings_of, stage_hash
+from finetune.pipelines.stages import RECORD, settings_of, stage_hash
 from finetune.pipelines.work import Work
 from finetune.policies import Policy, candidates, choose, never
 from finetune.prepare import load_classifier, weight_files
@@ -287,5 +287,5 @@ def is_current(work: Work, one: Measurement) -> bool:
     """Whether it was measured on the weights that its stage has now."""
     letters = letters_of(one.pipeline)
     folder = work.folder(checkpoint_of(letters))
-    there = folder.is_dir() and work.folder(stage_of(letters)).is_dir()
-    return there and one.checkpoint == stage_hash(folder)
+    there = (work.folder(stage) / RECORD for stage in (checkpoint_of(letters), stage_of(letters)))
+    return all(file.is_file() for file in there) and one.checkpoint == stage_hash(folder)

@@ -15,7 +15,7 @@ from finetune.evaluate import table
 from finetune.pipelines.config import PipelineOptions
 from finetune.pipelines.letters import letters_of, name_of, parse, prefixes, stage_of
 from finetune.pipelines.measure import Measurement, is_current, measure
-from finetune.pipelines.stages import carry_out, read_record
+from finetune.pipelines.stages import RECORD, carry_out, read_record
 from finetune.pipelines.work import Work, begin
 
 FORMAT = 1
@@ -92,7 +92,7 @@ def summary(measurements: list[Measurement]) -> str:
         [
             one.pipeline,
             f"{one.quality:.4f}",
-            f"{one.quality / nothing.quality - 1:+.1%}" if nothing.quality else "-",
+            f"{(one.quality - nothing.quality) / abs(nothing.quality):+.1%}" if nothing.quality else "-",
             f"{one.parameters / 1e6:.2f}",
             f"{one.flops / 1e6:.4g}",
             f"{one.bytes / 1e6:.1f}",
@@ -128,7 +128,6 @@ def measured_together(work: Work, pipelines: list[str], known: Known, file: Path
             key = (one.pipeline, one.seed)
             own[key] = replace(one, settings=own[key].settings) if key in own else one
         write_measured(file, work, own.values())
-        known |= own
     return [own[key] for key in keys]
 
 
@@ -140,6 +139,8 @@ def pipeline(options: PipelineOptions) -> int:
     root = Path(options.output)
     check_output(root)
     check_no_checkpoint(root)
+    if there := next(root.glob(f"seed-*/*/{RECORD}"), None):
+        raise ValueError(f"output {root} has the stages of a study ({there.parent}); choose another output")
     work = begin(options, root, letters)
     known, stages = known_measurements(root / MEASURED, work), prefixes(stage_of(letters))
     for stage in stages:  # whatever is there already must be of these data: said before any training

@@ -13,12 +13,14 @@ from typing import Any
 from transformers import AutoConfig
 
 from elastic_model.folders import new_file, new_folder
+from elastic_model.jobs import INTERRUPTED
 from elastic_model.operating_points import OperatingPoints, checkpoint_hash
 from elastic_model.provenance import append_stage, versions
 from export.config import ExportOptions
 from export.write import export_checkpoint, patch_config
 from finetune.config import DistillOptions, LabelledOptions, PruneOptions, SearchOptions, TaskOptions, TrainOptions
 from finetune.distill import load_teacher, settings_of_student, shallower
+from finetune.evolution import JOURNAL
 from finetune.kinds import problem_type_of
 from finetune.pipelines.answers import answer
 from finetune.pipelines.letters import OPERATORS, name_of
@@ -99,12 +101,23 @@ def _shorter(work: Work, stage: str, parent: Path, folder: Path) -> int:
         return code
     given: dict[str, Any] = {one.name: getattr(options, one.name) for one in fields(TaskOptions)}
     given |= {"model": str(folder), "axes": "lengths", "exit_policy": work.policy, "points": POINTS}
+    given |= {"resume": _searched(folder)}
     _run("search", SearchOptions(**given, iterations=options.search_iterations))
     points = OperatingPoints.load(folder)
     full = (points.at("full").quality or {})["value"]
     loss = 100 * abs(full) * options.permitted_loss / (2 if "E" in stage else 1)
     patch_config(folder, {"length_config": points.at(max_drop=loss).length_config})
     return 0
+
+
+def _searched(folder: Path) -> bool:
+    """Whether a search of these very weights was begun."""
+    journal = Path(f"{folder}.search") / JOURNAL
+    try:
+        first = json.loads(journal.read_text(encoding="utf-8").partition("\n")[0])
+    except (OSError, ValueError):
+        return False
+    return first.get("checkpoint") == checkpoint_hash(folder)
 
 
 def _quantized(work: Work, stage: str, parent: Path, folder: Path) -> int:
@@ -154,12 +167,15 @@ def _check_begun(work: Work, stage: str) -> None:
         found = dict(json.loads(file.read_text(encoding="utf-8"))["settings"])
     except (ValueError, KeyError, TypeError):
         return  # damaged: the job itself says so, and how
-    for name in (*SHARED, "metrics"):
-        if found.get(name) != getattr(work.options, name):
-            raise ValueError(
-                f"stage {running} was begun with {name} = {found.get(name)!r}, not {getattr(work.options, name)!r}; "
-                f"choose another --output, or remove {running} to begin it anew"
-            )
+    remedy = f"choose another --output, or remove {running} to begin it anew"
+    for name in (*OF_OPERATOR[stage[-1:]], "metrics"):
+        given = getattr(work.options, name)
+        free = name not in SHARED and (given is None or name not in found)  # the operator's own choice, or S's search
+        if name not in ("student", "multiple_of") and not free and found.get(name) != given:
+            raise ValueError(f"stage {running} was begun with {name} = {found.get(name)!r}, not {given!r}; {remedy}")
+    for split, rows in work.data.items():
+        if found.get(f"{split} rows") != rows:
+            raise ValueError(f"stage {running} was begun on other data: its {split} rows differ; {remedy}")
 
 
 def read_record(work: Work, stage: str) -> dict[str, Any] | None:
@@ -210,16 +226,18 @@ def carry_out(work: Work, stage: str) -> int:
     print(f"stage {name_of(stage)}: {OPERATORS.get(stage[-1:], 'fine-tuned')}", flush=True)
     spent = running / SPENT  # by the processes that were interrupted
     began = time.monotonic() - (float(spent.read_text()) if spent.is_file() else 0.0)
+    code = INTERRUPTED
     try:
         code = JOBS[stage[-1:]](work, stage, parent, folder)
     except ValueError as error:
         if not running.is_dir():
             raise
         raise ValueError(f"{error} (of a pipeline: remove {running} to begin the stage anew)") from error
-    if code:
-        if running.is_dir():
+    finally:
+        if code and running.is_dir():
             with new_file(spent) as file:
                 file.write_text(f"{time.monotonic() - began:.1f}")
+    if code:
         return code
     record = {
         "stage": name_of(stage),

@@ -38,7 +38,7 @@ from finetune.pipelines.figures import plot_curves, plot_estimates
 from finetune.pipelines.letters import NOTHING, TRAINED, letters_of, name_of, parse, prefixes, stage_of
 from finetune.pipelines.measure import Measurement
 from finetune.pipelines.pipeline import MEASURED, Known, known_measurements, measured_together, write_measured
-from finetune.pipelines.stages import carry_out, read_record
+from finetune.pipelines.stages import RECORD, carry_out, read_record
 from finetune.pipelines.work import Work, begin
 from finetune.prepare import load_tokenizer
 
@@ -203,7 +203,7 @@ def savings(measured: Measured) -> dict[str, dict[str, Any]]:
             "quality": quality,
             "difference_to_O": paired(measured[NOTHING], measured[name]),
             "quality_with_Q": with_q,
-            "relative_change_with_Q": with_q / quality - 1 if quality else None,
+            "relative_change_with_Q": (with_q - quality) / abs(quality) if quality else None,
             "difference_with_Q": paired(measured[name], measured[names["Q"]]),
             "ms": ms,
             **{f"saved_{top}": 1 - _mean(measured, one, "ms") / ms for top, one in names.items()},
@@ -233,10 +233,16 @@ def estimates(measured: Measured) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _median(values: list[float]) -> float | None:
+    return float(np.median(values)) if values else None
+
+
 def answers(measured: Measured) -> dict[str, Any]:
     """All that the study says, from measurements: {pipeline: {seed: measurement}}."""
     table_1, figure = distances(measured), estimates(measured)
-    known = [one["median_error"] for one in figure.values() if "median_error" in one]
+    known = {name: one["median_error"] for name, one in figure.items() if "median_error" in one}
+    # L answers as what it follows does: an estimate with it is off by no more and no less
+    of_quality = {name: error["quality"] for name, error in known.items() if "L" not in name}
     ratios = [one["different"]["mean"] / one["same"]["mean"] for one in table_1.values()
               if "same" in one and "different" in one and one["same"]["mean"]]  # fmt: skip
     return {
@@ -245,8 +251,12 @@ def answers(measured: Measured) -> dict[str, Any]:
         "table_2": savings(measured),
         "against_O": {name: _against_nothing(measured, name) for name in ("LQ", DYNAMIC) if name in measured},
         "figure_4": figure,
-        "cumulative": {key: float(np.median([one[key] for one in known])) for key in ("time", "quality")}
-        if known
+        "cumulative": {
+            "time": _median([error["time"] for error in known.values()]),
+            "quality": _median(list(of_quality.values())),
+            "quality_with_E": _median([error for name, error in of_quality.items() if "E" in name]),
+        }
+        if of_quality
         else None,
     }
 
@@ -304,8 +314,13 @@ def report(result: Mapping[str, Any]) -> str:
          for name, one in result["figure_4"].items() if "median_error" in one],
     )  # fmt: skip
     if result["cumulative"]:
-        time_, quality = result["cumulative"]["time"], result["cumulative"]["quality"]
-        lines.append(f"cumulative: estimates are off by {time_:.1%} in time, {100 * quality:.2f} points (medians)")
+        found = result["cumulative"]
+        with_e = found["quality_with_E"]
+        exits = "" if with_e is None else f", {100 * with_e:.2f} of those with E"
+        lines.append(
+            f"cumulative: estimates are off by {found['time']:.1%} in time, {100 * found['quality']:.2f} points "
+            f"(without L, which changes no answer){exits}; medians"
+        )
     return "\n".join(lines).rstrip()
 
 
@@ -339,6 +354,10 @@ def study(options: StudyOptions) -> int:
     root = Path(options.output)
     check_output(root)
     check_no_checkpoint(root)
+    if options.seed != StudyOptions.seed:
+        raise ValueError(f"seed {options.seed} would do nothing: a study has --seeds")
+    if there := next(root.glob(f"*/{RECORD}"), None):
+        raise ValueError(f"output {root} has the stages of a pipeline ({there.parent.name}); choose another output")
     stages, began = stages_of(orders), time.monotonic()
     letters = "".join(dict.fromkeys("".join(stages)))
     works = [begin(replace(options, seed=seed), root / f"seed-{seed}", letters) for seed in options.seeds]

@@ -1,5 +1,6 @@
 import errno
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Literal
 import pytest
 
 from elastic_model.arguments import option, parse, run, to_yaml
+from elastic_model.folders import new_folder
 
 
 @dataclass
@@ -125,6 +127,20 @@ def test_run_turns_bad_input_into_one_line_and_code_2(capsys, tmp_path):
     assert run(lambda: (tmp_path / "missing").read_text() and None) == 2
     assert capsys.readouterr().err == f"error: {tmp_path / 'missing'}: No such file or directory\n"
     assert run(lambda: None) == 0 and run(lambda: 143) == 143
+
+
+def test_sigterm_ends_a_command_as_an_error_does(capsys, tmp_path):
+    """But for training it killed: files half written stayed, and the exit code was not the one that is promised."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stopped():
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "half").write_text("")
+            signal.raise_signal(signal.SIGTERM)
+
+    assert run(stopped) == 143
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_copy_that_fails_names_both_files(capsys):

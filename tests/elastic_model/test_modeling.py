@@ -116,6 +116,26 @@ def test_the_bare_model_stops_at_a_constant_layer():
     assert torch.equal(stopped.last_hidden_state, states[2])
     with pytest.raises(ValueError, match="needs a task head"):
         model(input_ids, exit_policy={"name": "entropy", "threshold": 0.5})
+    with torch.enable_grad():  # training knows no policy, whoever asks for it
+        model.train()(input_ids, exit_policy={"name": "constant", "layer": 2}).last_hidden_state.sum().backward()
+    assert all(layer.output.dense.weight.grad is not None for layer in model.encoder.layer)
+
+
+@torch.no_grad()
+def test_pretraining_takes_a_policy_as_the_other_models_do():
+    """It knew no argument of the name, and its configuration's was ignored."""
+    model, input_ids = model_of("ElasticBertForPreTraining"), torch.randint(1, 60, (3, 9))
+    full = model(input_ids, exit_policy={"name": "never"})
+    constant = {"name": "constant", "layer": 2}
+    stopped = model(input_ids, exit_policy=constant)
+    assert stopped.exit_layers.tolist() == [2] * 3 and torch.equal(stopped.sop_logits, full.exit_sop_logits[1])
+    assert torch.equal(stopped.prediction_logits, full.exit_prediction_logits[1])
+    model.config.exit_policy = constant
+    assert model(input_ids).exit_layers.tolist() == [2] * 3
+    assert model(input_ids, exit_policy={"name": "never"}).exit_layers.tolist() == full.exit_layers.tolist() == [4] * 3
+    assert len(model(input_ids, sentence_order_label=torch.zeros(3, dtype=torch.long)).sop_losses) == 4
+    with pytest.raises(ValueError, match="'entropy' needs a task head; this model knows never and constant"):
+        model(input_ids, exit_policy={"name": "entropy", "threshold": 0.5})
 
 
 @torch.no_grad()

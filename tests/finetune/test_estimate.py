@@ -9,6 +9,7 @@ import pytest
 from finetune.__main__ import _command
 from finetune.pipelines.estimate import curve_distance, errors, estimate_of, parts_needed
 from finetune.pipelines.measure import Measurement, Point
+from finetune.pipelines.study import answers
 
 
 def measurement(pipeline, *points, seed=0, first_exit=None, **settings):
@@ -77,6 +78,36 @@ def measured(*measurements):
 )
 def test_the_equations(letters, points):
     np.testing.assert_allclose(estimate_of(letters, measured(*PARTS)).curve, points)
+
+
+def test_shares_of_a_quality_that_is_not_above_zero_are_refused():
+    """Two negative shares made a quality of -8."""
+    parts = measured(measurement("O", (100.0, -0.07)), measurement("D", (50.0, 0.8)), measurement("P", (70.0, 0.7)))
+    with pytest.raises(ValueError, match="the quality of O is -0.07: shares of what is not above 0"):
+        estimate_of("DP", parts)
+
+
+def test_l_adds_nothing_to_the_error_of_quality():
+    """Pipelines with L answer as those without: errors of 0 by construction stood in the median."""
+    qualities = {
+        "O": 0.9,
+        "E": 0.88,
+        "D": 0.8,
+        "P": 0.85,
+        "Q": 0.9,
+        "L": 0.9,
+        "PQ": 0.84,
+        "DE": 0.7,
+        "DP": 0.7,
+        "DQ": 0.78,
+    }
+    qualities |= {f"{name}L": quality for name, quality in qualities.items() if name != "O" and "L" not in name}
+    found = answers(measured(*(measurement(name, (50.0, quality)) for name, quality in qualities.items())))[
+        "cumulative"
+    ]
+    off = {"DE": 0.7 - 0.8 * 0.88 / 0.9, "DP": 0.7 - 0.8 * 0.85 / 0.9, "DQ": 0.78 - 0.8}
+    assert found["quality"] == pytest.approx(np.median(np.abs(list(off.values()))))
+    assert found["quality_with_E"] == pytest.approx(abs(off["DE"]))
 
 
 def test_the_order_of_operators_does_not_change_an_estimate():
@@ -148,6 +179,9 @@ def test_files_of_several_seeds_combine_where_they_fit(tmp_path, capsys):
     assert "50.5000 (50.0000-51.0000)" in capsys.readouterr().out
     _command(["estimate", "D", "--from", *seeds, "--draws", "0"])
     assert "one seed" not in capsys.readouterr().out  # there are two: no intervals were asked for
+    again = written(tmp_path / "again.json", measurement("D", (99.0, 0.8), seed=1, epochs=2))  # the later one counted
+    with pytest.raises(ValueError, match="1.json and .*again.json both have D of seed 1: give one of the files"):
+        _command(["estimate", "D", "--from", *seeds, again])
     other = written(tmp_path / "data.json", *PARTS, dev="1")
     with pytest.raises(ValueError, match="were measured on different data: they do not combine"):
         _command(["estimate", "D", "--from", seeds[0], other])

@@ -16,6 +16,7 @@ from elastic_model.operating_points import checkpoint_hash
 from elastic_model.provenance import read_provenance
 from export.write import patch_config
 from finetune.__main__ import _command
+from finetune.evolution import JOURNAL
 from finetune.labels import Labels
 from finetune.pipelines import stages
 from finetune.pipelines.config import PipelineOptions
@@ -26,14 +27,16 @@ from finetune.pipelines.measure import (
     Measurement,
     Point,
     Trial,
+    is_current,
     line_in_tokens,
     operating_point,
     times_in_turns,
 )
-from finetune.pipelines.stages import read_record, settings_of, stage_hash
+from finetune.pipelines.stages import SHARED, read_record, settings_of, stage_hash
 from finetune.pipelines.study import all_orders, measured_pipelines, savings, stages_of
 from finetune.pipelines.work import Work
 from finetune.run import run_folder
+from tests.finetune.test_estimate import measurement
 
 
 @pytest.fixture
@@ -261,6 +264,69 @@ def test_what_was_begun_with_other_settings_is_named_before_training(flags, tmp_
     with pytest.raises(ValueError, match="DE.run was begun with epochs = 7, not 1; choose another --output"):
         _command(["pipeline", "DE", *flags()])
     assert not (tmp_path / "out" / "O").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"heads": 3}, "P.run was begun with heads = 3, not 2; choose another --output"),
+        ({"rounds": 5}, "P.run was begun with rounds = 5, not 2"),
+        ({"dev rows": "0"}, "P.run was begun on other data: its dev rows differ"),
+    ],
+)
+def test_an_operator_that_was_begun_otherwise_is_named_before_training(flags, tmp_path, settings, message):
+    """O was trained and P measured in all its rounds first."""
+    seen = {}
+    own = flags("--heads=2")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            "finetune.pipelines.pipeline.carry_out", lambda work, stage: seen.setdefault("work", work) and 9
+        )
+        assert _command(["pipeline", "P", *own]) == 9
+    work, state = seen["work"], tmp_path / "out" / "P.run" / "state"
+    state.mkdir(parents=True)
+    shared = {name: getattr(work.options, name) for name in (*SHARED, "metrics", "rounds", "importance_rows")}
+    shared |= {"heads": 2, **{f"{split} rows": rows for split, rows in work.data.items()}}
+    (state / "progress.json").write_text(json.dumps({"settings": shared}))
+    assert read_record(work, "P") is None
+    (state / "progress.json").write_text(json.dumps({"settings": {**shared, **settings}}))
+    with pytest.raises(ValueError, match=message):
+        _command(["pipeline", "P", *own])
+
+
+def test_stages_of_a_pipeline_and_of_a_study_do_not_share_a_folder(flags, tmp_path):
+    """The one replaced what the other had measured."""
+    for stage, command in (("seed-0/P", ["pipeline", "P"]), ("P", ["study"])):
+        out = tmp_path / stage.replace("/", "-")
+        (out / stage).mkdir(parents=True)
+        (out / MARKER).write_text("")
+        (out / stage / "stage.json").write_text("{}")
+        with pytest.raises(ValueError, match="has the stages of a (study|pipeline) .*; choose another output"):
+            _command([*command, *flags(f"--output={out}")])
+    with pytest.raises(ValueError, match="seed 7 would do nothing: a study has --seeds"):
+        _command(["study", *flags("--seed=7", "--plan")])
+
+
+def test_what_has_no_record_is_not_measured(tiny_checkpoint, tmp_path):
+    """A stage that was being made again when it was killed ended every run of the folder."""
+    labels = Labels("single_label_classification", ["a", "b"], ("accuracy",))
+    work = Work(PipelineOptions(pipeline="E", model="m", output="o"), tmp_path, labels, None, 9, {})
+    folder = shutil.copytree(tiny_checkpoint, work.folder("E"))
+    one = measurement("E", (1.0, 0.5))
+    one = replace(one, checkpoint=stage_hash(folder))
+    assert not is_current(work, one)
+    (folder / "stage.json").write_text("{}")
+    assert is_current(work, one)
+
+
+def test_a_search_that_was_begun_goes_on(tiny_checkpoint):
+    """S searched anew where its search had been interrupted."""
+    journal = Path(f"{tiny_checkpoint}.search") / JOURNAL
+    assert not stages._searched(tiny_checkpoint)
+    journal.parent.mkdir()
+    for first, begun in ((checkpoint_hash(tiny_checkpoint), True), ("0" * 64, False)):
+        journal.write_text(json.dumps({"checkpoint": first}) + "\n{")
+        assert stages._searched(tiny_checkpoint) == begun
 
 
 def test_a_stage_whose_parent_is_gone_is_made_again(tiny_checkpoint, tmp_path):
