@@ -49,8 +49,8 @@ hf-common: $(INSTALLED)  ## transformers' own common model tests on our classes 
 	$(RUN) tests/hf_common/upstream.py
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow -s tests/hf_common
 
-test-oldest: .venv-oldest/.installed  ## the library's tests with the oldest versions it supports, in .venv-oldest
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(WORKERS) -m "slow or not slow" tests/elastic_model tests/hf_common
+test-oldest: .venv-oldest/.installed  ## tests of library and export with the oldest versions it supports, in .venv-oldest
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(WORKERS) -m "slow or not slow" tests/elastic_model tests/export tests/hf_common
 
 .venv-oldest/.installed: setup.cfg constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest

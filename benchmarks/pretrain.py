@@ -76,10 +76,10 @@ def steps_of(model, batch, dtype):
         """Every exit's logits at every position, as a model has them that keeps one loss for all tokens."""
         inputs = (batch["input_ids"], batch["attention_mask"], batch["token_type_ids"], None, None, None, None)
         losses = []
-        for exit in model.walk(inputs, None, {}):
-            logits = model.predictions(exit.flow.all_tokens(), exit.layer)
+        for here in model.walk(inputs, None, {}):
+            logits = model.predictions(here.flow.all_tokens(), here.layer)
             losses.append(cross_entropy(logits, batch["labels"]))
-            losses.append(cross_entropy(model.sentence_order(exit), batch["sentence_order_label"]))
+            losses.append(cross_entropy(model.sentence_order(here), batch["sentence_order_label"]))
         return torch.stack(losses).sum()
 
     steps = {"single exit": lambda: step(lambda: model(**batch, exits=layers[-1:]).loss)}

@@ -183,12 +183,12 @@ class ElasticBertModel(ElasticBertPreTrainedModel):
         flow = Flow(hidden, None if attention_mask is None else attention_mask.bool())
         yield from self.encoder.exits(flow, lengths, layers, wanted, equilibrium, **kwargs)
 
-    def pool(self, exit: Exit) -> torch.Tensor:
+    def pool(self, here: Exit) -> torch.Tensor:
         """What an exit's pooler makes of [CLS] or of the tokens' mean, as `exit_pooling` says; (rows, width)."""
         assert self.encoder.pooler is not None
-        means = self.config.exit_pooling[exit.layer - 1] == "mean"
-        state = exit.flow.mean_token() if means else exit.flow.first_token(self.config.keep_cls)
-        return self.encoder.pooler.at(exit.layer)(state)
+        means = self.config.exit_pooling[here.layer - 1] == "mean"
+        state = here.flow.mean_token() if means else here.flow.first_token(self.config.keep_cls)
+        return self.encoder.pooler.at(here.layer)(state)
 
     def ends_at(self, exit_policy: dict | None) -> int:
         """The layer at which a pass ends whose exits have no answers to decide by: that of a constant policy, the
@@ -310,7 +310,7 @@ def gather_answers(walk, head, policy, problem_type, exit_layers, mask=None, cho
     """Ask `head` at every exit of `walk()` and let rows leave as `policy` says.
 
     With a policy this is not compiled: rows that leave change what the walk goes on with, which no compiler follows.
-    head(exit) -> logits (rows inside, ...) and the learned uncertainty (rows inside,) or None. mask (rows, tokens)
+    head(here) -> logits (rows inside, ...) and the learned uncertainty (rows inside,) or None. mask (rows, tokens)
     for tasks that answer per token. choices: how many consecutive rows make one question (multiple choice) and leave
     together.
     """
@@ -322,32 +322,32 @@ def _gather(walk, head, policy, problem_type, exit_layers, mask, choices) -> Ans
     answers: Answers | None = None
     history: list[Prediction] = []
     positions: list[int] = []
-    for exit in walk():
-        logits, doubt = head(exit)
-        rows = exit.flow.rows if exit.flow.rows is None or choices == 1 else exit.flow.rows[::choices] // choices
+    for here in walk():
+        logits, doubt = head(here)
+        rows = here.flow.rows if here.flow.rows is None or choices == 1 else here.flow.rows[::choices] // choices
         if answers is not None:  # the model's layers may lie on several devices
             device = answers.left_at.device
             logits, doubt, rows = (None if one is None else one.to(device) for one in (logits, doubt, rows))
         if answers is None:
-            left_at = torch.full((logits.shape[0],), exit.layer, dtype=torch.long, device=logits.device)
+            left_at = torch.full((logits.shape[0],), here.layer, dtype=torch.long, device=logits.device)
             answers = Answers({}, {}, logits.clone(), left_at)
         batch = answers.left_at.shape[0]
-        answers.logits[exit.layer] = _in_batch(logits, rows, batch)
+        answers.logits[here.layer] = _in_batch(logits, rows, batch)
         if doubt is not None:
-            answers.uncertainty[exit.layer] = _in_batch(doubt, rows, batch)
+            answers.uncertainty[here.layer] = _in_batch(doubt, rows, batch)
         if rows is None:
-            answers.answer, answers.left_at = logits, torch.full_like(answers.left_at, exit.layer)
+            answers.answer, answers.left_at = logits, torch.full_like(answers.left_at, here.layer)
         else:
             answers.answer = answers.answer.index_copy(0, rows, logits)
-            answers.left_at[rows] = exit.layer
-        if policy is None or exit.is_last:
+            answers.left_at[rows] = here.layer
+        if policy is None or here.is_last:
             continue
         inside = mask if mask is None or rows is None else mask[rows]
         history.append(predict(logits, problem_type, inside, doubt))
-        positions.append(exit.position)
+        positions.append(here.position)
         leaves = leaving(policy, history, positions, exit_layers)
         if leaves.any():
-            exit.leave(leaves.repeat_interleave(choices))
+            here.leave(leaves.repeat_interleave(choices))
             history = [prediction.select(~leaves) for prediction in history]
     assert answers is not None  # the last exit always answers
     return answers
@@ -393,14 +393,14 @@ class ElasticBertExitModel(ElasticBertTaskModel):
         """The head of the exit after `layer`, from 1."""
         return getattr(self, self.static_head_name) if self.is_static else getattr(self, self.head_name).at(layer)
 
-    def head(self, exit: Exit) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def head(self, here: Exit) -> tuple[torch.Tensor, torch.Tensor | None]:
         """logits (rows, labels) or (rows, tokens, labels), and the learned uncertainty (rows,) where the model has
         that head."""
-        states = self.elasticbert.pool(exit) if self.pools else exit.flow.all_tokens()
-        logits = self.head_at(exit.layer)(self.dropout(states))
+        states = self.elasticbert.pool(here) if self.pools else here.flow.all_tokens()
+        logits = self.head_at(here.layer)(self.dropout(states))
         if not self.config.learned_exit_head:
             return logits, None
-        first = states if self.pools else exit.flow.first_token(self.config.keep_cls)
+        first = states if self.pools else here.flow.first_token(self.config.keep_cls)
         return logits, self.exit_uncertainty(first).squeeze(-1).sigmoid()
 
     def answer(self, walk, policy: dict | None, problem_type: str, mask=None, choices=1) -> Answers:
@@ -566,8 +566,8 @@ class ElasticBertForMultipleChoice(ElasticBertExitModel):
         flat = tuple(None if one is None else one.flatten(0, 1) for one in ids)
         walk = partial(self.walk, (*flat, length_config, layer_config), exits, kwargs)
 
-        def head(exit):
-            scores, doubt = self.head(exit)
+        def head(here):
+            scores, doubt = self.head(here)
             return scores.view(-1, choices), None if doubt is None else doubt.view(-1, choices).amax(-1)
 
         answers = gather_answers(walk, head, policy, "single_label_classification", self.exit_layers, choices=choices)
@@ -682,12 +682,12 @@ class ElasticBertMaskedModel(ElasticBertTaskModel):
     def set_output_embeddings(self, new_embeddings):
         self.predictions.decoder = new_embeddings
 
-    def is_last(self, exit: Exit, exits: list[int] | None) -> bool:
+    def is_last(self, here: Exit, exits: list[int] | None) -> bool:
         """Whether an exit is the last of those asked for (None: all)."""
-        return exit.layer == (exits or self.exit_layers)[-1]
+        return here.layer == (exits or self.exit_layers)[-1]
 
     def masked_loss(
-        self, exit: Exit, labels: torch.Tensor, count=None, teacher: torch.Tensor | None = None, recompute: bool = True
+        self, here: Exit, labels: torch.Tensor, count=None, teacher: torch.Tensor | None = None, recompute: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One exit's mean loss over the masked tokens, and how many of them it predicts right; logits are computed at
         those positions only.
@@ -699,13 +699,13 @@ class ElasticBertMaskedModel(ElasticBertTaskModel):
         targets = labels[masked]
 
         def loss(states):
-            logits = self.predictions(states, exit.layer)  # (masked, vocabulary)
+            logits = self.predictions(states, here.layer)  # (masked, vocabulary)
             right = (logits.detach().argmax(-1) == targets).sum()
             if teacher is None:
                 return cross_entropy(logits, targets, count), right
             return inplace_distillation(logits, teacher, "masked_lm", num_items=count), right
 
-        states = exit.flow.all_tokens()[masked]
+        states = here.flow.all_tokens()[masked]
         if recompute and torch.is_grad_enabled():
             return checkpoint(loss, states, use_reentrant=False)
         return loss(states)
@@ -750,17 +750,17 @@ class ElasticBertForMaskedLM(ElasticBertMaskedModel):
             )
         _check_labels(labels, self.config.vocab_size)
         losses, logits = {}, None
-        for exit in walk():
-            losses[exit.layer], _ = self.masked_loss(exit, labels, num_items_in_batch, recompute=not exit.is_last)
-            if self.is_last(exit, exits) and not self.training:
-                logits = self.head(exit)[0]
+        for here in walk():
+            losses[here.layer], _ = self.masked_loss(here, labels, num_items_in_batch, recompute=not here.is_last)
+            if self.is_last(here, exits) and not self.training:
+                logits = self.head(here)[0]
         trained = trained_exits(self.config.exit_loss, list(losses))
         loss = weighted_loss(losses, self.config.exit_loss) + zero_for_others(self, trained)
         return ElasticBertExitOutput(loss=loss, logits=logits, exit_losses=tuple(losses.values()))
 
-    def head(self, exit: Exit) -> tuple[torch.Tensor, None]:
+    def head(self, here: Exit) -> tuple[torch.Tensor, None]:
         """logits (rows, tokens, vocabulary); no learned uncertainty."""
-        return self.predictions(exit.flow.all_tokens(), exit.layer), None
+        return self.predictions(here.flow.all_tokens(), here.layer), None
 
 
 @dataclass
@@ -795,9 +795,9 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
         if orders is not None:
             _check_labels(orders, 2)
 
-    def sentence_order(self, exit: Exit) -> torch.Tensor:
+    def sentence_order(self, here: Exit) -> torch.Tensor:
         """Logits of the segments' order at one exit: as they were, swapped; (rows, 2)."""
-        return self.sop_classifiers.at(exit.layer)(self.dropout(self.elasticbert.pool(exit)))
+        return self.sop_classifiers.at(here.layer)(self.dropout(self.elasticbert.pool(here)))
 
     def weighted(self, *losses: dict[int, torch.Tensor]) -> torch.Tensor:
         """The sum of the objectives, each {exit layer: scalar} under the config's weighting of the exits."""
@@ -813,11 +813,11 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
         """The divergence of a sub-network's exits from the teacher, at masked tokens and in the order of segments
         (Yu and Huang 2019; Kim and Cho 2021, section 3.2)."""
         mlm, sop = {}, {}
-        for exit in walk:
-            mlm[exit.layer], _ = self.masked_loss(exit, teacher.labels, mlm_count, teacher.predictions)
+        for here in walk:
+            mlm[here.layer], _ = self.masked_loss(here, teacher.labels, mlm_count, teacher.predictions)
             if teacher.ordered is not None:
-                sop[exit.layer] = inplace_distillation(
-                    self.sentence_order(exit), teacher.order, "single_label_classification", teacher.ordered, sop_count
+                sop[here.layer] = inplace_distillation(
+                    self.sentence_order(here), teacher.order, "single_label_classification", teacher.ordered, sop_count
                 )
         return self.weighted(mlm, sop)
 
@@ -854,21 +854,21 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
         if exits is None and labels is None and sentence_order_label is None:
             exits = [layer for layer in self.exit_layers if layer <= last]
         mlm, sop, right, predictions, orders = {}, {}, {}, {}, {}
-        for exit in self.walk((*ids, length_config, layer_config), exits, kwargs):
-            orders[exit.layer] = self.sentence_order(exit)
+        for here in self.walk((*ids, length_config, layer_config), exits, kwargs):
+            orders[here.layer] = self.sentence_order(here)
             if labels is not None:
-                recompute = bool(students) or not exit.is_last
-                mlm[exit.layer], right[exit.layer] = self.masked_loss(exit, labels, mlm_count, recompute=recompute)
+                recompute = bool(students) or not here.is_last
+                mlm[here.layer], right[here.layer] = self.masked_loss(here, labels, mlm_count, recompute=recompute)
             if sentence_order_label is not None:
-                sop[exit.layer] = cross_entropy(orders[exit.layer], sentence_order_label, sop_count)
-            if labels is None or (self.is_last(exit, exits) and not self.training and mlm_count is None):
-                predictions[exit.layer] = self.predictions(exit.flow.all_tokens(), exit.layer)
+                sop[here.layer] = cross_entropy(orders[here.layer], sentence_order_label, sop_count)
+            if labels is None or (self.is_last(here, exits) and not self.training and mlm_count is None):
+                predictions[here.layer] = self.predictions(here.flow.all_tokens(), here.layer)
         computed = list(orders)
         loss = distillation = None
         if mlm or sop:
             loss = self.weighted(mlm, sop)
             if students and labels is not None:
-                teacher = self.teacher(exit, labels, sentence_order_label, orders[exit.layer])
+                teacher = self.teacher(here, labels, sentence_order_label, orders[here.layer])
                 settings = [(*ids, one["length_config"], one["layer_config"]) for one in students]
                 walks = [self.walk(one, exits, kwargs) for one in settings]
                 losses = [self.student_loss(walk, teacher, mlm_count, sop_count) for walk in walks]

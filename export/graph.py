@@ -29,7 +29,7 @@ from export.task import EMBEDDING, TOKENS, Task
 OPSET = 17
 CONTRIB_OPSET = 1
 IR_VERSION = 8
-REQUIRES = {"onnxruntime": "1.17", "opset": OPSET, "ir_version": IR_VERSION}
+REQUIRES = {"onnxruntime": "1.23", "opset": OPSET, "ir_version": IR_VERSION}
 
 
 def build_graph(

@@ -107,7 +107,7 @@ class LoopOptions(ReadingOptions):
     )
 
     # what has no option in every command: the weight of labels beside a teacher, and all that sub-networks need
-    hard_weight, learned_exit_head, exit_pooling = 0.0, False, "mean"
+    hard_weight, learned_exit_head, exit_pooling = 0.0, False, cast("str | None", None)
     length_drop, layer_drop, sampled, sandwich_rule = 0.2, 0.2, 2, True
 
 
@@ -115,8 +115,10 @@ class LoopOptions(ReadingOptions):
 class SubnetworkOptions(LoopOptions):
     """What the recipes have beside the loop: sub-networks, new exits, and a head that learns when to leave."""
 
-    exit_pooling: Literal["mean", "cls"] = option(
-        "mean", help="what new exits read: the mean of the tokens, or [CLS] as BERT's do (for export's --to bert)"
+    exit_pooling: Literal["mean", "cls"] | None = option(
+        None,
+        help="what new exits read: the mean of the tokens, or [CLS] as BERT's do, for export's --to bert (default: mean;"
+        " where a stock body's last exit is the only one, [CLS])",
     )
     learned_exit_head: bool = option(
         False, help="train BERxiT's head, which the exit policy `learned` asks whether an exit is right"

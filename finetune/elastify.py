@@ -142,7 +142,7 @@ def _check_original(name: str, config: Any, options: ElastifyOptions) -> Problem
 def _load(name: str, problem_type: ProblemType, config: Any, options: ElastifyOptions) -> Any:
     """The original as an elastic model: every inner head starts as its own, unless it has some already."""
     settings = configured(options, config.num_hidden_layers)
-    settings |= {"exit_pooling": pooling_with_new_exits(config, options.exit_pooling)}
+    settings |= {"exit_pooling": pooling_with_new_exits(config, options.exit_pooling or "mean")}
     set_seed(options.seed)
     model, loading = KINDS[problem_type].model.from_pretrained(
         name, dtype=torch.float32, output_loading_info=True, **settings

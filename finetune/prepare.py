@@ -194,9 +194,9 @@ def longest_input(config: Any) -> int:
 
 def exit_pooling_of(config: Any, exit_layers: list[int] | None, options: LoopOptions) -> list[str]:
     """What the exits of a starting checkpoint read. The last one of a stock body has no trained head: it is new like
-    those below it; where it is the only one, it is BERT's own."""
-    alone = exit_layers is not None and len(exit_layers) == 1
-    return pooling_with_new_exits(config, options.exit_pooling, alone or problem_type_of(config) is not None)
+    those below it; where it is the only one, it is BERT's own, unless it is asked for otherwise."""
+    alone = options.exit_pooling is None and exit_layers is not None and len(exit_layers) == 1
+    return pooling_with_new_exits(config, options.exit_pooling or "mean", alone or problem_type_of(config) is not None)
 
 
 def configured(options: LoopOptions, layers: int) -> dict[str, Any]:

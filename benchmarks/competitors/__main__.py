@@ -57,7 +57,7 @@ def _command(argv: list[str]) -> int:
 def compete(name: str, options: SizeOptions) -> int:
     """Fine-tune (or take a checkpoint), run the method, write its test files, a task and a seed after the other; what
     is there is not made again. Then its result, and the leaderboard of all that the folder holds."""
-    from benchmarks.competitors.common import Start
+    from benchmarks.competitors.start import Start
     from finetune.elue.jobs import check_jobs, encoded_train, jobs_of, subject_of, training_of, write_labels
     from finetune.elue.results import is_made, make, publish, reference_of, result_of
     from finetune.train import train

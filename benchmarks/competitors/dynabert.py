@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import mse_loss
 
-from benchmarks.competitors.common import Batch, Start
+from benchmarks.competitors.start import Batch, Start
 from elastic_model.losses import inplace_distillation
 from finetune.data import inputs_of
 from finetune.elue.costs import ModuleCost

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.competitors.common import Start
+from benchmarks.competitors.start import Start
 from finetune.elue.costs import ModuleCost
 from finetune.widths import importance, narrowed
 

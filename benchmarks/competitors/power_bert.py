@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.competitors.common import Batch, Start
+from benchmarks.competitors.start import Batch, Start
 from elastic_model.encoder import Exit, Flow
 from elastic_model.losses import exit_task_loss
 from elastic_model.modeling_elasticbert import ElasticBertExitModel

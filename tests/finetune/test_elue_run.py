@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from elastic_model.arguments import run
 from elastic_model.folders import MARKER
 from elastic_model.provenance import read_provenance
 from finetune.__main__ import _command
+from finetune.elue import run as elue_run
 from finetune.elue.config import RunOptions
 from finetune.elue.jobs import jobs_of
 from finetune.elue.methods import METHODS
@@ -192,6 +194,18 @@ def test_one_exit_leaves_nothing_to_choose(elue_data, elue_start, tmp_path, caps
     assert elue(elue_data, tmp_path / "single", "--tasks", "sst2", "--methods", "deebert") == 2
     assert "single has one exit" in capsys.readouterr().err
     assert not (elue_data / "run").exists()
+
+
+def test_points_are_chosen_on_dev(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(elue_run, "choose_settings", lambda *given: chosen.append(given) or [])
+    splits = {"dev": object(), "test": object()}
+    subject = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=3))
+    job = SimpleNamespace(kind=SimpleNamespace(problem_type="single_label_classification"))
+    options = RunOptions(model="m", output="o")
+    assert not list(elue_run._points(options, job, METHODS["elastic"], subject, splits))
+    ((_, _, lengths, rows, *_),) = chosen
+    assert rows is splits["dev"] and len(lengths) == len(options.shares)
 
 
 def test_a_model_is_needed_where_no_checkpoint_is_given(elue_data, capsys):

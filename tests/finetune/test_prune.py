@@ -6,13 +6,25 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 import finetune.train
 from elastic_model import ElasticBertForSequenceClassification
 from elastic_model.provenance import read_provenance
 from finetune.__main__ import _command
 from finetune.config import PruneOptions
-from finetune.prune import Kept, Widths, _probe, best, loss_without_labels, milliseconds_at, prune, schedule, target
+from finetune.prune import (
+    Kept,
+    Widths,
+    _probe,
+    best,
+    loss_without_labels,
+    milliseconds_at,
+    prepare_pruning,
+    prune,
+    schedule,
+    target,
+)
 from finetune.train import train
 from finetune.widths import gated, importance, loss_on_labels, narrowed
 
@@ -147,6 +159,24 @@ def test_without_distillation_the_weights_are_the_unpruned_ones(pruned, trained,
     expected = narrowed(original, kept["heads"], kept["neurons"]).state_dict()
     found = ElasticBertForSequenceClassification.from_pretrained(tmp_path / "pruned").state_dict()
     assert all(torch.equal(found[name], one) for name, one in expected.items())
+
+
+def test_importance_is_measured_on_train(pruned, monkeypatch, tmp_path):
+    """What dev chooses is reported on it: pruning by its rows would be, too."""
+    seen = []
+
+    def recorded(model, batches, loss):
+        batches = list(batches)
+        seen.extend(tuple(row.tolist()) for batch in batches for row in batch["input_ids"])
+        return importance(model, batches, loss)
+
+    monkeypatch.setattr("finetune.prune.importance", recorded)
+    options = pruned(share=0.5, rounds=1, distill=False, importance_rows=None)
+    run = prepare_pruning(options, Accelerator())[0]
+    train, dev = ({tuple(row["input_ids"]) for row in run.splits[split].rows} for split in ("train", "dev"))
+    assert prune(options) == 0
+    found = {tuple(token for token in row if token) for row in seen}
+    assert found == train and not dev <= train
 
 
 def interrupted(monkeypatch, options):

@@ -67,6 +67,18 @@ def test_there_are_no_more_groups_than_exits_to_deal(options, recipe):
     assert all(trained) and set().union(*trained) == below
 
 
+def test_the_last_exit_teaches_without_dropout(options):
+    """FastBERT's teacher is a model in evaluation mode: each pass gives the same answers."""
+    run = prepare(options(recipe="self_distillation", dropout=0.5), Accelerator())
+    batch = collate(run.splits["train"], list(range(8)), run.tokenizer, CPU)
+    losses = []
+    for _ in range(2):
+        run.model.train()
+        (loss,) = run.phases[1].objective(run.model, run.model.config, batch, Update(0, random.Random(0), run.options))
+        losses.append(loss.item())
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("recipe", ["two_stage", "self_distillation"])
 def test_a_phase_without_anything_to_train_is_named(options, recipe):
     with pytest.raises(ValueError, match=f"recipe '{recipe}' has a phase for the exits below the last, of which"):
@@ -248,6 +260,7 @@ def pad_tokens(name, tensor):
         ("BertModel", {}, ["mean", "mean", "mean"]),  # nothing has trained its last exit
         ("BertForSequenceClassification", {}, ["mean", "mean", "cls"]),
         ("BertModel", {"exit_layers": [3]}, ["mean", "mean", "cls"]),  # BERT's own, the others are not there
+        ("BertModel", {"exit_layers": [3], "exit_pooling": "mean"}, ["mean", "mean", "mean"]),  # unless it is asked
         ("BertModel", {"exit_pooling": "cls"}, ["cls", "cls", "cls"]),
         ("BertForSequenceClassification", {"exit_pooling": "cls"}, ["cls", "cls", "cls"]),
     ],

@@ -314,6 +314,14 @@ def test_a_file_that_stops_early_is_searched_to_its_last_exit(checkpoint, small_
     assert result_of(tmp_path / "out")["full"]["quality"] == (served == work.encoded.labels).mean()
 
 
+def test_the_split_that_is_asked_for_is_searched(checkpoint, small_task, tmp_path):
+    rows = {split: str(small_task / f"{split}.tsv") for split in ("train", "dev", "test")}
+    for split in rows:
+        work, every = prepare(options_of(checkpoint, small_task, tmp_path / "out", **rows, split=split))
+        texts = [line.split("\t")[0] for line in (small_task / f"{split}.tsv").read_text().splitlines()[1:]]
+        assert len(every) == len(texts) and set(work.examples.texts) <= set(texts)
+
+
 def test_another_policy_is_not_resumed_with(checkpoint, small_task, tmp_path):
     options = options_of(checkpoint, small_task, tmp_path / "out", iterations=0)
     search(options)

@@ -147,6 +147,20 @@ def test_a_rare_class_is_one_of_the_labels_whatever_rows_are_drawn(options, tmp_
         prepare(options(train_rows=-5), Accelerator())
 
 
+def test_the_checkpoint_is_chosen_on_dev(options, small_task, tmp_path):
+    """Test is reported: whatever it holds, the same weights are kept."""
+    rows = [line.split("\t") for line in (small_task / "test.tsv").read_text().splitlines()]
+    other = {"early": "middle", "middle": "late", "late": "early", "label": "label"}
+    (tmp_path / "other.tsv").write_text("\n".join(f"{text}\t{other[label]}" for text, label in rows) + "\n")
+    kept = []
+    for name, test in (("as it is", small_task / "test.tsv"), ("changed", tmp_path / "other.tsv")):
+        output = str(tmp_path / name)
+        assert train(options(output=output, test=str(test), epochs=4, eval_steps=2)) == 0
+        scores = json.loads((tmp_path / name / "evaluation.json").read_text())["exits"]
+        kept.append((checkpoint_hash(output), scores["dev"]["4"], scores["test"]["4"]))
+    assert kept[0][:2] == kept[1][:2] and kept[0][2] != kept[1][2]
+
+
 class Crash(Exception):
     """What a killed process looks like from inside the loop."""
 
