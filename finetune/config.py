@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from elastic_model.arguments import option
+from elastic_model.subnetworks import LAYER_DROP, LENGTH_DROP
 from finetune.tasks import DATA_VARIABLE, TASKS, ProblemType
 
 TASK_HELP = (
@@ -108,7 +109,7 @@ class LoopOptions(ReadingOptions):
 
     # what has no option in every command: the weight of labels beside a teacher, and all that sub-networks need
     hard_weight, learned_exit_head, exit_pooling = 0.0, False, cast("str | None", None)
-    length_drop, layer_drop, sampled, sandwich_rule = 0.2, 0.2, 2, True
+    length_drop, layer_drop, sampled, sandwich_rule = LENGTH_DROP, LAYER_DROP, 2, True
 
 
 @dataclass(kw_only=True)
@@ -117,15 +118,19 @@ class SubnetworkOptions(LoopOptions):
 
     exit_pooling: Literal["mean", "cls"] | None = option(
         None,
-        help="what new exits read: the mean of the tokens, or [CLS] as BERT's do, for export's --to bert (default: mean;"
-        " where a stock body's last exit is the only one, [CLS])",
+        help="what new exits read: the mean of the tokens, or [CLS] as BERT's do, for export's --to bert (default:"
+        " mean; where a stock body's last exit is the only one, [CLS])",
     )
     learned_exit_head: bool = option(
         False, help="train BERxiT's head, which the exit policy `learned` asks whether an exit is right"
     )
 
-    length_drop: float = option(0.2, help="LengthDrop: share of the tokens dropped from layer to layer, at most")
-    layer_drop: float = option(0.2, help="LayerDrop: probability that a sub-network leaves a layer out; 0: without")
+    length_drop: float = option(
+        LENGTH_DROP, help="LengthDrop: share of the tokens dropped from layer to layer, at most"
+    )
+    layer_drop: float = option(
+        LAYER_DROP, help="LayerDrop: probability that a sub-network leaves a layer out; 0: without"
+    )
     sampled: int = option(2, help="sub-networks sampled in an update beside the smallest one")
     sandwich_rule: bool = option(True, help="the smallest sub-network is in every update; false: one more is sampled")
 
