@@ -82,8 +82,8 @@ def to_yaml(options: Any) -> str:
     return yaml.safe_dump(plain, sort_keys=False)
 
 
-class _Terminated(SystemExit):
-    """SIGTERM has come; a `SystemExit`, since processes forked from this one end so without a word."""
+class _Terminated(BaseException):
+    """SIGTERM has come."""
 
 
 @contextmanager
@@ -91,8 +91,12 @@ def _ending_on_sigterm() -> Iterator[None]:
     """SIGTERM becomes an exception, as Ctrl-C is one: files half written are removed, and locks released."""
 
     def end(*_: Any) -> None:
-        raise _Terminated(INTERRUPTED)
+        if os.getpid() != owner:  # a process forked from this one ends as it would have
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
+        raise _Terminated
 
+    owner = os.getpid()
     ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     if ours:
         signal.signal(signal.SIGTERM, end)

@@ -45,9 +45,14 @@ class OperatingPoint:
             raise ValueError(
                 f"operating point {self.name!r}: thresholds, mean_exit_layer and flops must be finite, got {values}"
             )
-        for name, measured in (("quality", self.quality), ("latency_ms", self.latency_ms)):
+        full = (self.calibration or {}).get("full_quality")
+        compared = {"value": full} if full is not None else None
+        for name, measured in (
+            ("quality", self.quality),
+            ("latency_ms", self.latency_ms),
+            ("calibration's full_quality", compared),
+        ):
             numbers = [measured.get(key) for key in ("value", "low", "high")] if measured else [0.0]
-            numbers += [(self.calibration or {}).get("full_quality")]
             if not all(
                 isinstance(value, int | float) and math.isfinite(value) for value in numbers if value is not None
             ):

@@ -85,7 +85,7 @@ class ElasticSession:
         defaulted = self.session.get_overridable_initializers()
         self.inputs = {one.name for one in [*self.session.get_inputs(), *defaulted]}
         self.outputs = [one.name for one in self.session.get_outputs()]
-        _check_points(points, self)
+        _check_points(points, self, metadata["checkpoint"])
 
     @classmethod
     def from_pretrained(
@@ -567,7 +567,7 @@ def _metadata(session: onnxruntime.InferenceSession, model: Path) -> dict[str, A
         if written != FORMAT:
             raise ValueError(f"{model}: written in format {written}, this version reads format {FORMAT}")
         values = {name: json.loads(found[f"elastic_{name}"]) for name in (*names, "max_tokens", "flops")}
-        later = {"no_answer_threshold": None, "truncation_side": "right"}  # what files of before do not say
+        later = {"no_answer_threshold": None, "truncation_side": "right", "checkpoint": None}  # of files of before
         return values | {
             name: json.loads(found[f"elastic_{name}"]) if f"elastic_{name}" in found else value
             for name, value in later.items()
@@ -578,9 +578,15 @@ def _metadata(session: onnxruntime.InferenceSession, model: Path) -> dict[str, A
         ) from error
 
 
-def _check_points(points: OperatingPoints | None, session: ElasticSession) -> None:
-    """ValueError where the operating points are not this file's."""
+def _check_points(points: OperatingPoints | None, session: ElasticSession, checkpoint: str | None) -> None:
+    """ValueError where the operating points are not this file's; checkpoint: the hash of the weights that it is of."""
     file = session.file.parent.parent / FILE
+    nobodys = ("", hashlib.sha256().hexdigest())  # measured in a folder without safetensors
+    if points and checkpoint is not None and points.checkpoint not in (checkpoint, *nobodys):
+        raise ValueError(
+            f"{file} belongs to another checkpoint (weights {points.checkpoint[:12]}..., {session.file.name} is of "
+            f"{checkpoint[:12]}...); search or calibrate this one, or delete the file"
+        )
     for point in points.points if points else []:
         if len(point.thresholds) != len(session.thresholds):
             raise ValueError(

@@ -116,13 +116,13 @@ def _constant_layer(policy: dict[str, Any], exits: list[int]) -> int:
 def metadata(
     config: ElasticBertConfig,
     task: Task,
-    reads: Mapping[str, Any],
+    own: Mapping[str, Any],
     versions: Mapping[str, str],
     requires: Mapping[str, Any],
     plain: int | None = None,
 ) -> dict[str, str]:
-    """What a client needs to know, as ONNX metadata: keys `elastic_*`, values JSON. reads: what of a
-    text; plain: the exit of a plain file."""
+    """What a client needs to know, as ONNX metadata: keys `elastic_*`, values JSON. own: what the checkpoint alone
+    knows; plain: the exit of a plain file."""
     names = config.id2label or {}
     labels = [names[number] for number in range(config.num_labels or 0)]
     values = {
@@ -135,7 +135,7 @@ def metadata(
         "thresholds": task.thresholds if plain is None else [],
         "length_config": task.lengths if plain is None else [1.0] * plain,
         "max_layer": task.max_layer if plain is None else plain,
-        **reads,
+        **own,
         "no_answer_threshold": config.no_answer_threshold,
         "flops": [_flops(config, task, layer) for layer in range(1, config.num_hidden_layers + 1)],
         "requires": requires,

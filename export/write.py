@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from elastic_model import ElasticBertConfig, ElasticBertModel
 from elastic_model.card import write_card
 from elastic_model.folders import check_replaceable, new_folder
-from elastic_model.operating_points import FILE, OperatingPoints
+from elastic_model.operating_points import FILE, OperatingPoints, checkpoint_hash
 from elastic_model.processor import ONNX_FILES, cpu_flags, fitting_files
 from elastic_model.provenance import append_stage, file_hash
 from elastic_model.session import (
@@ -237,8 +237,9 @@ def write_graph(
         model = build_graph(config, checkpoint.tensors, task, arithmetic)
     else:
         model = build_plain_graph(config, checkpoint.tensors, task, arithmetic, plain)
-    reads = {"max_tokens": checkpoint.max_tokens, "truncation_side": checkpoint.truncation_side}
-    entries = metadata(config, task, reads, versions(), REQUIRES, plain)
+    own = {"max_tokens": checkpoint.max_tokens, "truncation_side": checkpoint.truncation_side}
+    own |= {"checkpoint": checkpoint_hash(checkpoint.folder)}
+    entries = metadata(config, task, own, versions(), REQUIRES, plain)
     if points is not None and plain is None:
         entries["elastic_operating_points"] = json.dumps(points.to_dict())
     onnx.helper.set_model_props(model.proto, entries)

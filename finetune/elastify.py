@@ -27,9 +27,9 @@ from finetune.data import Encoded, rows_of
 from finetune.evaluate import stacked_exits, table
 from finetune.figures import plot_exits
 from finetune.kinds import KINDS, problem_type_of
-from finetune.prepare import FAMILIES, check_length, configured, rows_hash, weight_files
+from finetune.prepare import FAMILIES, check_length, configured, pooling_setting, rows_hash, weight_files
 from finetune.recipe import INNER_EXITS, SANDWICH, Phase
-from finetune.run import Run, check_numbers, check_read, start_accelerator
+from finetune.run import Run, check_numbers, check_read, phases_that_run, start_accelerator
 from finetune.state import Progress
 from finetune.tasks import ProblemType
 from finetune.teacher import ask, check_name, final_logits, load_stock
@@ -134,8 +134,6 @@ def _check_original(name: str, config: Any, options: ElastifyOptions) -> Problem
             f"{name} holds {found}; elastify takes a fine-tuned classifier or token tagger of the families "
             f"{', '.join(FAMILIES)}"
         )
-    if options.distillation == "none":
-        raise ValueError("distillation none: without labels there is nothing but the original's answers to learn from")
     return problem_type
 
 
@@ -182,6 +180,7 @@ def phases_of(options: ElastifyOptions) -> tuple[Phase, ...]:
 def _settings(options: ElastifyOptions, revision: str | None, splits: Mapping[str, Encoded]) -> dict[str, Any]:
     free = ("output", "resume", "model", "texts", "dev", "save_steps", "log_steps", "tracker", "eval_batch_size")
     settings = {name: value for name, value in vars(options).items() if name not in free}
+    settings["exit_pooling"] = pooling_setting(options)
     local = Path(options.model).is_dir()
     settings["original"] = [file_hash(file) for file in weight_files(Path(options.model))] if local else revision
     return settings | {f"{split} rows": rows_hash(encoded) for split, encoded in splits.items()}
@@ -191,10 +190,14 @@ def prepare(options: ElastifyOptions, accelerator: Accelerator) -> ElastifyRun:
     """Everything read and checked; nothing is written yet."""
     phases = phases_of(options)
     check_numbers(options, phases)
+    if options.distillation == "none":
+        raise ValueError("distillation none: without labels there is nothing but the original's answers to learn from")
     if not 0 < options.backbone_learning_rate < math.inf:
         raise ValueError(f"backbone_learning_rate must be above 0, got {options.backbone_learning_rate:g}")
-    check_read(options, phases)
-    if not options.train_backbone and options.backbone_learning_rate != ElastifyOptions.backbone_learning_rate:
+    some = phases_that_run(options, phases)
+    check_read(options, some)
+    frozen = all(phase.learning_rate is None for phase in some)
+    if frozen and options.backbone_learning_rate != ElastifyOptions.backbone_learning_rate:
         raise ValueError("backbone_learning_rate would do nothing: without --train_backbone the backbone is frozen")
     check_replaceable(Path(options.output), options.model, options.texts, options.dev)
     if not Path(options.texts).is_file():
@@ -294,7 +297,8 @@ def _write(run: ElastifyRun, progress: Progress) -> None:
     shutil.rmtree(run.folder)
     print(text, f"checkpoint of update {progress.best_update}: {options.output}", sep="\n\n")
     rows = "--dev FILE (labelled)" if run.problem_type == "token_classification" else "--texts FILE"
-    print(f"next, exit thresholds: python -m finetune calibrate {options.output} {rows} --max_disagreement 0.05")
+    bound = "--max_disagreement 0.05" + (" --tolerance 0.1" if run.problem_type == "regression" else "")
+    print(f"next, exit thresholds: python -m finetune calibrate {options.output} {rows} {bound}")
 
 
 def _record(run: ElastifyRun, folder: Path, exits: dict[int, dict[str, float]]) -> None:

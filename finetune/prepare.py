@@ -260,10 +260,19 @@ def load_classifier(folder: Path, max_length: int) -> ElasticBertExitModel:
     return model.eval()
 
 
+def pooling_setting(options: LoopOptions) -> str:
+    """What --exit_pooling asks for, in the words of runs that were begun when it was "mean" by default."""
+    of_one_exit = options.exit_pooling == "mean" and len(options.exit_layers or ()) == 1
+    return "mean, of one exit too" if of_one_exit else options.exit_pooling or "mean"
+
+
 def settings_of(options: LabelledOptions, splits: Mapping[str, Encoded]) -> dict[str, Any]:
     """What makes two runs the same: the options, the starting weights and the rows."""
-    free = ("output", "resume", "model", "student", "teacher", "save_steps", "log_steps", "tracker", "eval_batch_size")
+    free = {"output", "resume", "model", "student", "teacher", "save_steps", "log_steps", "tracker", "eval_batch_size"}
+    free |= {"train", "dev", "test"}  # wherever they lie: their rows are told by their hashes
     settings = {name: value for name, value in vars(options).items() if name not in free}
+    if "exit_pooling" in settings:
+        settings["exit_pooling"] = pooling_setting(options)
     for name in ("model", "student", "teacher"):
         given = getattr(options, name, None)
         if given and Path(given).is_dir():  # wherever it lies

@@ -244,9 +244,12 @@ def _at_counts(options: PruneOptions, before: Widths) -> Widths:
     return Widths(left["heads"], left["intermediate"])
 
 
-def target(options: PruneOptions, model: ElasticBertExitModel) -> Widths:
-    """The widths asked for; ValueError where they are none, larger than the model, or not what a layer can have."""
-    before = Widths.of(model.config)
+def target(options: PruneOptions, config: ElasticBertConfig, model: ElasticBertExitModel | None = None) -> Widths:
+    """The widths asked for; ValueError where they are none, larger than the model, or not what a layer can have.
+
+    A latency is measured on `model`; without one only the limit is checked, and what there is stays.
+    """
+    before = Widths.of(config)
     counts = [one for one in (options.heads, options.intermediate) if one is not None]
     given = bool(counts) + (options.share is not None) + (options.latency_ms is not None)
     if given != 1:
@@ -262,7 +265,7 @@ def target(options: PruneOptions, model: ElasticBertExitModel) -> Widths:
     if options.latency_ms is not None:
         if not 0 < options.latency_ms < math.inf:
             raise ValueError(f"latency_ms must be above 0, got {options.latency_ms:g}")
-        return _at_latency(model, options, before)
+        return before if model is None else _at_latency(model, options, before)
     if options.share is not None and not 0 < options.share < 1:
         raise ValueError(f"share must be above 0 and below 1, got {options.share}")
     share = options.share
@@ -301,8 +304,7 @@ def remove(run: TaskRun, model: ElasticBertExitModel, to: Widths) -> tuple[Elast
 def prepare_pruning(options: PruneOptions, accelerator: Accelerator) -> tuple[TaskRun, ElasticBertExitModel]:
     """The run with a copy of the model, and the model itself; nothing is written yet."""
     unpruned = load_teacher(options)
-    if options.latency_ms is None:
-        target(options, unpruned)
+    target(options, unpruned.config)
 
     def copy(_: Any, labels: Any) -> ElasticBertExitModel:
         settings = settings_of_student(options, labels, unpruned.exit_layers)
@@ -313,15 +315,15 @@ def prepare_pruning(options: PruneOptions, accelerator: Accelerator) -> tuple[Ta
     return run, unpruned
 
 
-def _begun(run: TaskRun) -> tuple[Widths, Kept, list[Any]] | None:
-    """What the run to be resumed prunes to, what it left and how: a latency would not be measured twice alike.
+def _begun(run: TaskRun) -> dict[str, Any] | None:
+    """The notes of the run to be resumed, what it left among them: a latency would not be measured twice alike.
     ValueError where it had other settings."""
     file = run.folder / RESULT
     if not (run.options.resume and is_ours(run.state) and file.is_file()):
         return None
     load_progress(run.state, run.settings)
-    found = json.loads(file.read_text(encoding="utf-8"))
-    return Widths(*map(tuple, found["target"].values())), Kept(**found["kept"]), found["rounds"]
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
 
 
 def prune(options: PruneOptions) -> int:
@@ -333,17 +335,20 @@ def prune(options: PruneOptions) -> int:
     if was_finished(run):
         return 0
     begun = on_main_process(accelerator, lambda: _begun(run))
-    to = begun[0] if begun else on_main_process(accelerator, lambda: target(options, unpruned))
-    model, kept, history = remove(run, run.model, to) if begun is None else (run.model, *begun[1:])
     if begun is not None:
-        model = narrowed(model, kept.heads, kept.neurons)
+        kept, history = Kept(**begun["kept"]), begun["rounds"]
+        model, target_ = narrowed(run.model, kept.heads, kept.neurons), begun["target"]
+    else:
+        to = on_main_process(accelerator, lambda: target(options, unpruned.config, unpruned))
+        model, kept, history = remove(run, run.model, to)
+        target_ = vars(to)
     counts = {"before": unpruned.num_parameters(), "after": model.num_parameters()}
     accelerator.print(
         f"pruned in {len(history)} rounds to heads {history[-1]['heads']}, FFN {history[-1]['intermediate']}: "
         f"{counts['after'] / counts['before']:.0%} of the parameters"
     )
     run = replace(run, notes=(RESULT,))
-    result = {"target": vars(to), "kept": vars(kept), "rounds": history, "parameters": counts}
+    result = {"target": target_, "kept": vars(kept), "rounds": history, "parameters": counts}
     result |= {"importance": "the model's own predictions" if options.label_free else "labels"}
     with working_together_in(run.folder, accelerator):
         if accelerator.is_main_process:

@@ -240,16 +240,21 @@ def _one(options: LoopOptions) -> int:
     return 1
 
 
+OF_TEACHER = ("teacher", "hard_weight")
+OF_SUBNETWORKS = ("length_drop", "layer_drop", "sampled", "sandwich_rule")
+OF_DISTILLATION = ("distillation", "temperature")
+
+
 @dataclass(frozen=True)
 class Phase:
     """A stretch of training: its losses per update, which parameters it trains, how many backward passes they are,
-    its peak learning rate where that is not the run's, and which options it alone reads."""
+    its peak learning rate where that is not the run's, and which options it reads that others do not."""
 
     objective: Objective
     trains: Callable[[str, ElasticBertConfig], bool] = everything
     passes: Callable[[LoopOptions], int] = _one
     learning_rate: float | None = None
-    reads: tuple[str, ...] = ()
+    reads: tuple[str, ...] = OF_TEACHER
 
 
 @dataclass(frozen=True)
@@ -261,9 +266,11 @@ class Recipe:
     exit_policy: str | None = None
 
 
-OF_SUBNETWORKS = ("length_drop", "layer_drop", "sampled", "sandwich_rule")
-OF_DISTILLATION = ("distillation", "temperature")
-SANDWICH = Phase(sandwich, passes=lambda options: 2 + options.sampled, reads=(*OF_SUBNETWORKS, *OF_DISTILLATION))
+SANDWICH = Phase(
+    sandwich,
+    passes=lambda options: 2 + options.sampled,
+    reads=(*OF_TEACHER, *OF_SUBNETWORKS, *OF_DISTILLATION),
+)
 INNER_EXITS = Phase(distil_exits, inner_exits, reads=OF_DISTILLATION)
 
 RECIPES: dict[str, Recipe] = {

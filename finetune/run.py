@@ -37,7 +37,7 @@ from finetune.prepare import (
     settings_of,
     some_rows,
 )
-from finetune.recipe import OF_DISTILLATION, OF_SUBNETWORKS, Phase, find_recipe
+from finetune.recipe import OF_DISTILLATION, OF_SUBNETWORKS, OF_TEACHER, Phase, find_recipe
 from finetune.tasks import Task
 from finetune.teacher import ask, check_tokenizer, final_logits, label_order, load_stock
 
@@ -216,19 +216,29 @@ def check_numbers(options: LoopOptions, phases: tuple[Phase, ...]) -> None:
         )
 
 
+def phases_that_run(options: LoopOptions, phases: Sequence[Phase]) -> list[Phase]:
+    """Those with an epoch at least."""
+    epochs = options.phase_epochs or [options.epochs] * len(phases)
+    return [phase for phase, some in zip(phases, epochs, strict=True) if some]
+
+
 def check_read(options: SubnetworkOptions, phases: Sequence[Phase]) -> None:
     """ValueError for an option that was given though none of the phases that run reads it."""
-    of_students = ("hard_weight", *OF_DISTILLATION)
     read = {name for phase in phases for name in phase.reads}
-    read |= set(of_students if getattr(options, "teacher", None) else ())
+    taught = "teacher" in read and getattr(options, "teacher", None)
+    read = read | set(OF_DISTILLATION) if taught else read - {"hard_weight"}
+    if options.distillation == "none":  # of sub-networks, which then learn from labels
+        read -= set() if read.issuperset(OF_SUBNETWORKS) else {"distillation"}
+        read -= set() if taught else {"temperature"}
     for one in fields(options):
         given = getattr(options, one.name)
-        if one.name in (*OF_SUBNETWORKS, *of_students) and one.name not in read and given != one.default:
-            needs = "sub-networks" if one.name in OF_SUBNETWORKS else "what learns from another's answers"
-            raise ValueError(
-                f"{one.name} {given} would do nothing: it is for {needs}, and this run has none (train: --recipe "
-                "sandwich, --teacher; elastify: --train_backbone)"
-            )
+        if one.name in (*OF_SUBNETWORKS, *OF_TEACHER, *OF_DISTILLATION) and one.name not in read:
+            if given != one.default:
+                needs = "sub-networks" if one.name in OF_SUBNETWORKS else "what learns from another's answers"
+                raise ValueError(
+                    f"{one.name} {given} would do nothing: it is for {needs}, and this run has none (train: --recipe "
+                    "sandwich, --teacher; elastify: --train_backbone)"
+                )
 
 
 def _quality_on_dev(run: TaskRun) -> dict[int, dict[str, float]]:
@@ -307,7 +317,7 @@ def prepare(
     examples = {"train": train, **{split: read_examples(task, split) for split in others}}
     model = load(options, labels)
     names = [name for name, _ in model.named_parameters()]
-    run = [phase for number, phase in enumerate(phases) if not options.phase_epochs or options.phase_epochs[number]]
+    run = phases_that_run(options, phases)
     if not all(any(phase.trains(name, model.config) for name in names) for phase in run):
         raise ValueError(
             f"recipe {options.recipe!r} has a phase for the exits below the last, of which this model has none (exits "

@@ -234,7 +234,7 @@ def prepare(options: SearchOptions) -> tuple[Search, Encoded]:
     name, patience = policy_name(options.exit_policy, labels.problem_type, saved), patience_of(saved)
     policies = [never(name, len(model.exit_layers), labels.problem_type, patience)]
     check_learned(policies[0], model.config)
-    free = ("output", "resume", "model", "points", "by_row", "iterations", "eval_batch_size")
+    free = ("output", "resume", "model", "points", "by_row", "iterations", "eval_batch_size", "train", "dev", "test")
     settings = {name: value for name, value in vars(options).items() if name not in free}
     settings |= {"checkpoint": checkpoint_hash(folder), "rows_hash": rows_hash(encoded)}
     work = Search(options, model, tokenizer, some, rungs, labels, policies, settings)

@@ -314,7 +314,7 @@ class CodeCosts:
                 sys.modules[spec.name] = code
                 spec.loader.exec_module(code)
             listed = code.module_list
-            pairs = listed.items() if isinstance(listed, Mapping) else listed
+            pairs = listed.items() if hasattr(listed, "items") else listed  # a dict or a ModuleDict
             self.modules: dict[str, torch.nn.Module] = _once(list(pairs))
         except (Exception, SystemExit) as error:
             raise ValueError(

@@ -75,12 +75,11 @@ class Job:
         """The sizes that stand beside its numbers, and whose weights they began with."""
         trained = "all" if self.train_rows is None else f"at most {self.train_rows:,}"
         epochs = f"{self.epochs} epoch{'s' if self.epochs > 1 else ''} a phase"
-        fitted = (
-            f"{trained} train rows, {epochs}, batches of {self.batch_size}, learning rate {self.learning_rate:g}, "
-        )
-        made = f"{fitted if self.trains else ''}from {self.start_hash}"
+        fitted = f"{trained} train rows, {epochs}, batches of {self.batch_size}, learning rate {self.learning_rate:g}"
+        made = f"{fitted}, from weights" if self.trains else "checkpoint"
         seeds = f"{len(self.seeds)} seed{'s' if len(self.seeds) > 1 else ''}"
-        return f"{ELUE_TASKS[self.name]}: {made}, {self.max_length} tokens, {len(self.test):,} test rows, {seeds}"
+        rows = f"{self.max_length} tokens, {len(self.test):,} test rows, {seeds}"
+        return f"{ELUE_TASKS[self.name]}: {made} {self.start_hash}, {rows}"
 
 
 def weights_hash(folder: Path) -> str:

@@ -45,11 +45,12 @@ def task_called(name: str) -> str:
 
 
 def spelled(folder: Path, task: str, suffix: str = "") -> Path:
-    """What lies in a folder under the task's name with that suffix, in either spelling; else where it would lie."""
-    for path in sorted(folder.iterdir()):
-        if path.suffix == suffix and _plain(path.stem) == task:
-            return path
-    return folder / f"{task}{suffix}"
+    """What lies in a folder under the task's name with that suffix, in either spelling; else where it would lie.
+    ValueError for both spellings."""
+    found = [path for path in sorted(folder.iterdir()) if path.suffix == suffix and _plain(path.stem) == task]
+    if len(found) > 1:
+        raise ValueError(f"{found[0]} and {found[1]} are of the same task; leave one of them")
+    return found[0] if found else folder / f"{task}{suffix}"
 
 
 def _plain(name: str) -> str:

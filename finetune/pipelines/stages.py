@@ -24,7 +24,7 @@ from finetune.evolution import JOURNAL
 from finetune.kinds import problem_type_of
 from finetune.pipelines.answers import answer
 from finetune.pipelines.letters import OPERATORS, name_of
-from finetune.pipelines.work import Work, mean_widths, pruned_widths, student_layers, training_options
+from finetune.pipelines.work import PRUNING, Work, pruned_widths, student_layers, training_options
 from finetune.prepare import load_tokenizer
 from finetune.run import run_folder
 from finetune.state import PROGRESS
@@ -32,7 +32,6 @@ from finetune.state import PROGRESS
 RECORD = "stage.json"
 SPENT = "seconds"  # of a stage that was interrupted
 SHARED = ("epochs", "batch_size", "learning_rate", "train_rows", "max_length", "seed")
-PRUNING = ("rounds", "importance_rows", "uneven", "label_free")  # options of `prune` that P hands on as they are
 OF_OPERATOR: dict[str, tuple[str, ...]] = {  # the options that a stage depends on, beside its parent
     "": SHARED,
     "D": (*SHARED, "layers", "student", "temperature"),
@@ -41,6 +40,7 @@ OF_OPERATOR: dict[str, tuple[str, ...]] = {  # the options that a stage depends 
     "S": (*SHARED, "search_iterations", "permitted_loss"),
     "Q": ("max_length",),
 }
+OF_OTHERS = ("student", "multiple_of", "permitted_loss")  # which a training run has by the name, with other values
 POINTS = 24  # length configurations of the front that S chooses from
 Job = Callable[[Work, str, Path, Path], int]  # work, stage, parent folder, folder -> exit code
 
@@ -83,7 +83,7 @@ def _distilled(work: Work, stage: str, parent: Path, folder: Path) -> int:
 def _pruned(work: Work, stage: str, parent: Path, folder: Path) -> int:
     options = work.options
     more = {name: getattr(options, name) for name in (*PRUNING, "temperature")}
-    more |= {"exit_policy": work.policy, **pruned_widths(options, *mean_widths(_config(parent)))}
+    more |= {"exit_policy": work.policy, **pruned_widths(options, _config(parent))}
     return _run("prune", training_options(PruneOptions, options, parent, folder, **more))
 
 
@@ -171,7 +171,7 @@ def _check_begun(work: Work, stage: str) -> None:
     for name in (*OF_OPERATOR[stage[-1:]], "metrics"):
         given = getattr(work.options, name)
         free = name not in SHARED and (given is None or name not in found)  # the operator's own choice, or S's search
-        if name not in ("student", "multiple_of") and not free and found.get(name) != given:
+        if name not in OF_OTHERS and not free and found.get(name) != given:
             raise ValueError(f"stage {running} was begun with {name} = {found.get(name)!r}, not {given!r}; {remedy}")
     for split, rows in work.data.items():
         if found.get(f"{split} rows") != rows:

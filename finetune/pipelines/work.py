@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from elastic_model import ElasticBertConfig
 from elastic_model.pretrained import elastic_config
-from finetune.config import TaskOptions, TrainOptions
+from finetune.config import PruneOptions, TaskOptions, TrainOptions
 from finetune.data import Encoded
 from finetune.distill import layer_map
 from finetune.examples import read_examples
@@ -25,11 +25,13 @@ from finetune.prepare import (
     some_rows,
     weight_files,
 )
+from finetune.prune import target
 from finetune.recipe import find_recipe
 from finetune.run import check_numbers
 from finetune.teacher import check_tokenizer
 
 OF_TRAINING = ("epochs", "batch_size", "learning_rate", "train_rows")
+PRUNING = ("rounds", "importance_rows", "uneven", "label_free")  # options of `prune` that P hands on as they are
 NUMBERS = ("rounds", "importance_rows", "multiple_of", "timed_rows", "search_iterations")
 
 
@@ -100,21 +102,16 @@ def student_layers(options: OperatorOptions, layers: int) -> int:
     return max(1, layers // 2) if options.layers is None else options.layers
 
 
-def pruned_widths(options: OperatorOptions, heads: int, neurons: int) -> dict[str, int]:
-    """P: heads and FFN neurons kept of so many a layer, and what the neurons are a multiple of."""
-    multiple = min(options.multiple_of, max(1, neurons // 2))
-    half = neurons // 2 // multiple * multiple or neurons
+def pruned_widths(options: OperatorOptions, config: ElasticBertConfig) -> dict[str, int]:
+    """P: heads and FFN neurons kept of what a layer has on average, and what the neurons are a multiple of."""
+    heads, neurons = config.num_attention_heads_per_layer or (), config.intermediate_size_per_layer or ()
+    multiple = min(options.multiple_of, max(1, min(neurons) // 2))
+    half = sum(neurons) // len(neurons) // 2 // multiple * multiple or multiple
     return {
-        "heads": max(1, round(heads * 2 / 3)) if options.heads is None else options.heads,
+        "heads": max(1, round(sum(heads) // len(heads) * 2 / 3)) if options.heads is None else options.heads,
         "intermediate": half if options.intermediate is None else options.intermediate,
         "multiple_of": multiple,
     }
-
-
-def mean_widths(config: ElasticBertConfig) -> tuple[int, int]:
-    """Heads and FFN neurons of a layer on average, rounded down."""
-    heads, neurons = config.num_attention_heads_per_layer or (), config.intermediate_size_per_layer or ()
-    return sum(heads) // len(heads), sum(neurons) // len(neurons)
 
 
 def _elastic(folder: str, max_length: int) -> ElasticBertConfig:
@@ -143,14 +140,5 @@ def _check_targets(options: OperatorOptions, letters: str) -> None:
             raise ValueError("D: a model of one layer has none to lose; leave D out")
         raise ValueError(f"layers must be 1 to {layers - 1}, fewer than the model's, got {options.layers}")
     if "P" in letters:
-        heads, neurons = mean_widths(config)
-        widths = pruned_widths(options, heads, neurons)
-        for name, most in (("heads", heads), ("intermediate", neurons)):
-            if not 1 <= widths[name] <= most:
-                raise ValueError(f"{name} must be 1 to {most}, what a layer of the model has, got {widths[name]}")
-        if widths["intermediate"] % widths["multiple_of"]:
-            raise ValueError(
-                f"intermediate must be a multiple of multiple_of {widths['multiple_of']}, got {widths['intermediate']}"
-            )
-        if (widths["heads"], widths["intermediate"]) == (heads, neurons):
-            raise ValueError(f"a layer of the model has {heads} heads and {neurons} FFN neurons: P would remove none")
+        more = {name: getattr(options, name) for name in (*PRUNING, "temperature")} | pruned_widths(options, config)
+        target(training_options(PruneOptions, options, options.model, Path(options.model), **more), config)

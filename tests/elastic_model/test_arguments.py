@@ -1,4 +1,5 @@
 import errno
+import os
 import shlex
 import signal
 import subprocess
@@ -141,6 +142,19 @@ def test_sigterm_ends_a_command_as_an_error_does(capsys, tmp_path):
     assert run(stopped) == 143
     assert "stopped by SIGTERM" in capsys.readouterr().err
     assert not list(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sigterm_of_a_forked_process_is_its_own(capfd):
+    """Workers that are told to end do so without a word."""
+
+    def parent():
+        pid = os.fork()
+        if pid == 0:
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    assert run(parent) == -signal.SIGTERM and capfd.readouterr().err == ""
 
 
 def test_a_copy_that_fails_names_both_files(capsys):

@@ -77,3 +77,8 @@ def test_a_layer_where_nobody_leaves_is_no_drift():
 def test_an_empty_histogram_is_named():
     with pytest.raises(ValueError, match="counts rows by exit layer"):
         drift({1: 5}, {})
+
+
+def test_a_p_value_is_never_zero():
+    """Of as many permutations as are drawn none may be as far apart: the drawn rows themselves are one."""
+    assert 0 < drift({1: 500}, {2: 500}).p_value < 0.01

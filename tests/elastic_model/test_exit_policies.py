@@ -288,3 +288,20 @@ def test_choices_of_a_question_leave_together():
         alone = model(input_ids[question : question + 1], exit_policy=policy)
         assert alone.exit_layers[0] == output.exit_layers[question]
         torch.testing.assert_close(alone.logits[0], output.logits[question], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "threshold"), [("entropy", 0.0), ("confidence", 1.0), ("margin", 1.0)])
+def test_at_the_strictest_threshold_the_surest_row_stays(name, threshold):
+    logits = torch.tensor([[1e4, -1e4, 0.0]]).repeat(3, 1, 1)
+    policy = {"name": name, "threshold": threshold}
+    assert simulate(policy, logits, [1, 2, 3], "single_label_classification")[1].tolist() == [3]
+
+
+@torch.no_grad()
+def test_a_question_is_as_uncertain_as_its_least_certain_choice():
+    sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 4}
+    config = ElasticBertConfig(**sizes, intermediate_size=48, initializer_range=0.5, learned_exit_head=True)
+    torch.manual_seed(0)
+    model, ids = elastic_model.ElasticBertForMultipleChoice(config).eval(), torch.randint(1, 60, (6, 3, 8))
+    alone = model(ids.view(18, 1, 8)).exit_uncertainty.view(5, 6, 3)
+    torch.testing.assert_close(model(ids).exit_uncertainty, alone.amax(-1))

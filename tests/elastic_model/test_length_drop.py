@@ -227,3 +227,33 @@ def test_rows_that_choose_themselves_keep_different_shares_and_never_more_than_b
 def test_a_mass_that_cannot_be_is_named(given):
     with pytest.raises(ValueError, match="4 shares in \\(0, 1\\]"):
         check_length_config(given, 4)
+
+
+def test_significance_is_that_of_attention_without_dropout():
+    """What is dropped must not depend on dropout's draw; what is passed on does."""
+    lengths = [[0.5] * 4, [0.9, 0.8, 0.7, 0.6]]
+    model, kept = model_of("ElasticBertModel", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.9), []
+    model.encoder.layer[0].register_forward_hook(lambda module, args, output: kept.append(output[1]))
+    states = [model.train(mode)(rows_of([20])[0], length_config=lengths[0])[0] for mode in (True, False)]
+    assert torch.equal(*kept) and not torch.allclose(*states)
+
+
+@torch.no_grad()
+def test_rows_that_choose_go_on_choosing():
+    """In each layer anew, of what is left."""
+    model, kept = model_of("ElasticBertForSequenceClassification"), []
+    input_ids, mask = rows_of([20] * 6)
+    for here in model.walk((input_ids, mask, None, None, None, {"mass": [0.9, 0.8, 0.8, 0.7]}, None), None, {}):
+        kept.append(here.flow.real_mask().sum(1))
+    assert (kept[2] < kept[1]).any()
+
+
+def test_the_first_real_token_is_kept_wherever_the_padding_is():
+    scores, real = torch.tensor([[0.1, 0.2, 0.3, 0.4]]), torch.ones(1, 4, dtype=torch.bool)
+    padded = [torch.nn.functional.pad(one, (2, 0)) for one in (scores, real)]
+    assert tokens_to_cover(0.75, *padded, True) == tokens_to_cover(0.75, scores, real, True) == 3
+
+
+def test_of_equals_the_first_stay():
+    kept, _ = most_significant(torch.ones(1, 6), torch.ones(1, 6).bool(), torch.tensor([3]), keep_cls=False)
+    assert kept.tolist() == [[0, 1, 2]]

@@ -8,7 +8,9 @@ import elastic_model
 from elastic_model import ElasticBertConfig, modeling_elasticbert
 from elastic_model.losses import (
     EXIT_LOSSES,
+    cross_entropy,
     exit_group,
+    exit_task_loss,
     exit_weights,
     gradient_equilibrium,
     inplace_distillation,
@@ -249,3 +251,91 @@ def test_the_direction_of_the_divergence_can_be_reversed():
     problem = "single_label_classification"
     torch.testing.assert_close(inplace_distillation(student, teacher, problem, reverse=True), expected)
     assert not torch.isclose(inplace_distillation(student, teacher, problem), expected)
+
+
+def test_the_divergence_of_spans_is_the_mean_of_their_sides():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 2, 5, 2)
+    sides = [
+        inplace_distillation(student[..., side], teacher[..., side], "single_label_classification") for side in (0, 1)
+    ]
+    torch.testing.assert_close(inplace_distillation(student, teacher, "question_answering"), sum(sides) / 2)
+    mask = torch.tensor([[True, True, True, False, False]] * 2)
+    expected = inplace_distillation(student[:, :3], teacher[:, :3], "question_answering")
+    torch.testing.assert_close(inplace_distillation(student, teacher, "question_answering", mask), expected)
+
+
+def test_the_divergence_of_several_labels_is_that_of_each():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 4, 3)
+    cross = torch.nn.functional.binary_cross_entropy_with_logits
+    expected = cross(student, teacher.sigmoid()) - cross(teacher, teacher.sigmoid())
+    torch.testing.assert_close(inplace_distillation(student, teacher, "multi_label_classification"), expected)
+
+
+def test_what_is_wrong_of_several_labels_and_of_numbers():
+    """One wrong label of a row is enough; of numbers tanh of the distance, as BERxiT has it."""
+    logits, labels = torch.tensor([[1.0, -1.0], [1.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    assert wrong_answers(logits, labels, "multi_label_classification").tolist() == [False, True]
+    far = wrong_answers(torch.tensor([[3.0], [1.0]]), torch.tensor([1.0, 1.0]), "regression")
+    torch.testing.assert_close(far, torch.tensor([2.0, 0.0]).tanh())
+
+
+def test_losses_of_nothing_and_of_several_labels():
+    assert cross_entropy(torch.zeros(2, 3), torch.tensor([-100, -100])).item() == 0.0
+    torch.manual_seed(0)
+    logits, labels = torch.randn(4, 3), torch.randint(2, (4, 3)).float()
+    loss = exit_task_loss(logits, labels, "multi_label_classification")
+    torch.testing.assert_close(loss, torch.nn.functional.binary_cross_entropy_with_logits(logits, labels))
+
+
+def test_gradients_are_in_equilibrium_where_tokens_are_dropped():
+    """Each layer sees the mean of the gradients of the exits above it, also of tokens that have left."""
+    head = "ElasticBertForTokenClassification"
+    arguments = {"input_ids": ids(), **HEADS[head], "length_config": [1.0, 0.7, 0.5, 0.3]}
+    model = model_of(head)
+    model(**arguments).loss.backward()
+    balanced, alone = gradients(model), []
+    for layer in (1, 2, 3, 4):
+        one = model_of(head, gradient_equilibrium=False)
+        one(**arguments, exits=[layer]).loss.backward()
+        alone.append(gradients(one))
+    for name in (name for name in balanced if ".layer.0." in name):
+        mean = sum(one[name] for one in alone) / 4
+        torch.testing.assert_close(balanced[name], mean, atol=1e-5, rtol=1e-4)
+
+
+def test_an_exit_without_weight_takes_no_share_of_the_gradient():
+    found = []
+    for on in (True, False):
+        model = model_of(exit_loss="last", gradient_equilibrium=on)
+        model(ids(), labels=torch.tensor([0, 2, 1])).loss.backward()
+        found.append(gradients(model))
+    for name, gradient in found[1].items():
+        torch.testing.assert_close(found[0][name], gradient)
+
+
+def test_the_loss_of_spans_is_the_mean_of_their_sides():
+    head = "ElasticBertForQuestionAnswering"
+    model, spans = model_of(head), HEADS[head]
+    output = model(ids(), **spans)
+    pairs = (
+        (output.exit_start_logits[1], spans["start_positions"]),
+        (output.exit_end_logits[1], spans["end_positions"]),
+    )
+    expected = sum(torch.nn.functional.cross_entropy(*pair) for pair in pairs) / 2
+    torch.testing.assert_close(output.exit_losses[1], expected)
+    beyond = torch.tensor([1, 10, 11])  # answers outside the window are not learned
+    inside = model(ids()[:1], start_positions=beyond[:1], end_positions=beyond[:1])
+    found = model(ids(), start_positions=beyond, end_positions=beyond)
+    torch.testing.assert_close(found.loss, inside.loss, atol=1e-5, rtol=0)
+
+
+def test_heads_have_a_dropout_of_their_own():
+    model = model_of(classifier_dropout=0.5)
+    first, second = (torch.stack(model(ids()).exit_logits) for _ in range(2))
+    assert not torch.allclose(first, second)
+    model = model_of("ElasticBertForPreTraining")
+    model.dropout.p = 0.5
+    first, second = (model(ids()).sop_logits for _ in range(2))
+    assert not torch.allclose(first, second)

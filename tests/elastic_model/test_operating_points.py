@@ -65,7 +65,7 @@ def test_a_drop_is_counted_on_the_rows_of_the_point(points):
     assert with_easier.at(max_drop=4.5).name == "calibrated" and with_easier.at(max_drop=0).name == "full"
     alone = OperatingPoints("", {"name": "entropy"}, [easier])
     assert alone.at(max_drop=0).name == "calibrated"
-    with pytest.raises(ValueError, match="quality must be finite"):
+    with pytest.raises(ValueError, match="calibration.s full_quality must be finite"):
         replace(harder, calibration={"full_quality": "much"})
 
 
@@ -155,3 +155,11 @@ def test_points_must_make_sense():
         OperatingPoints("", {}, [OperatingPoint("same", [0.1], 1.0)] * 2)
     with pytest.raises(ValueError, match="one threshold per exit"):
         OperatingPoints("", {}, [OperatingPoint("a", [0.1], 1.0), OperatingPoint("b", [0.1, 0.2], 1.0)])
+
+
+def test_equals_are_decided_by_the_other_measure(points):
+    """Of one quality the cheaper point, of one cost the better."""
+    full, half, fast, bad = points.points
+    dear = replace(points, points=[point("dear", 3, 0.896), *points.points])
+    assert dear.at(flops=3.5e6).name == "half"
+    assert replace(points, points=[full, bad, half]).at(max_drop=50).name == "half"

@@ -343,6 +343,15 @@ def test_a_damaged_file_is_named(exported, tmp_path, case):
         ElasticSession.from_pretrained(tmp_path / "out", "model")
 
 
+def test_points_of_another_checkpoint_are_not_served(exported, tmp_path):
+    """Of as many exits they fit: the thresholds, and the guarantee, of other weights."""
+    shutil.copytree(exported, tmp_path / "out")
+    (tmp_path / "out/model.safetensors").unlink()  # a session reads no weights but the ONNX file's
+    OperatingPoints("0" * 64, {"name": "entropy"}, [OperatingPoint("one", [0.1] * 4, 1.0)]).save(tmp_path / "out")
+    with pytest.raises(ValueError, match="operating_points.json belongs to another checkpoint .*000"):
+        ElasticSession.from_pretrained(tmp_path / "out")
+
+
 def test_an_artefact_without_its_tokenizer_or_with_other_points(exported, tmp_path):
     shutil.copytree(exported, tmp_path / "out")
     (tmp_path / "out/model.safetensors").unlink()  # a session reads no weights but the ONNX file's

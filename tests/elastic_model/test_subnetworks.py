@@ -45,3 +45,8 @@ def test_without_the_sandwich_rule_all_are_sampled():
     assert all(student.layer_config == [1, 2, 3, 4, 5, 6] for student in students)
     only_layers = sandwich(6, 2, random.Random(1), length_drop=0.0)
     assert all(student.length_config == [1.0] * 6 for student in only_layers)
+
+
+def test_the_samples_of_a_sandwich_are_drawn_one_by_one():
+    students = sandwich(12, 2, random.Random(1))
+    assert len({tuple(one.layer_config) for one in students}) == 3

@@ -1,5 +1,6 @@
 """Every kind of artefact from end to end: heads, plain and stock files, defaults at a point, ways to compute."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -22,7 +23,10 @@ from elastic_model import (
     cost,
 )
 from elastic_model.operating_points import OperatingPoint, OperatingPoints, checkpoint_hash
+from elastic_model.session import Encoding
+from export.checkpoint import load_checkpoint
 from export.config import ExportOptions
+from export.ranges import input_ranges
 from export.write import export_checkpoint
 from tests.export.graphs import lively, torch_output
 from tests.export.test_graph import VARIANTS
@@ -409,3 +413,49 @@ def test_outlying_channels_are_evened_out(checkpoint_of, monkeypatch):
         found = session_of(model, INT8).run(["exit_logits"], batch)[0]
         errors.append(np.abs(found - expected).mean() / np.sqrt(np.square(expected).mean()))
     assert errors[0] < 0.03 < 2 * errors[0] < errors[1]
+
+
+WORDS = ("The mails reach every county of the western States " * 30).split()
+
+
+def test_a_text_of_several_windows_costs_what_they_cost_together(checkpoint_of):
+    out, _ = exported(checkpoint_of(ElasticBertForTokenClassification)[1])
+    session = ElasticSession.from_pretrained(out, "model", threads=1)
+    (found,) = session([WORDS], cost=True)
+    windows = session.encode([WORDS])
+    assert found["flops"] == sum(session.flops(len(one.ids), 4) for one in windows)
+    assert all({*one.word_ids} & {*other.word_ids} - {None} for one, other in itertools.pairwise(windows))
+    logits = session.exit_logits(["A treaty.", "The debt has been reduced."])
+    assert np.isnan(logits[:, 0, -1]).all() and np.isfinite(logits[:, 1]).all()
+
+
+def test_a_text_left_where_its_last_window_left(checkpoint_of):
+    policy = {"name": "entropy", "threshold": 0.5}
+    out, _ = exported(checkpoint_of(ElasticBertForTokenClassification, exit_policy=policy)[1])
+    session = ElasticSession.from_pretrained(out, "model", threads=1)
+    words = "treaty commerce signed spring army".split() * 20 + "law harvest revenue debt Senate".split() * 20
+    windows = session.encode([words])
+    left = {cut: session.run(windows, thresholds=[cut] * 4)["exit_layer"] for cut in np.linspace(0.3, 1, 141).tolist()}
+    mixed = next(cut for cut, layers in left.items() if len(set(layers.tolist())) > 1)
+    OperatingPoints("", policy, [OperatingPoint("mixed", [mixed] * 4, 2.0)]).save(out)
+    (found,) = ElasticSession.from_pretrained(out, "model", threads=1)([words], budget="mixed")
+    assert found["exit_layer"] == left[mixed].max()
+
+
+def test_dropped_tokens_cost_what_the_configuration_says(checkpoint_of):
+    model, checkpoint = checkpoint_of()
+    session = ElasticSession.from_pretrained(exported(checkpoint)[0], "model", threads=1)
+    lengths = [0.8, 0.5, 0.5, 0.2]
+    (encoding,) = session.encode("Our people are strong.")
+    kept = session.run([encoding], length_config=lengths)["kept_tokens"][0]
+    assert session.flops(len(encoding.ids), 4, kept) == cost.flops(
+        model.config, len(encoding.ids), length_config=lengths
+    )
+
+
+def test_the_range_of_rows_is_that_of_all_of_them(checkpoint_of):
+    checkpoint = load_checkpoint(checkpoint_of()[1])
+    rows = [Encoding([2, *ids, 3], [0] * (len(ids) + 2)) for ids in ([9, 8, 7], [40, 50, 60, 70])]
+    (first, second), both = (input_ranges(checkpoint, [row]) for row in rows), input_ranges(checkpoint, rows)
+    for name, (low, high) in both.items():
+        assert (low, high) == (min(first[name][0], second[name][0]), max(first[name][1], second[name][1]))

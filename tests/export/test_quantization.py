@@ -6,6 +6,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
+from export.arithmetic import product_int8_static
+from export.builder import GraphBuilder
 from export.quantization import quantize_channels, quantize_rows
 
 
@@ -61,3 +63,10 @@ def test_onnxruntime_multiplies_pairs_exactly_on_this_cpu(weight):
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     expected = (tokens.astype(np.int32) - 128) @ channels.astype(np.int32)
     assert (session.run(None, {"tokens": tokens})[0] == expected).all()
+
+
+def test_a_fixed_scale_spans_the_range_that_was_seen():
+    graph, weight = GraphBuilder(), np.eye(4, dtype=np.float32)
+    product_int8_static(graph, "tokens", "w", weight, pairs=False, ranges={"w": (-1.0, 3.0)})
+    scales = [float(one.array) for one in graph.weights if one.array.ndim == 0 and one.array.dtype == np.float32]
+    assert scales == pytest.approx([4 / 255])

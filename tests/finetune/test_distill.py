@@ -209,3 +209,19 @@ def test_a_teacher_of_other_labels_is_named(distilled, tmp_path):
         ValueError, match="classifier of other labels: .*early.*; a teacher must be a model of the same"
     ):
         distill(distilled(layers=2, train=other, dev=other))
+
+
+def test_a_student_learns_the_exits_of_an_updates_group(tiny_model, batch, distilled):
+    student = shallower(tiny_model, 3, {"exit_layers": [1, 2, 3], "exit_groups": 2})
+    objective = Distillation(tiny_model, student, {1: 2, 2: 3, 3: 4})
+    next(objective(student, student.config, batch, Update(1, random.Random(0), distilled(layers=3)))).backward()
+    assert [bool(student.head_at(layer).weight.grad.any()) for layer in (1, 2, 3)] == [False, True, True]
+
+
+def test_a_students_divergence_can_be_reversed(tiny_model, batch, distilled):
+    student, found = shallower(tiny_model, 2, {"exit_layers": [1, 2]}), []
+    objective = Distillation(tiny_model, student, {1: 2, 2: 4})
+    for direction in ("forward", "reverse"):
+        options = distilled(layers=2, distillation=direction)
+        found.append(next(objective(student, student.config, batch, update(options))).item())
+    assert found[0] != found[1]

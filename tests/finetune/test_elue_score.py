@@ -272,6 +272,12 @@ def test_the_papers_spelling_is_taken_of_what_lies_beside_the_test_files(submiss
         assert capsys.readouterr().out == expected
 
 
+def test_labels_in_both_spellings_are_refused(submission, capsys):
+    shutil.copy(submission / "labels" / "sst2.tsv", submission / "labels" / "SST-2.tsv")
+    assert score(submission) == 2
+    assert re.search("SST-2.tsv and .*sst2.tsv are of the same task; leave one", capsys.readouterr().err)
+
+
 def test_without_labels_and_data_the_remedy_is_named(submission, capsys, monkeypatch):
     monkeypatch.delenv("ELASTIC_MODEL_DATA", raising=False)
     flags = ["--submission", str(submission / "submission"), "--model-file", str(submission / "model.tsv")]
@@ -417,3 +423,10 @@ def test_runs_that_end_together_in_one_folder_lose_nothing(tmp_path):
         write_result(others, tmp_path / "results" / "deebert.json")
     late.join()
     assert set(read_result(tmp_path / "results" / "deebert.json").tasks) == {"mrpc", "sst2"}
+
+
+def test_a_result_is_as_large_as_its_largest_point_and_scored_by_size_over_seeds():
+    points = [Point("a", 1.0, 50.0, 110), Point("b", 2.0, 60.0, 120)]
+    assert Result("x", {"mrpc": TaskResult("f1", 9, [points])}).parameters == 120
+    seeds = [[Point("a", 100.0, 61.0, 5)], [Point("b", 100.0, 63.0, 5)]]
+    assert TaskResult("f1", 9, seeds).scores_by_size(REFERENCE)[40] == 2.0

@@ -282,6 +282,13 @@ def test_trusted_code_is_counted(tmp_path):
         costs.flops(Step("layer_2", (7, 24)))
 
 
+def test_modules_may_be_a_module_dict(tmp_path):
+    code = "import torch\nmodule_list = torch.nn.ModuleDict({'emb': torch.nn.Linear(3, 3)})"
+    (tmp_path / "model.py").write_text(code)
+    costs = load_costs(tmp_path / "model.py", answers_to("sst2"), trust_model_code=True)
+    assert costs.parameters(["emb"]) == 12
+
+
 def test_code_that_fails_is_named(tmp_path):
     (tmp_path / "parts.py").write_text("import torch\nclass Moved(torch.nn.Module):\n" + MOVED)
     (tmp_path / "model.py").write_text(IMPORTS)
@@ -318,3 +325,15 @@ def test_files_of_a_submission(tmp_path):
 def _empty(tmp_path):
     (tmp_path / "empty").mkdir()
     return tmp_path / "empty"
+
+
+def test_a_row_of_a_single_shape_is_for_that_shape_alone():
+    table = CostTable({"layer_1": ModuleCost(5), "(10,24),layer_1": ModuleCost(7)})
+    assert [table.flops(Step("layer_1", (size, 24))) for size in (9, 10)] == [5, 7]
+
+
+def test_a_tied_module_has_its_parameters_once(tmp_path):
+    code = "import torch\none = torch.nn.Linear(3, 3)\nmodule_list = [('emb', one), ('exit_1', one)]"
+    (tmp_path / "model.py").write_text(code)
+    costs = load_costs(tmp_path / "model.py", answers_to("sst2"), trust_model_code=True)
+    assert costs.parameters(["emb", "exit_1", "emb"]) == 12

@@ -1,6 +1,7 @@
 """Estimates: the paper's equations by hand, intervals from the spread of seeds, the distance of curves."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -225,3 +226,26 @@ def test_a_file_that_holds_no_measurements_is_named(tmp_path, content):
         _command(["estimate", "D", "--from", str(tmp_path / "measured.json")])
     with pytest.raises(ValueError, match="give the measurements: --from"):
         _command(["estimate", "D"])
+
+
+def test_the_interval_is_that_of_a_mean_over_seeds():
+    seeds = [measurement("O", (100.0, 0.9), seed=seed) for seed in range(3)]
+    seeds += [measurement("D", (ms, 0.8), seed=seed) for seed, ms in enumerate((40.0, 50.0, 60.0))]
+    found = estimate_of("D", measured(*seeds), draws=2000)
+    means = np.mean(np.random.default_rng(0).choice([40, 50, 60], (27000, 3)), axis=1)
+    expected = tuple(np.percentile(means, [2.5, 97.5]))
+    assert (found.low[0, 0], found.high[0, 0]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_under_d_the_time_of_the_first_exit_stays():
+    parts = [
+        measurement("O", (100.0, 0.9)),
+        measurement("D", (50.0, 0.9)),
+        replace(measurement("E", (100.0, 0.9)), exit_ms=[18.0, 100.0]),
+    ]
+    assert estimate_of("DE", measured(*parts)).curve[0, 0] == pytest.approx(18 + 82 * 0.5)
+
+
+def test_one_point_that_is_far_off_does_not_move_a_median():
+    first, second = (np.array([[10.0, a], [10.0, b], [10.0, 0.8]]) for a, b in ((0.9, 0.85), (0.6, 0.84)))
+    assert errors(first, second)["quality"] == pytest.approx(0.01)

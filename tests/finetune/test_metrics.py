@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from sklearn import metrics as oracle
 
-from finetune.metrics import METRICS, interval, metric, of_samples, squad_scores
+from finetune.metrics import METRICS, interval, metric, of_samples, paired_bootstrap, squad_scores
 
 
 @pytest.fixture
@@ -152,3 +152,23 @@ def test_the_interval_is_a_function_of_the_seed(draw):
     labels, answers = draw.integers(0, 2, 50), draw.integers(0, 2, 50)
     assert interval("f1", answers, labels, seed=1) == interval("f1", answers, labels, seed=1)
     assert interval("f1", answers, labels, seed=1) != interval("f1", answers, labels, seed=2)
+
+
+def test_the_interval_is_as_wide_as_theory_says():
+    right = np.arange(1000) % 2
+    low, high = interval("accuracy", right, np.ones(1000, dtype=int))
+    assert high - low == pytest.approx(2 * 1.96 * (0.25 / 1000) ** 0.5, rel=0.1)
+
+
+def test_a_resample_counts_the_tokens_of_the_rows_drawn():
+    labels = of_tuples([("O",) * size for size in (1, 5, 9)])
+    answers = of_tuples([("O",), ("B-x",) * 5, ("O",) * 9])
+    found = of_samples("token_accuracy")(answers, labels, np.array([[0.0, 2.0, 1.0]]))
+    assert found == pytest.approx([9 / 19])
+
+
+def test_the_seeds_of_a_pair_are_drawn_too():
+    """Their spread is part of the interval: a mean over all seeds has none."""
+    labels = np.array([0, 1] * 200)
+    worse = np.concatenate([1 - labels[:40], labels[40:]])
+    assert paired_bootstrap("accuracy", [labels, worse], [worse, worse], labels, 1000).std() > 0.03

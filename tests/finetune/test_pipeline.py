@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
+import finetune.train
 from elastic_model import ElasticBertConfig, ElasticBertForSequenceClassification, ElasticBertModel, ElasticSession
 from elastic_model.folders import MARKER
 from elastic_model.operating_points import checkpoint_hash
@@ -34,8 +37,9 @@ from finetune.pipelines.measure import (
 )
 from finetune.pipelines.stages import SHARED, read_record, settings_of, stage_hash
 from finetune.pipelines.study import all_orders, measured_pipelines, savings, stages_of
-from finetune.pipelines.work import Work
+from finetune.pipelines.work import Work, begin, pruned_widths
 from finetune.run import run_folder
+from finetune.widths import narrowed
 from tests.finetune.test_estimate import measurement
 
 
@@ -231,10 +235,10 @@ def test_a_fine_tuned_model_is_taken_as_it_is(flags, trained, tmp_path):
         ("D", ["--layers=4"], "layers must be 1 to 3"),
         ("D", ["--layers=2", "--student=elsewhere"], "give layers or student, not both, got 2 and elsewhere"),
         ("P", ["--heads=5"], "heads must be 1 to 4"),
-        ("P", ["--heads=0"], "heads must be 1 to 4, what a layer of the model has, got 0"),
+        ("P", ["--heads=0"], "heads must be 1 to 4, what a layer of the model has at most, got 0"),
         ("P", ["--intermediate=100"], "intermediate must be 1 to 64"),
         ("P", ["--intermediate=30"], "intermediate must be a multiple of multiple_of 8"),
-        ("P", ["--heads=4", "--intermediate=64"], "P would remove none"),
+        ("P", ["--heads=4", "--intermediate=64"], "the target leaves all that the model has: 4 heads and 64 FFN"),
         ("O", ["--max_length=1000"], "max_length must be 3 to"),
         ("D", ["--temperature=0"], "temperature must be above 0"),
         ("E", ["--epochs=0"], "epochs must be at least 1"),
@@ -292,6 +296,42 @@ def test_an_operator_that_was_begun_otherwise_is_named_before_training(flags, tm
     (state / "progress.json").write_text(json.dumps({"settings": {**shared, **settings}}))
     with pytest.raises(ValueError, match=message):
         _command(["pipeline", "P", *own])
+
+
+def test_an_s_that_was_begun_is_its_own(flags, tmp_path, monkeypatch):
+    """Its training run has a permitted loss of its own, which was taken for that of the search."""
+    own = flags("--permitted_loss=0.05")
+    assert _command(["pipeline", "O", *own]) == 0
+    step = finetune.train._step
+
+    def stopped(*given):
+        signal.raise_signal(signal.SIGTERM)
+        return step(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune.train, "_step", stopped)
+        assert _command(["pipeline", "S", *own]) == 143
+    state = tmp_path / "out" / "S.run" / "state" / "progress.json"
+    assert json.loads(state.read_text())["progress"]["update"] > 0
+    assert _command(["pipeline", "S", *own]) == 0
+
+
+@pytest.mark.parametrize(("more", "kept"), [({}, 1), ({"heads": 3}, 3), ({"heads": 5}, None)])
+def test_layers_that_differ_are_checked_as_they_will_be_pruned(trained, tmp_path, more, kept):
+    model = ElasticBertForSequenceClassification.from_pretrained(trained.output)
+    places = [[list(range(count)) for count in counts] for counts in ([4, 1, 2, 3], [64, 4, 60, 64])]
+    narrowed(model, *places).save_pretrained(tmp_path / "uneven")
+    AutoTokenizer.from_pretrained(trained.output).save_pretrained(tmp_path / "uneven")
+    own = {name: getattr(trained, name) for name in ("train", "dev", "text", "label", "max_length")}
+    places = {"model": str(tmp_path / "uneven"), "output": str(tmp_path / "out")}
+    options = PipelineOptions(pipeline="P", **own, **places, **more)
+    if kept is None:
+        with pytest.raises(ValueError, match="heads must be 1 to 4, what a layer of the model has at most, got 5"):
+            begin(options, tmp_path / "out", "P")
+        return
+    begin(options, tmp_path / "out", "P")
+    widths = pruned_widths(options, ElasticBertConfig.from_pretrained(tmp_path / "uneven"))
+    assert (widths["multiple_of"], widths["heads"]) == (2, kept)
 
 
 def test_stages_of_a_pipeline_and_of_a_study_do_not_share_a_folder(flags, tmp_path):

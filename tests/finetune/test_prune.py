@@ -110,7 +110,7 @@ def test_rounds_fall_evenly_to_the_target():
 def test_layers_that_differ_are_pruned_each_from_its_own(pruned, tiny_model, changes, heads, neurons):
     """They were taken for the mean of all, rounded down: kinds that nobody had named were pruned too."""
     places = [[0, 1, 2, 3], [0], [1, 3], [0, 1, 2]], [list(range(size)) for size in (64, 20, 60, 64)]
-    found = target(pruned(**changes), narrowed(tiny_model, *places))
+    found = target(pruned(**changes), narrowed(tiny_model, *places).config)
     assert heads in (found.heads, sum(found.heads)) and neurons in (found.neurons, sum(found.neurons))
 
 
@@ -233,6 +233,14 @@ def test_a_run_of_other_settings_is_named_before_it_is_pruned_again(pruned, monk
     assert found == json.loads(notes)
 
 
+def test_a_run_begun_by_an_earlier_version_is_resumed(pruned, monkeypatch, tmp_path):
+    """Its notes have the target as a number a layer."""
+    interrupted(monkeypatch, pruned(heads=2, rounds=1, save_steps=1))
+    file = tmp_path / "pruned.run" / "pruning.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target": {"heads": 2, "neurons": 64}}))
+    assert prune(pruned(heads=2, rounds=1, save_steps=1, resume=True)) == 0
+
+
 def test_notes_of_an_interrupted_run_are_not_anothers(pruned, trained, monkeypatch, tmp_path):
     """A model that was fine-tuned into the output afterwards said that it had been pruned."""
     interrupted(monkeypatch, pruned(heads=2, save_steps=1))
@@ -283,3 +291,32 @@ def test_bad_input_is_named_before_training(pruned, flags, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         _command(["prune", *common, "--max_length=32", "--batch_size=10", *flags])
     assert not (tmp_path / "pruned").exists() and not (tmp_path / "pruned.run").exists()
+
+
+def test_layers_are_compared_by_scores_of_one_norm():
+    scores = [torch.tensor([40.0, 10, 30, 20]), torch.tensor([9.0, 8, 1, 1])]
+    assert best(scores, [2, 2], uneven=True) == [[0, 2], [0, 1]]
+
+
+def test_batches_for_importance_are_of_all_lengths(pruned, monkeypatch):
+    widths = []
+
+    def recorded(model, batches, loss):
+        batches = list(batches)
+        widths.extend(batch["input_ids"].shape[1] for batch in batches)
+        return importance(model, batches, loss)
+
+    monkeypatch.setattr("finetune.prune.importance", recorded)
+    prune(pruned(share=0.5, rounds=1, distill=False, importance_rows=20))
+    assert len(widths) == 2 and widths[1] < widths[0] - 2
+
+
+def test_the_probe_sees_real_tokens_and_every_exit(tiny_model, batches):
+    logits, mask = torch.randn(1, 5, 3), torch.tensor([[True, True, True, False, False]])
+    draws = [torch.Generator().manual_seed(0) for _ in range(2)]
+    real = _probe(logits[:, :3], "token_classification", None, draws[0])
+    torch.testing.assert_close(_probe(logits, "token_classification", mask, draws[1]), real)
+    before = loss_without_labels(tiny_model, batches[0]).item()
+    with torch.no_grad():
+        tiny_model.classifiers.at(1).weight.mul_(5)
+    assert loss_without_labels(tiny_model, batches[0]).item() != before

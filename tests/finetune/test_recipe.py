@@ -270,3 +270,36 @@ def test_exits_that_learn_together_read_the_same(head, settings, expected):
     config = BertConfig(num_hidden_layers=3, architectures=[head])
     options = TrainOptions(model="", output="", **settings)
     assert exit_pooling_of(config, options.exit_layers, options) == expected
+
+
+def test_sub_networks_learn_the_teachers_answers_too(options, tiny_checkpoint):
+    whole = {"recipe": "sandwich", "length_drop": 0.0, "layer_drop": 0.0}  # as the full model: all answer the same
+    run, _ = prepared(options, **whole, teacher=str(tiny_checkpoint), hard_weight=0.0)
+    losses = sandwich_losses(run, torch.randn(8, 3))[1]
+    assert losses[1:] == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_layers_are_dropped_at_the_rate_of_layers(options):
+    some, none = (prepared(options, recipe="sandwich", length_drop=0.0, layer_drop=rate)[0] for rate in (0.9, 0.0))
+    assert sandwich_losses(some)[1][1] != sandwich_losses(none)[1][1]
+
+
+def test_the_weight_of_the_labels_divides_the_loss(options, tiny_checkpoint):
+    teacher, losses = torch.randn(8, 3), []
+    for weight in (0.0, 0.25, 1.0):
+        run, _ = prepared(options, recipe="sandwich", teacher=str(tiny_checkpoint), hard_weight=weight)
+        losses.append(sandwich_losses(run, teacher)[1][0])
+    assert losses[1] == pytest.approx(0.25 * losses[2] + 0.75 * losses[0], rel=1e-5)
+
+
+def test_the_learned_head_beside_a_teacher_learns_the_mean_over_exits(options, tiny_checkpoint):
+    taught = {"teacher": str(tiny_checkpoint), "hard_weight": 0.0}
+    run, _ = prepared(options, learned_exit_head=True, **taught)
+    teacher, batch = torch.randn(8, 3), collate(run.splits["train"], list(range(8)), run.tokenizer, CPU)
+    update = Update(0, random.Random(0), run.options, teacher)
+    (loss,) = run.phases[0].objective(run.model, run.model.config, batch, update)
+    output = run.model(**inputs_of(batch), exit_policy={"name": "never"})
+    soft = sum(inplace_distillation(one, teacher, "single_label_classification") for one in output.exit_logits)
+    wrong = torch.stack(output.exit_logits[:-1]).argmax(-1) != teacher.argmax(-1)
+    doubt = ((output.exit_uncertainty[:-1] - wrong.float()) ** 2).mean()
+    assert loss.item() == pytest.approx((soft + doubt).item(), rel=1e-5)

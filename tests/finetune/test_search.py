@@ -30,7 +30,7 @@ from finetune.by_row import by_row, explore_batch_by_row, explore_by_row, fit_sh
 from finetune.candidates import STEPS, constant_ratio, crossover, initial, mutate, offspring, shares
 from finetune.config import EvaluateOptions, SearchOptions
 from finetune.evaluate import evaluate
-from finetune.evolution import JOURNAL, read_journal
+from finetune.evolution import JOURNAL, Found, read_journal
 from finetune.examples import read_examples
 from finetune.explore import explore, explore_batch, explore_graph
 from finetune.prepare import chosen_task
@@ -416,3 +416,15 @@ def test_two_processes_find_what_one_finds(checkpoint, small_task, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert result_of(tmp_path / "two") == result_of(tmp_path / "one")
+
+
+def test_the_better_of_two_goes_on(checkpoint, small_task, tmp_path):
+    work, _ = prepare(options_of(checkpoint, small_task, tmp_path / "out"))
+
+    def found(lengths, quality, cost):
+        return [Found(lengths, 0, quality, cost, cost, cost, 4.0)]
+
+    good, bad = (12,) * 4, (10,) * 4
+    work.generations, work.found = [[work.whole]], {work.whole: [found(work.whole, 0.8, 10.0)] * len(work.rungs)}
+    work.found |= {good: [found(good, 0.75, 5.0)], bad: [found(bad, 0.5, 5.0)]}
+    assert work.promising([good, bad], 0) == {good}

@@ -113,6 +113,8 @@ def test_the_report_and_the_files_agree(trained):
         ({"temperature": 9.0}, "temperature 9.0"),
         ({"distillation": "none"}, "distillation none"),
         ({"hard_weight": 0.1, "recipe": "sandwich"}, "hard_weight 0.1"),
+        ({"distillation": "none", "recipe": "self_distillation"}, "distillation none"),
+        ({"temperature": 9.0, "recipe": "sandwich", "distillation": "none"}, "temperature 9.0"),
     ],
 )
 def test_an_option_that_nothing_reads_is_refused(options, changes, name):
@@ -121,10 +123,28 @@ def test_an_option_that_nothing_reads_is_refused(options, changes, name):
         prepare(options(**changes), Accelerator())
 
 
+def test_a_teacher_that_nothing_reads_is_refused(options, tiny_checkpoint):
+    """It was asked for every row, or learned from where labels alone had been asked for."""
+    teacher = str(tiny_checkpoint)
+    with pytest.raises(ValueError, match="teacher .* would do nothing"):
+        prepare(options(teacher=teacher, recipe="self_distillation", phase_epochs=[0, 1]), Accelerator())
+    with pytest.raises(ValueError, match="distillation none would do nothing"):
+        prepare(options(teacher=teacher, distillation="none"), Accelerator())
+    prepare(options(teacher=teacher, recipe="sandwich", distillation="none", temperature=2.0), Accelerator())
+
+
+def test_a_run_begun_before_pooling_had_no_default_can_be_resumed(options):
+    """Its settings say "mean", which of a single exit meant BERT's own."""
+    for changes, said in (({}, "mean"), ({"exit_pooling": "cls"}, "cls"), ({"exit_layers": [4]}, "mean")):
+        assert prepare(options(**changes), Accelerator()).settings["exit_pooling"] == said
+    asked = prepare(options(exit_layers=[4], exit_pooling="mean"), Accelerator()).settings["exit_pooling"]
+    assert asked not in ("mean", "cls")
+
+
 def test_an_option_that_something_reads_is_taken(options, tiny_checkpoint):
     for changes in (
         {"recipe": "sandwich", "length_drop": 0.9, "layer_drop": 0.0, "sampled": 1, "sandwich_rule": False},
-        {"recipe": "sandwich", "distillation": "none", "temperature": 2.0},
+        {"recipe": "sandwich", "distillation": "none"},
         {"recipe": "self_distillation", "distillation": "reverse", "temperature": 2.0},
         {"teacher": str(tiny_checkpoint), "hard_weight": 0.1, "temperature": 2.0},
     ):

@@ -309,3 +309,30 @@ def test_passages_are_packed_to_the_length(options):
     sentence = np.diff(corpus.shards[0].sentences).max()
     for _, start, stop in examples.table.tolist():
         assert stop - start + sentence > 29 or stop in ends  # no further sentence fits, or the document ends
+
+
+def test_the_order_of_epochs_is_not_the_same(examples):
+    batches = GlobalBatches(examples, 8, Share(0, 1, 8))
+    assert not np.array_equal(batches.order(0)[:, 1].copy(), batches.order(1)[:, 1])
+
+
+def test_pairs_are_cut_after_any_sentence(options):
+    config = options(max_length=64, max_position_embeddings=64)
+    examples = Examples(prepare(config), config, held_out=False)
+    shard, first = examples.corpus.shards[0], []
+    for index in np.flatnonzero(examples.ordered):
+        example, start = examples.example(0, index), examples.table[index][1]
+        cut = start + len(segments(example, examples.sep)[example["sentence_order_label"]])
+        first.append(cut == shard.sentences[np.searchsorted(shard.sentences, start + 1)])
+    assert 0.2 < np.mean(first) < 0.9
+
+
+def test_short_passages_have_two_tokens_at_least(options):
+    config = options(short_probability=1.0, max_length=8)
+    found = Examples(prepare(config), config, held_out=False)
+    assert (found.table[:, 2] - found.table[:, 1]).min() == 2
+
+
+def test_rows_of_like_length_share_a_micro_batch(examples):
+    batches = GlobalBatches(examples, 8, Share(0, 1, 4))
+    assert all((np.diff(batches.lengths[batches.rows(step)[1][:, 1]]) >= 0).all() for step in range(4))

@@ -1,3 +1,4 @@
+import json
 import os
 
 import datasets
@@ -95,3 +96,23 @@ def test_a_part_that_is_written_to_is_known_as_changed(folders):
         path = folders / "parquet" / "train-1.parquet" if part.kind == "dataset" else part.path
         path.write_bytes(path.read_bytes() + b"\n")
         assert part.changed
+
+
+def test_configurations_of_one_folder_are_different_texts(tmp_path):
+    for names in (("a.jsonl", "b.jsonl"), ("a.jsonl", "a.jsonl")):
+        for name in names:
+            (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
+        files = "".join(f"- config_name: {one}\n  data_files: {file}\n" for one, file in zip("ab", names, strict=True))
+        (tmp_path / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
+        keys = {parts_of(Source(dataset=str(tmp_path), dataset_config=name))[0].key for name in "ab"}
+        assert len(keys) == 2
+
+
+def test_a_file_that_was_written_since_has_changed(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("One.")
+    os.utime(file, (0, 0))
+    part = TextFile(file)
+    assert not part.changed
+    file.write_text("Two.")
+    assert part.changed

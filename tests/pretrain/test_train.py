@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
@@ -18,7 +19,7 @@ from elastic_model.folders import is_ours
 from export.write import patch_config
 from pretrain.checkpoint import find_checkpoints
 from pretrain.evaluate import Evaluation
-from pretrain.metrics import update_flops
+from pretrain.metrics import Update, Window, peak_flops, update_flops
 from pretrain.prepare import prepare
 from pretrain.train import Run, build_optimizer, learning_rate, train
 
@@ -400,3 +401,12 @@ def test_a_warm_start_takes_shape_weights_and_tokenizer(options, tmp_path):
     assert all(
         torch.allclose(value, weights(second.output)[name], atol=1e-6) for name, value in weights(first.output).items()
     )
+
+
+def test_means_of_a_window_are_over_the_updates_that_computed_an_exit():
+    window = Window()
+    for exits in ([1, 3], [2, 3]):
+        window.add(Update(exits, [], torch.ones(2, 4), torch.tensor(3.0)), tokens=1, flops=1.0)
+    means = window.means(Accelerator())
+    assert means["mlm_loss"] == {1: 1.0, 2: 1.0, 3: 1.0} and means["distillation_loss"] == 3.0
+    assert peak_flops(2.0, "fp32", 4) == 8e12
