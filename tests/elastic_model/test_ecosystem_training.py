@@ -136,6 +136,7 @@ HEADS = {
     "sequence": (ElasticBertForSequenceClassification, sequence_batch, {}),
     "regression": (ElasticBertForSequenceClassification, regression_batch, {"num_labels": 1}),
     "multi-label": (ElasticBertForSequenceClassification, multi_label_batch, {}),
+    "learned": (ElasticBertForSequenceClassification, sequence_batch, {"learned_exit_head": True}),
     "token": (ElasticBertForTokenClassification, token_batch, {}),
     "masked": (ElasticBertForMaskedLM, masked_batch, {}),
     "pretraining": (ElasticBertForPreTraining, even_pretraining_batch, {}),
