@@ -126,10 +126,10 @@ class SubnetworkOptions(LoopOptions):
     )
 
     length_drop: float = option(
-        LENGTH_DROP, help="LengthDrop: share of the tokens dropped from layer to layer, at most"
+        LENGTH_DROP, help="sub-networks (recipe sandwich): share of the tokens dropped from layer to layer, at most"
     )
     layer_drop: float = option(
-        LAYER_DROP, help="LayerDrop: probability that a sub-network leaves a layer out; 0: without"
+        LAYER_DROP, help="sub-networks: probability that one leaves a layer out (LayerDrop); 0: without"
     )
     sampled: int = option(2, help="sub-networks sampled in an update beside the smallest one")
     sandwich_rule: bool = option(True, help="the smallest sub-network is in every update; false: one more is sampled")
