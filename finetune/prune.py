@@ -29,7 +29,7 @@ from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from finetune.config import PruneOptions
 from finetune.data import collate, inputs_of, sorted_batches
 from finetune.distill import load_teacher, settings_of_student, shallower, taught_by, write_student
-from finetune.recipe import NEVER, exits_of
+from finetune.recipe import NEVER, OF_DISTILLATION, exits_of
 from finetune.run import TaskRun, prepare, start_accelerator
 from finetune.state import copy_weights, load_progress
 from finetune.train import run_to_the_end, start, was_finished
@@ -303,6 +303,9 @@ def remove(run: TaskRun, model: ElasticBertExitModel, to: Widths) -> tuple[Elast
 
 def prepare_pruning(options: PruneOptions, accelerator: Accelerator) -> tuple[TaskRun, ElasticBertExitModel]:
     """The run with a copy of the model, and the model itself; nothing is written yet."""
+    given = [name for name in OF_DISTILLATION if getattr(options, name) != getattr(PruneOptions, name)]
+    if given and not options.distill:
+        raise ValueError(f"{given[0]} {getattr(options, given[0])} would do nothing: --distill false trains nothing")
     unpruned = load_teacher(options)
     target(options, unpruned.config)
 

@@ -283,6 +283,7 @@ def test_a_latency_that_half_the_width_meets_is_met(pruned, monkeypatch, tmp_pat
         (["--heads", "4"], "the target leaves all that the model has: 4 heads and 64 FFN"),
         (["--share", "1"], "share must be above 0 and below 1"),
         (["--heads", "2", "--rounds", "0"], "rounds must be at least 1"),
+        (["--heads", "2", "--distill=false", "--temperature=2"], "temperature 2.0 would do nothing: --distill false"),
     ],
 )
 def test_bad_input_is_named_before_training(pruned, flags, message, tmp_path):
