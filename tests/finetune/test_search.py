@@ -322,6 +322,16 @@ def test_the_split_that_is_asked_for_is_searched(checkpoint, small_task, tmp_pat
         assert len(every) == len(texts) and set(work.examples.texts) <= set(texts)
 
 
+def test_rows_are_known_by_what_they_are(checkpoint, small_task, tmp_path, monkeypatch):
+    """The same file under another name ended a search that was resumed."""
+    options = options_of(checkpoint, small_task, tmp_path / "out", iterations=0)
+    search(options)
+    monkeypatch.chdir(small_task)
+    search(replace(options, dev="more.tsv", resume=True))
+    with pytest.raises(ValueError, match="holds a search with rows_hash = "):
+        search(replace(options, dev="train.tsv", resume=True))
+
+
 def test_another_policy_is_not_resumed_with(checkpoint, small_task, tmp_path):
     options = options_of(checkpoint, small_task, tmp_path / "out", iterations=0)
     search(options)

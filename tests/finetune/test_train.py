@@ -133,6 +133,13 @@ def test_a_teacher_that_nothing_reads_is_refused(options, tiny_checkpoint):
     prepare(options(teacher=teacher, recipe="sandwich", distillation="none", temperature=2.0), Accelerator())
 
 
+def test_rows_of_a_run_are_known_by_what_they_are(options, small_task, monkeypatch):
+    monkeypatch.chdir(small_task)
+    own, renamed, other = (prepare(options(**changes), Accelerator()).settings for changes in (
+        {}, {"train": "train.tsv"}, {"train": "more.tsv"}))  # fmt: skip
+    assert own == renamed and own["train rows"] != other["train rows"]
+
+
 def test_a_run_begun_before_pooling_had_no_default_can_be_resumed(options):
     """Its settings say "mean", which of a single exit meant BERT's own."""
     for changes, said in (({}, "mean"), ({"exit_pooling": "cls"}, "cls"), ({"exit_layers": [4]}, "mean")):
