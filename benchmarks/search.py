@@ -113,12 +113,12 @@ def area_of(points: OperatingPoints) -> float:
 
 def kept_order(work: Search, points: OperatingPoints) -> float | None:
     """Of the pairs of chosen points that differ on the rows searched, the share that does not turn round."""
-    searched = chosen(work)
-    tested = {one.name: (one.quality or {})["value"] for one in points.points}
+    tested = [(one.quality or {})["value"] for one in without_rows(points).points]
+    both = zip([one.quality for one in chosen(work).values()], tested, strict=True)
     pairs = [
-        (searched[first].quality - searched[second].quality) * (tested[first] - tested[second])
-        for first, second in itertools.combinations(searched, 2)
-        if abs(searched[first].quality - searched[second].quality) > LIKE_FULL
+        (first[0] - second[0]) * (first[1] - second[1])
+        for first, second in itertools.combinations(both, 2)
+        if abs(first[0] - second[0]) > LIKE_FULL
     ]
     return float(np.mean([product >= 0 for product in pairs])) if pairs else None
 

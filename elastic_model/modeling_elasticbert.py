@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -763,6 +764,9 @@ class ElasticBertForMaskedLM(ElasticBertMaskedModel):
         return self.predictions(here.flow.all_tokens(), here.layer), None
 
 
+_subnetwork = itemgetter("length_config", "layer_config")
+
+
 @dataclass
 class Teacher:
     """The full model's last answers, detached, and where they count: labels (rows, tokens) and their predictions
@@ -794,6 +798,12 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
             raise ValueError("students learn at the masked tokens: labels must be given.")
         if orders is not None:
             _check_labels(orders, 2)
+
+    def exits_for(self, exit_policy: dict | None, exits: list[int] | None, trained: bool) -> list[int] | None:
+        """The exits to compute, None = all: those that were asked for, else up to where a policy ends the pass. It is
+        checked also where it does not hold, as with labels (`trained`)."""
+        last = self.elasticbert.ends_at(exit_policy)
+        return exits if trained or exits is not None else [layer for layer in self.exit_layers if layer <= last]
 
     def sentence_order(self, here: Exit) -> torch.Tensor:
         """Logits of the segments' order at one exit: as they were, swapped; (rows, 2)."""
@@ -842,17 +852,14 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
     ) -> ElasticBertForPreTrainingOutput:
         """labels (rows, tokens), -100 where nothing is to be predicted; sentence_order_label (rows,): 1 = swapped.
 
-        exit_policy: never or constant, as `ElasticBertModel` takes it; none holds where there are labels.
-        students: sub-networks, each a length_config and a layer_config, that learn this pass's last answers (sandwich
-        rule with inplace distillation); the loss is then the mean over the full model and them.
+        exit_policy: never or constant, as `ElasticBertModel` takes it; none holds where there are labels. students:
+        sub-networks, each a length_config and a layer_config, that learn this pass's last answers (sandwich rule with
+        inplace distillation); the loss is then the mean over the full model and them.
         mlm_count, sop_count: what the summed losses are divided by (None: this batch's own counts), the counts of the
-        global batch over the number of processes that average gradients. With them there are no prediction_logits.
-        """
+        global batch over the number of processes that average gradients. With them there are no prediction_logits."""
         ids = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         self.check_targets(labels, sentence_order_label, students)
-        last = self.elasticbert.ends_at(exit_policy)
-        if exits is None and labels is None and sentence_order_label is None:
-            exits = [layer for layer in self.exit_layers if layer <= last]
+        exits = self.exits_for(exit_policy, exits, labels is not None or sentence_order_label is not None)
         mlm, sop, right, predictions, orders = {}, {}, {}, {}, {}
         for here in self.walk((*ids, length_config, layer_config), exits, kwargs):
             orders[here.layer] = self.sentence_order(here)
@@ -863,25 +870,23 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
                 sop[here.layer] = cross_entropy(orders[here.layer], sentence_order_label, sop_count)
             if labels is None or (self.is_last(here, exits) and not self.training and mlm_count is None):
                 predictions[here.layer] = self.predictions(here.flow.all_tokens(), here.layer)
-        computed = list(orders)
         loss = distillation = None
         if mlm or sop:
             loss = self.weighted(mlm, sop)
             if students and labels is not None:
                 teacher = self.teacher(here, labels, sentence_order_label, orders[here.layer])
-                settings = [(*ids, one["length_config"], one["layer_config"]) for one in students]
-                walks = [self.walk(one, exits, kwargs) for one in settings]
+                walks = (self.walk((*ids, *one), exits, kwargs) for one in map(_subnetwork, students))
                 losses = [self.student_loss(walk, teacher, mlm_count, sop_count) for walk in walks]
                 distillation = torch.stack(losses).mean()
                 loss = torch.stack([loss, *losses]).mean()
-            loss = loss + zero_for_others(self, trained_exits(self.config.exit_loss, computed))
+            loss = loss + zero_for_others(self, trained_exits(self.config.exit_loss, list(orders)))
         return ElasticBertForPreTrainingOutput(
             loss=loss,
-            prediction_logits=predictions.get(computed[-1]),
-            sop_logits=orders[computed[-1]],
+            prediction_logits=predictions.get(here.layer),
+            sop_logits=orders[here.layer],
             exit_prediction_logits=tuple(predictions.values()) if labels is None else None,
             exit_sop_logits=tuple(orders.values()),
-            exit_layers=torch.full((orders[computed[-1]].shape[0],), computed[-1], device=orders[computed[-1]].device),
+            exit_layers=torch.full_like(orders[here.layer][:, 0], here.layer, dtype=torch.long),
             mlm_losses=tuple(mlm.values()) or None,
             sop_losses=tuple(sop.values()) or None,
             mlm_right=tuple(right.values()) or None,

@@ -581,11 +581,10 @@ def _metadata(session: onnxruntime.InferenceSession, model: Path) -> dict[str, A
 def _check_points(points: OperatingPoints | None, session: ElasticSession, checkpoint: str | None) -> None:
     """ValueError where the operating points are not this file's; checkpoint: the hash of the weights that it is of."""
     file = session.file.parent.parent / FILE
-    nobodys = ("", hashlib.sha256().hexdigest())  # measured in a folder without safetensors
-    if points and checkpoint is not None and points.checkpoint not in (checkpoint, *nobodys):
+    if points and points.checkpoint and checkpoint not in (None, points.checkpoint):
         raise ValueError(
             f"{file} belongs to another checkpoint (weights {points.checkpoint[:12]}..., {session.file.name} is of "
-            f"{checkpoint[:12]}...); search or calibrate this one, or delete the file"
+            f"{str(checkpoint)[:12]}...); copy that of the checkpoint that was exported, or delete the file"
         )
     for point in points.points if points else []:
         if len(point.thresholds) != len(session.thresholds):

@@ -32,7 +32,7 @@ from finetune.kinds import kind_of
 from finetune.policies import candidates, choose, never, thresholds
 from finetune.prepare import rows_hash
 from finetune.run import Run, TaskRun
-from finetune.state import Progress
+from finetune.state import Progress, agrees
 
 SETTINGS = "finetune.json"  # what makes two runs the same
 REPORT = "report.txt"
@@ -211,6 +211,6 @@ def is_finished(run: Run) -> bool:
     saved = Path(run.options.output) / SETTINGS
     try:
         found = json.loads(saved.read_text()) if saved.is_file() else {}  # of earlier versions it may say more
-        return bool(found) and all(found.get(name) == value for name, value in run.settings.items())
+        return bool(found) and all(agrees(found, name, value) for name, value in run.settings.items())
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{saved} is damaged ({error}); remove {saved.parent}, or choose another output") from error

@@ -216,10 +216,15 @@ class Distillation:
         yield weighted_loss(soft, config.exit_loss) + sum(squares) + zero_for_others(model, exits)
 
 
+def check_distillation(options: LabelledOptions) -> None:
+    """ValueError where a student shall learn from nothing."""
+    if options.distillation == "none":
+        raise ValueError("distillation none: there is nothing but the teacher's answers and states to learn from")
+
+
 def taught_by(run: TaskRun, student: ElasticBertExitModel, teacher: ElasticBertExitModel) -> TaskRun:
     """The run of `student` learning from `teacher`."""
-    if run.options.distillation == "none":
-        raise ValueError("distillation none: there is nothing but the teacher's answers and states to learn from")
+    check_distillation(run.options)
     add_projections(student, teacher)
     exits = exit_map(student.config.num_hidden_layers, teacher.config)
     objective = Distillation(teacher.to(run.accelerator.device), student, exits)

@@ -194,10 +194,10 @@ def prepare(options: ElastifyOptions, accelerator: Accelerator) -> ElastifyRun:
         raise ValueError("distillation none: without labels there is nothing but the original's answers to learn from")
     if not 0 < options.backbone_learning_rate < math.inf:
         raise ValueError(f"backbone_learning_rate must be above 0, got {options.backbone_learning_rate:g}")
-    some = phases_that_run(options, phases)
-    check_read(options, some)
-    frozen = all(phase.learning_rate is None for phase in some)
-    if frozen and options.backbone_learning_rate != ElastifyOptions.backbone_learning_rate:
+    if options.train_backbone and options.phase_epochs and not options.phase_epochs[-1]:
+        raise ValueError("train_backbone would do nothing: --phase_epochs gives its phase none")
+    check_read(options, phases_that_run(options, phases))
+    if not options.train_backbone and options.backbone_learning_rate != ElastifyOptions.backbone_learning_rate:
         raise ValueError("backbone_learning_rate would do nothing: without --train_backbone the backbone is frozen")
     check_replaceable(Path(options.output), options.model, options.texts, options.dev)
     if not Path(options.texts).is_file():

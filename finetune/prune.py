@@ -28,7 +28,14 @@ from elastic_model.losses import weighted_loss
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from finetune.config import PruneOptions
 from finetune.data import collate, inputs_of, sorted_batches
-from finetune.distill import load_teacher, settings_of_student, shallower, taught_by, write_student
+from finetune.distill import (
+    check_distillation,
+    load_teacher,
+    settings_of_student,
+    shallower,
+    taught_by,
+    write_student,
+)
 from finetune.recipe import NEVER, OF_DISTILLATION, exits_of
 from finetune.run import TaskRun, prepare, start_accelerator
 from finetune.state import copy_weights, load_progress
@@ -244,12 +251,12 @@ def _at_counts(options: PruneOptions, before: Widths) -> Widths:
     return Widths(left["heads"], left["intermediate"])
 
 
-def target(options: PruneOptions, config: ElasticBertConfig, model: ElasticBertExitModel | None = None) -> Widths:
-    """The widths asked for; ValueError where they are none, larger than the model, or not what a layer can have.
+def target(options: PruneOptions, before: Widths, model: ElasticBertExitModel | None = None) -> Widths:
+    """The widths asked for of a model of those widths; ValueError where they are none, larger than it, or not what a layer
+    can have.
 
     A latency is measured on `model`; without one only the limit is checked, and what there is stays.
     """
-    before = Widths.of(config)
     counts = [one for one in (options.heads, options.intermediate) if one is not None]
     given = bool(counts) + (options.share is not None) + (options.latency_ms is not None)
     if given != 1:
@@ -306,8 +313,9 @@ def prepare_pruning(options: PruneOptions, accelerator: Accelerator) -> tuple[Ta
     given = [name for name in OF_DISTILLATION if getattr(options, name) != getattr(PruneOptions, name)]
     if given and not options.distill:
         raise ValueError(f"{given[0]} {getattr(options, given[0])} would do nothing: --distill false trains nothing")
+    check_distillation(options)
     unpruned = load_teacher(options)
-    target(options, unpruned.config)
+    target(options, Widths.of(unpruned.config))
 
     def copy(_: Any, labels: Any) -> ElasticBertExitModel:
         settings = settings_of_student(options, labels, unpruned.exit_layers)
@@ -342,7 +350,7 @@ def prune(options: PruneOptions) -> int:
         kept, history = Kept(**begun["kept"]), begun["rounds"]
         model, target_ = narrowed(run.model, kept.heads, kept.neurons), begun["target"]
     else:
-        to = on_main_process(accelerator, lambda: target(options, unpruned.config, unpruned))
+        to = on_main_process(accelerator, lambda: target(options, Widths.of(unpruned.config), unpruned))
         model, kept, history = remove(run, run.model, to)
         target_ = vars(to)
     counts = {"before": unpruned.num_parameters(), "after": model.num_parameters()}

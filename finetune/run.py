@@ -310,6 +310,9 @@ def prepare(
     if len(train) < options.batch_size:
         raise ValueError(f"the train split has {len(train)} rows, fewer than a batch ({options.batch_size})")
     check_policy(options, labels)
+    if labels.problem_type == "regression" and (options.temperature != 1 or options.distillation == "reverse"):
+        given = f"temperature {options.temperature:g}" if options.temperature != 1 else "distillation reverse"
+        raise ValueError(f"{given} would do nothing: numbers are compared by their squared distance")
     if options.metric:
         labels = _decided_by(options.metric, labels)
     order = label_order(options.teacher, labels.names, labels.problem_type) if options.teacher else None
@@ -342,7 +345,7 @@ def prepare(
         tokenizer,
         splits,
         phases,
-        settings_of(options, splits),
+        {**settings_of(options, splits), "labels": list(labels.names)},
         labels.metrics[0],
         _quality_on_dev,
         _taught(options, labels, train, splits["train"], tokenizer, order, accelerator) if options.teacher else None,

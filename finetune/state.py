@@ -52,10 +52,15 @@ def save_state(
         raise OSError(f"{folder} could not be written: {error}; the state before it is intact") from error
 
 
+def agrees(found: Mapping[str, Any], name: str, value: Any) -> bool:
+    """Whether a saved run has a setting so; the names of its labels are noted only since."""
+    return bool(found.get(name, value if name == "labels" else None) == value)
+
+
 def check_settings(folder: Path, found: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """ValueError that names the first setting in which a saved run differs from the one asked for."""
     for name, value in settings.items():
-        if found.get(name) != value:
+        if not agrees(found, name, value):
             raise ValueError(
                 f"{folder} holds a run with {name} = {found.get(name)!r}, not {value!r}; "
                 "resume it with its own settings, or start anew without --resume"

@@ -26,6 +26,7 @@ from finetune.pipelines.answers import answer
 from finetune.pipelines.letters import OPERATORS, name_of
 from finetune.pipelines.work import PRUNING, Work, pruned_widths, student_layers, training_options
 from finetune.prepare import load_tokenizer
+from finetune.prune import Widths
 from finetune.run import run_folder
 from finetune.state import PROGRESS
 
@@ -83,7 +84,7 @@ def _distilled(work: Work, stage: str, parent: Path, folder: Path) -> int:
 def _pruned(work: Work, stage: str, parent: Path, folder: Path) -> int:
     options = work.options
     more = {name: getattr(options, name) for name in (*PRUNING, "temperature")}
-    more |= {"exit_policy": work.policy, **pruned_widths(options, _config(parent))}
+    more |= {"exit_policy": work.policy, **pruned_widths(options, Widths.of(_config(parent)))}
     return _run("prune", training_options(PruneOptions, options, parent, folder, **more))
 
 

@@ -13,7 +13,7 @@ from finetune.data import Encoded
 from finetune.distill import layer_map
 from finetune.examples import read_examples
 from finetune.labels import Labels
-from finetune.pipelines.config import OperatorOptions
+from finetune.pipelines.config import OperatorOptions, StudyOptions
 from finetune.pipelines.letters import name_of
 from finetune.prepare import (
     check_length,
@@ -25,7 +25,7 @@ from finetune.prepare import (
     some_rows,
     weight_files,
 )
-from finetune.prune import target
+from finetune.prune import Widths, target
 from finetune.recipe import find_recipe
 from finetune.run import check_numbers
 from finetune.teacher import check_tokenizer
@@ -102,13 +102,13 @@ def student_layers(options: OperatorOptions, layers: int) -> int:
     return max(1, layers // 2) if options.layers is None else options.layers
 
 
-def pruned_widths(options: OperatorOptions, config: ElasticBertConfig) -> dict[str, int]:
+def pruned_widths(options: OperatorOptions, before: Widths) -> dict[str, int]:
     """P: heads and FFN neurons kept of what a layer has on average, and what the neurons are a multiple of."""
-    heads, neurons = config.num_attention_heads_per_layer or (), config.intermediate_size_per_layer or ()
-    multiple = min(options.multiple_of, max(1, min(neurons) // 2))
-    half = sum(neurons) // len(neurons) // 2 // multiple * multiple or multiple
+    heads, neurons = (sum(one) // len(one) for one in (before.heads, before.neurons))
+    multiple = min(options.multiple_of, max(1, min(before.neurons) // 2))
+    half = neurons // 2 // multiple * multiple or multiple
     return {
-        "heads": max(1, round(sum(heads) // len(heads) * 2 / 3)) if options.heads is None else options.heads,
+        "heads": max(1, round(heads * 2 / 3)) if options.heads is None else options.heads,
         "intermediate": half if options.intermediate is None else options.intermediate,
         "multiple_of": multiple,
     }
@@ -125,20 +125,25 @@ def _elastic(folder: str, max_length: int) -> ElasticBertConfig:
 def _check_targets(options: OperatorOptions, letters: str) -> None:
     """ValueError where D or P would not make the model smaller, or rows would be longer than it reads."""
     config = _elastic(options.model, options.max_length)
-    layers = config.num_hidden_layers
+    layers, whole = config.num_hidden_layers, Widths.of(config)
+    student = whole
     if "D" in letters and options.student is not None and options.layers is not None:
         raise ValueError(f"D: give layers or student, not both, got {options.layers} and {options.student}")
     if "D" in letters and options.student is not None:
         weight_files(Path(options.student))
         check_tokenizer(options.student, load_tokenizer(Path(options.model)))
-        student = _elastic(options.student, options.max_length)
-        layer_map(student.num_hidden_layers, layers)
-        if letters.find("D") < letters.find("P"):
-            config = student  # that is what P will find
-    elif "D" in letters and not 1 <= student_layers(options, layers) < layers:
-        if layers == 1:
-            raise ValueError("D: a model of one layer has none to lose; leave D out")
-        raise ValueError(f"layers must be 1 to {layers - 1}, fewer than the model's, got {options.layers}")
-    if "P" in letters:
-        more = {name: getattr(options, name) for name in (*PRUNING, "temperature")} | pruned_widths(options, config)
-        target(training_options(PruneOptions, options, options.model, Path(options.model), **more), config)
+        other = _elastic(options.student, options.max_length)
+        layer_map(other.num_hidden_layers, layers)
+        student = Widths.of(other)
+    elif "D" in letters:
+        kept = student_layers(options, layers)
+        if not 1 <= kept < layers:
+            if layers == 1:
+                raise ValueError("D: a model of one layer has none to lose; leave D out")
+            raise ValueError(f"layers must be 1 to {layers - 1}, fewer than the model's, got {options.layers}")
+        source = layer_map(kept, layers).values()
+        student = Widths(*(tuple(one[layer - 1] for layer in source) for one in (whole.heads, whole.neurons)))
+    pruned = {student, whole} if isinstance(options, StudyOptions) else {student}  # in a study P stands alone, too
+    for before in pruned if "P" in letters else ():
+        more = {name: getattr(options, name) for name in (*PRUNING, "temperature")} | pruned_widths(options, before)
+        target(training_options(PruneOptions, options, options.model, Path(options.model), **more), before)

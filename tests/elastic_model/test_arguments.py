@@ -150,8 +150,10 @@ def test_sigterm_of_a_forked_process_is_its_own(capfd):
     def parent():
         pid = os.fork()
         if pid == 0:
-            signal.raise_signal(signal.SIGTERM)
-            os._exit(0)
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:  # never out of here, into the rest of the tests
+                os._exit(0)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     assert run(parent) == -signal.SIGTERM and capfd.readouterr().err == ""

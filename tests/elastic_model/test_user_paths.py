@@ -157,7 +157,7 @@ HEADS = {
     [
         ("sequence", {"exit_polcy": {"name": "entropy", "threshold": 0.5}}),  # answered with the full model
         ("span", {"labels": torch.zeros(4, dtype=torch.long)}),  # trained on nothing: its loss was None
-        ("pretraining", {"exit_policy": {"name": "constant", "layer": 1}}),
+        ("pretraining", {"exit_polcy": {"name": "constant", "layer": 1}}),
         ("bare", {"length_confg": 0.5}),
     ],
 )

@@ -38,6 +38,7 @@ from finetune.pipelines.measure import (
 from finetune.pipelines.stages import SHARED, read_record, settings_of, stage_hash
 from finetune.pipelines.study import all_orders, measured_pipelines, savings, stages_of
 from finetune.pipelines.work import Work, begin, pruned_widths
+from finetune.prune import Widths
 from finetune.run import run_folder
 from finetune.widths import narrowed
 from tests.finetune.test_estimate import measurement
@@ -330,7 +331,9 @@ def test_layers_that_differ_are_checked_as_they_will_be_pruned(trained, tmp_path
             begin(options, tmp_path / "out", "P")
         return
     begin(options, tmp_path / "out", "P")
-    widths = pruned_widths(options, ElasticBertConfig.from_pretrained(tmp_path / "uneven"))
+    with pytest.raises(ValueError, match="heads must be 1 to 3"):  # of the layers 2 and 4 that D takes
+        begin(replace(options, heads=4), tmp_path / "out", "DP")
+    widths = pruned_widths(options, Widths.of(ElasticBertConfig.from_pretrained(tmp_path / "uneven")))
     assert (widths["multiple_of"], widths["heads"]) == (2, kept)
 
 

@@ -110,7 +110,7 @@ def test_rounds_fall_evenly_to_the_target():
 def test_layers_that_differ_are_pruned_each_from_its_own(pruned, tiny_model, changes, heads, neurons):
     """They were taken for the mean of all, rounded down: kinds that nobody had named were pruned too."""
     places = [[0, 1, 2, 3], [0], [1, 3], [0, 1, 2]], [list(range(size)) for size in (64, 20, 60, 64)]
-    found = target(pruned(**changes), narrowed(tiny_model, *places).config)
+    found = target(pruned(**changes), Widths.of(narrowed(tiny_model, *places).config))
     assert heads in (found.heads, sum(found.heads)) and neurons in (found.neurons, sum(found.neurons))
 
 
@@ -283,6 +283,7 @@ def test_a_latency_that_half_the_width_meets_is_met(pruned, monkeypatch, tmp_pat
         (["--heads", "4"], "the target leaves all that the model has: 4 heads and 64 FFN"),
         (["--share", "1"], "share must be above 0 and below 1"),
         (["--heads", "2", "--rounds", "0"], "rounds must be at least 1"),
+        (["--heads", "2", "--distillation", "none"], "distillation none: there is nothing but the teacher's answers"),
         (["--heads", "2", "--distill=false", "--temperature=2"], "temperature 2.0 would do nothing: --distill false"),
     ],
 )

@@ -23,6 +23,7 @@ from elastic_model import ElasticBertForSequenceClassification, ElasticBertModel
 from elastic_model.arguments import parse
 from elastic_model.operating_points import OperatingPoints, checkpoint_hash
 from export.write import patch_config
+from finetune.checkpoint import is_finished
 from finetune.config import TrainOptions
 from finetune.data import collate
 from finetune.figures import plot_confusion
@@ -138,6 +139,27 @@ def test_rows_of_a_run_are_known_by_what_they_are(options, small_task, monkeypat
     own, renamed, other = (prepare(options(**changes), Accelerator()).settings for changes in (
         {}, {"train": "train.tsv"}, {"train": "more.tsv"}))  # fmt: skip
     assert own == renamed and own["train rows"] != other["train rows"]
+
+
+def test_other_names_of_the_labels_are_another_task(options, small_task, tmp_path):
+    """Of the same texts, in the same order of names, the rows are the same numbers."""
+    start = ElasticBertModel.from_pretrained(options().model)
+    start.save_pretrained(tmp_path / "start")
+    AutoTokenizer.from_pretrained(options().model).save_pretrained(tmp_path / "start")
+    renamed = {"early": "alpha", "late": "beta", "middle": "gamma"}
+    for split in ("train", "dev"):
+        rows = [line.split("\t") for line in (small_task / f"{split}.tsv").read_text().splitlines()]
+        lines = [f"{text}\t{renamed.get(label, label)}" for text, label in rows]
+        (tmp_path / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    own = options(model=str(tmp_path / "start"), epochs=1)
+    assert train(own) == 0
+    other = {split: str(tmp_path / f"{split}.tsv") for split in ("train", "dev")}
+    assert is_finished(prepare(own, Accelerator()))
+    assert not is_finished(prepare(dataclasses.replace(own, **other), Accelerator()))
+    saved = Path(own.output) / "finetune.json"
+    before = {name: value for name, value in json.loads(saved.read_text()).items() if name != "labels"}
+    saved.write_text(json.dumps(before))  # of an earlier version
+    assert is_finished(prepare(own, Accelerator()))
 
 
 def test_a_run_begun_before_pooling_had_no_default_can_be_resumed(options):
