@@ -252,8 +252,7 @@ def _at_counts(options: PruneOptions, before: Widths) -> Widths:
 
 
 def target(options: PruneOptions, before: Widths, model: ElasticBertExitModel | None = None) -> Widths:
-    """The widths asked for of a model of those widths; ValueError where they are none, larger than it, or not what a layer
-    can have.
+    """The widths asked for of a model with those; ValueError where they are none, larger, or not what a layer can be.
 
     A latency is measured on `model`; without one only the limit is checked, and what there is stays.
     """

@@ -248,6 +248,12 @@ def _quality_on_dev(run: TaskRun) -> dict[int, dict[str, float]]:
     return {layer: quality(one, dev, run.labels) for layer, one in zip(run.exit_layers, answers, strict=True)}
 
 
+def _check_of_numbers(options: LoopOptions, labels: Labels) -> None:
+    given = f"temperature {options.temperature:g}" if options.temperature != 1 else "distillation reverse"
+    if labels.problem_type == "regression" and (options.temperature != 1 or options.distillation == "reverse"):
+        raise ValueError(f"{given} would do nothing: numbers are compared by their squared distance")
+
+
 def _decided_by(name: str, labels: Labels) -> Labels:
     """The labels with `name` as their first metric, which decides."""
     check_metric(name, labels.problem_type, labels.names)
@@ -310,9 +316,7 @@ def prepare(
     if len(train) < options.batch_size:
         raise ValueError(f"the train split has {len(train)} rows, fewer than a batch ({options.batch_size})")
     check_policy(options, labels)
-    if labels.problem_type == "regression" and (options.temperature != 1 or options.distillation == "reverse"):
-        given = f"temperature {options.temperature:g}" if options.temperature != 1 else "distillation reverse"
-        raise ValueError(f"{given} would do nothing: numbers are compared by their squared distance")
+    _check_of_numbers(options, labels)
     if options.metric:
         labels = _decided_by(options.metric, labels)
     order = label_order(options.teacher, labels.names, labels.problem_type) if options.teacher else None
