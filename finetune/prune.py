@@ -347,18 +347,18 @@ def prune(options: PruneOptions) -> int:
     begun = on_main_process(accelerator, lambda: _begun(run))
     if begun is not None:
         kept, history = Kept(**begun["kept"]), begun["rounds"]
-        model, target_ = narrowed(run.model, kept.heads, kept.neurons), begun["target"]
+        model, asked = narrowed(run.model, kept.heads, kept.neurons), begun["target"]
     else:
         to = on_main_process(accelerator, lambda: target(options, Widths.of(unpruned.config), unpruned))
         model, kept, history = remove(run, run.model, to)
-        target_ = vars(to)
+        asked = vars(to)
     counts = {"before": unpruned.num_parameters(), "after": model.num_parameters()}
     accelerator.print(
         f"pruned in {len(history)} rounds to heads {history[-1]['heads']}, FFN {history[-1]['intermediate']}: "
         f"{counts['after'] / counts['before']:.0%} of the parameters"
     )
     run = replace(run, notes=(RESULT,))
-    result = {"target": target_, "kept": vars(kept), "rounds": history, "parameters": counts}
+    result = {"target": asked, "kept": vars(kept), "rounds": history, "parameters": counts}
     result |= {"importance": "the model's own predictions" if options.label_free else "labels"}
     with working_together_in(run.folder, accelerator):
         if accelerator.is_main_process:
