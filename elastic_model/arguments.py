@@ -68,7 +68,7 @@ def from_mapping(options: type[Options], given: dict[str, Any], where: str) -> O
     """An instance of the dataclass `options` from a mapping of its fields, as YAML or JSON has it; errors call it
     `where`."""
     hints = typing.get_type_hints(options)
-    _check_names(given, hints, where)
+    given = _names(given, hints, where)
     values = {name: _convert(hints[name], value, f"{where}: {name}") for name, value in given.items()}
     try:
         return options(**values)
@@ -204,12 +204,12 @@ def _read_recipe(file: Path, hints: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{file}: not a YAML file: {error}") from error
     if not isinstance(content, dict | None):
         raise ValueError(f"{file}: a recipe is a mapping of flags (batch_size: 64), got a {type(content).__name__}")
-    recipe = {str(name).replace("-", "_"): value for name, value in (content or {}).items()}
-    _check_names(recipe, hints, str(file))
-    return recipe
+    return _names(content or {}, hints, str(file))
 
 
-def _check_names(given: dict[str, Any], hints: dict[str, Any], where: str) -> None:
+def _names(mapping: dict[Any, Any], hints: dict[str, Any], where: str) -> dict[str, Any]:
+    """The mapping by the names of the fields, which may be written as flags are; ValueError for one that is none."""
+    given = {str(name).replace("-", "_"): value for name, value in mapping.items()}
     for name in given:
         if name not in hints:
             close = difflib.get_close_matches(name, hints, n=1)
@@ -217,6 +217,7 @@ def _check_names(given: dict[str, Any], hints: dict[str, Any], where: str) -> No
             raise ValueError(
                 f"{where}: unknown key {name!r} (value {given[name]!r}); {guess}allowed: {', '.join(hints)}"
             )
+    return given
 
 
 def _without_none(hint: Any) -> Any:

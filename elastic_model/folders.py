@@ -82,7 +82,8 @@ def check_file(path: Path, *read: Path | str | None) -> None:
         raise ValueError(f"output {path} is a folder; give a file")
     if not path.resolve().parent.is_dir():
         raise ValueError(f"output {path}: there is no folder {path.parent}; make it, or choose another output")
-    parts = path.exists() and is_ours(path.parent) and path.name in PARTS
+    checkpoint = is_ours(path.parent) or (path.parent / "config.json").is_file()
+    parts = path.exists() and checkpoint and path.name in PARTS
     if parts or path.resolve() in [Path(source).resolve() for source in read if source is not None]:
         raise ValueError(f"output {path} would replace that file, which is read; choose another output")
 

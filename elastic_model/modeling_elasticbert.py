@@ -684,8 +684,8 @@ class ElasticBertMaskedModel(ElasticBertTaskModel):
         self.predictions.decoder = new_embeddings
 
     def is_last(self, here: Exit, exits: list[int] | None) -> bool:
-        """Whether an exit is the last of those asked for (None: all)."""
-        return here.layer == (exits or self.exit_layers)[-1]
+        """Whether an exit is the last of those asked for (None: all), in whatever order."""
+        return here.layer == max(exits or self.exit_layers)
 
     def masked_loss(
         self, here: Exit, labels: torch.Tensor, count=None, teacher: torch.Tensor | None = None, recompute: bool = True
@@ -696,6 +696,11 @@ class ElasticBertMaskedModel(ElasticBertTaskModel):
         Cross-entropy, or the divergence from `teacher` (masked, vocabulary), the full model's detached logits there.
         recompute: the backward pass computes the logits anew, so that memory holds those of one exit at a time.
         """
+        tokens = here.flow.all_tokens()
+        if labels.shape != tokens.shape[:2]:
+            raise ValueError(
+                f"labels must be of shape {tuple(tokens.shape[:2])}, as the tokens, got {tuple(labels.shape)}."
+            )
         masked = labels != -100
         targets = labels[masked]
 
@@ -706,7 +711,7 @@ class ElasticBertMaskedModel(ElasticBertTaskModel):
                 return cross_entropy(logits, targets, count), right
             return inplace_distillation(logits, teacher, "masked_lm", num_items=count), right
 
-        states = here.flow.all_tokens()[masked]
+        states = tokens[masked]
         if recompute and torch.is_grad_enabled():
             return checkpoint(loss, states, use_reentrant=False)
         return loss(states)

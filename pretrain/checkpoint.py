@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from elastic_model.distributed import Tensors
 from elastic_model.folders import new_folder
@@ -83,6 +83,27 @@ def save_model(
         file = folder / "config.json"
         content = {**json.loads(file.read_text(encoding="utf-8")), "dtype": "float32"}
         file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def check_same_model(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """ValueError that names the first setting in which the checkpoint's model differs from `model`, which may have its
+    shape from another warm start."""
+    saved, now = (
+        _settings(config) for config in (type(model.config).from_pretrained(checkpoint.folder), model.config)
+    )
+    for name in sorted(now):
+        if saved.get(name) != now[name]:
+            raise ValueError(
+                f"resume: the model's {name} was {saved.get(name)} in {checkpoint.folder}, now {now[name]}; use the "
+                "same init_from, or another output"
+            )
+
+
+def _settings(config: PretrainedConfig) -> dict[str, Any]:
+    """What shapes a model and its training; not how it was saved."""
+    of_saving = ("architectures", "auto_map", "dtype", "transformers_version", "_name_or_path")
+    plain = json.loads(json.dumps(config.to_dict()))
+    return {name: value for name, value in plain.items() if name not in of_saving}
 
 
 def load_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from elastic_model.arguments import from_mapping, option
 
@@ -28,7 +28,7 @@ class Source:
     streaming: bool = option(False, help="read the dataset as it arrives, without a copy of it on the disk")
 
     def __post_init__(self) -> None:
-        if bool(self.text) == (self.dataset is not None):
+        if bool(self.text) == bool(self.dataset):
             raise ValueError(
                 f"text or dataset: one of the two is needed, got text {self.text or 'none'} and dataset "
                 f"{self.dataset or 'none'}; several sources are named in mixture"
@@ -88,8 +88,10 @@ class PretrainConfig(Source):
     intermediate_size: int | None = option(None, help="width of the feed-forward (default: 4 x hidden_size)")
     max_position_embeddings: int = option(512, help="longest input the model can ever read")
     dropout: float = option(0.1, help="dropout of hidden states and attention")
-    initializer_range: float = option(
-        0.02, help="deviation of new weights; 0.02 suits width 768, 1/sqrt(width) a narrow one"
+    initializer_range: float | None = option(
+        None,
+        help="deviation of new weights (default: 0.02, which suits width 768, or the warm start's own; 1/sqrt(width) "
+        "suits a narrow model)",
     )
     exit_layers: list[int] | None = option(None, help="layers with an exit, from 1 (default: every layer)")
     exit_loss: str = option("sum", help="weighting of the exits in the loss")
@@ -158,16 +160,18 @@ class PretrainConfig(Source):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         for name, (low, high) in RANGES.items():
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} must lie within {low}..{high}, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and not low <= value <= high:
+                raise ValueError(f"{name} must lie within {low}..{high}, got {value}")
         for name in ("learning_rate", "peak_tflops"):
             if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be positive, got {value}")
-        if not 8 <= self.max_length <= self.max_position_embeddings:
+        if self.max_length < 8 or (not self.init_from and self.max_length > self.max_position_embeddings):
             raise ValueError(
                 f"max_length must lie within 8..max_position_embeddings ({self.max_position_embeddings}), "
                 f"got {self.max_length}"
             )
+        if self.exit_layers == []:
+            raise ValueError("exit_layers names no layer; leave it out for an exit after every one")
         if self.init_from and self.tokenizer:
             raise ValueError("init_from brings its own tokenizer: leave tokenizer out")
 
@@ -178,6 +182,8 @@ class PretrainConfig(Source):
             return {"text": WeightedSource(**own)}
         if self.text or self.dataset:
             raise ValueError("mixture names all sources: leave text and dataset out, or make them an entry of it")
+        if unnamed := [name for name in self.mixture if not isinstance(name, str)]:
+            raise ValueError(f"mixture: {unnamed[0]!r} is no text; a name that YAML reads otherwise needs quotes")
         sources = {name: _source(name, self.mixture[name]) for name in sorted(self.mixture)}
         unweighted = [name for name, source in sources.items() if source.weight is None]
         if 0 < len(unweighted) < len(sources):
@@ -209,6 +215,7 @@ class EvaluateConfig:
     max_length: int = option(128, help="tokens per example, at most, special tokens included")
     batch_size: int = option(32, help="examples per forward pass of a process")
     precision: Literal["no", "bf16"] = option("no", help="mixed precision")
+    tracker: ClassVar[None] = None  # that training jobs have: nothing is followed here
     seed: int = option(1, help="of the masking, the swaps and of weights that the checkpoint does not hold")
     cache: Path = option(CACHE, help="folder for token shards, addressed by content")
 
@@ -216,6 +223,12 @@ class EvaluateConfig:
         for name in ("examples", "batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        low, high = RANGES["validation_fraction"]
+        if self.held_out is not None and not low <= self.held_out <= high:
+            raise ValueError(
+                f"held_out must lie within {low}..{high}, as validation_fraction, got {self.held_out}; leave it out "
+                "for all documents"
+            )
 
 
 @dataclass
@@ -272,6 +285,6 @@ FREE_ON_RESUME = frozenset(
             "micro_batch_size",
         ),
         *("log_every", "evaluate_every", "evaluation_examples", "save_every", "keep_checkpoints", "tracker"),
-        *("license", "max_skipped", "peak_tflops", "vocab_size", "lowercase"),
+        *("license", "max_skipped", "peak_tflops", "vocab_size", "lowercase", "initializer_range"),
     }
 )

@@ -11,18 +11,20 @@ from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from elastic_model import ElasticBertForPreTraining
-from elastic_model.folders import new_file
+from elastic_model.distributed import start_accelerator
+from elastic_model.folders import check_file, new_file
 from elastic_model.operating_points import checkpoint_hash
 from pretrain.config import EvaluateConfig, PretrainConfig
 from pretrain.data import Batch, Examples, fitting
 from pretrain.masking import IGNORED
 from pretrain.prepare import prepare
+from pretrain.text import find_files
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Per exit layer: MLM loss (nats per masked token) and SOP loss, and how often each is right; what they compare
-    with."""
+    with. Without segment pairs nothing is said of SOP."""
 
     mlm_loss: dict[int, float]
     mlm_accuracy: dict[int, float]
@@ -37,10 +39,8 @@ class Evaluation:
         """The evaluation as lines of text."""
         lines = ["exit   MLM loss   MLM accuracy   SOP loss   SOP accuracy"]
         for layer, loss in self.mlm_loss.items():
-            lines.append(
-                f"{layer:4d}   {loss:8.4f}   {100 * self.mlm_accuracy[layer]:10.1f} %   "
-                f"{self.sop_loss[layer]:8.4f}   {100 * self.sop_accuracy[layer]:10.1f} %"
-            )
+            order = f"{self.sop_loss[layer]:8.4f}   {100 * self.sop_accuracy[layer]:10.1f} %" if self.pairs else "-"
+            lines.append(f"{layer:4d}   {loss:8.4f}   {100 * self.mlm_accuracy[layer]:10.1f} %   {order:>8}")
         lines.append(f"unigram {self.unigram_loss:7.4f}   (the same {self.masked_tokens} tokens, by frequency alone)")
         lines.append(f"{self.examples} examples, {self.pairs} of them segment pairs")
         return "\n".join(lines)
@@ -102,7 +102,7 @@ def _evaluation(total: torch.Tensor, exit_layers: list[int], examples: int) -> E
     mlm, right, sop, ordered = total[:-3].reshape(4, -1).tolist()
 
     def per_exit(sums: list[float], count: float) -> dict[int, float]:
-        return {layer: value / max(count, 1) for layer, value in zip(exit_layers, sums, strict=True)}
+        return {layer: value / count for layer, value in zip(exit_layers, sums, strict=True)} if count else {}
 
     return Evaluation(
         mlm_loss=per_exit(mlm, tokens),
@@ -131,7 +131,9 @@ def load_for_evaluation(config: EvaluateConfig) -> tuple[ElasticBertForPreTraini
 
 def evaluate_checkpoint(config: EvaluateConfig) -> int:
     """Print, and write to `config.output`, the losses of `config.model` at every exit on `config.text`."""
-    accelerator = Accelerator(mixed_precision=config.precision)
+    if config.output:
+        check_file(config.output, *find_files(config.text))
+    accelerator = start_accelerator(config, config.model)
     model, missing = load_for_evaluation(config)
     longest = model.config.max_position_embeddings - model.config.position_offset
     if config.max_length > longest:
@@ -172,7 +174,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> int:
             "model": str(config.model),
             "sha256": checkpoint_hash(config.model),
             "not_in_the_checkpoint": missing,
-            "text": {part.name: part.key for source in corpus.sources for part in source.parts},
+            "text": [{"name": part.name, "sha256": part.key} for source in corpus.sources for part in source.parts],
             **{name: getattr(config, name) for name in ("held_out", "length_config", "max_length", "seed")},
             **asdict(result),
         }

@@ -52,15 +52,17 @@ class Window:
 
     started: float = field(default_factory=time.perf_counter)
     tokens: int = 0
+    pairs: int = 0
     flops: float = 0.0
     updates: int = 0
     distillation: torch.Tensor | None = None
     per_exit: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> (4,)
     updates_of: dict[int, int] = field(default_factory=dict)  # layer -> updates that computed its exit
 
-    def add(self, update: Update, tokens: int, flops: float) -> None:
-        """tokens and flops: of the global batch"""
+    def add(self, update: Update, tokens: int, pairs: int, flops: float) -> None:
+        """tokens, pairs (examples of two segments) and flops: of the global batch"""
         self.tokens += tokens
+        self.pairs += pairs
         self.flops += flops
         self.updates += 1
         if update.distillation is not None:
@@ -70,13 +72,16 @@ class Window:
             self.updates_of[layer] = self.updates_of.get(layer, 0) + 1
 
     def means(self, accelerator: Accelerator) -> dict[str, Any]:
-        """PER_EXIT as {exit layer: mean over the updates}, with students distillation_loss; of all processes."""
+        """PER_EXIT as {exit layer: mean over the updates}, with students distillation_loss; of all processes. Without
+        a pair nothing is said of their order."""
         layers = sorted(self.per_exit)
         if not layers:
             return {name: {} for name in PER_EXIT}
         values = torch.stack([self.per_exit[layer] / self.updates_of[layer] for layer in layers])
         columns = zip(PER_EXIT, _mean(accelerator, values).T.tolist(), strict=True)
         means: dict[str, Any] = {name: dict(zip(layers, column, strict=True)) for name, column in columns}
+        if not self.pairs:
+            means |= {"sop_loss": {}, "sop_accuracy": {}}
         if self.distillation is not None:
             means["distillation_loss"] = float(_mean(accelerator, self.distillation / self.updates))
         return means

@@ -19,7 +19,7 @@ from pretrain.shards import Shard, processes, write_shard
 from pretrain.sources import DatasetRows, TextFile, parts_of
 from pretrain.tokenizer import load_tokenizer, train_wordpiece
 
-FORMAT = "3"  # of the shards and of what is done to the text: a new number makes every cached shard stale
+FORMAT = "4"  # of the shards and of what is done to the text: a new number makes every cached shard stale
 CHUNK_CHARACTERS = 4_000_000  # text of a shard, or one longer document: bounds the memory, and what a kill costs
 SAMPLE_CHARACTERS = 50_000_000  # text that a tokenizer is trained on, at most: bounds the memory
 
@@ -162,7 +162,7 @@ def _tokenizer(config: PretrainConfig, parts: list[Part], quiet: bool) -> PreTra
     if not folder.exists():
         documents = (_documents(part, f"tokenizer: {part.name}", quiet) for part in parts)
         chosen = sample(itertools.chain.from_iterable(documents), SAMPLE_CHARACTERS)
-        lines = (paragraph for document in chosen for paragraph in document)
+        lines = [paragraph for document in chosen for paragraph in document]
         trained = train_wordpiece(lines, config.vocab_size, config.lowercase)
         for part in parts:
             _check_unchanged(part)

@@ -32,7 +32,7 @@ def plot_losses(metrics: Path, image: Path) -> None:
     }
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
     for side, (name, (title, guess, guessing)) in zip(axes, panels.items(), strict=True):
-        layers = list(held_out[-1][name])
+        layers = list(held_out[-1]["mlm_loss"])
         for layer, color in zip(layers, pyplot.cm.viridis_r(np.linspace(0.1, 1, len(layers))), strict=True):
             for points, style in ((training, "-"), (held_out, "o")):
                 known = [(line["step"], line[name][layer]) for line in points if layer in line[name]]

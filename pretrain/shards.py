@@ -91,6 +91,7 @@ def _encoder(tokenizer: str) -> Tokenizer:
     encoder = Tokenizer.from_str(tokenizer)
     encoder.no_truncation()
     encoder.no_padding()
+    encoder.encode_special_tokens = True  # a text that spells [MASK] holds no mask
     return encoder
 
 

@@ -65,16 +65,17 @@ class DatasetRows:
         self.path = Path(self.name)  # where a licence may be stated
         self.saved = (self.path / "state.json").is_file() or (self.path / "dataset_dict.json").is_file()
         if self.saved:
-            files = [str(path) for path in sorted(self.path.rglob("*")) if path.is_file()]
+            paths = [path for path in sorted(self.path.rglob("*")) if path.is_file()]
+            self.files = [(path, path.relative_to(self.path).as_posix()) for path in paths]
             self.revision: list[str] = []
         else:
-            files, self.revision = self._resolve()
-        self.files = [Path(file) for file in files if "://" not in file]
-        self.revision += [file for file in files if "://" in file]
-        self.state = _state(self.files)
+            self.files, self.revision = self._resolve()
+        self._paths = [path for path, _ in self.files]
+        self.state = _state(self._paths)
 
-    def _resolve(self) -> tuple[list[str], list[str]]:
-        """The data files, local paths or URLs, and what says which version of them is meant."""
+    def _resolve(self) -> tuple[list[tuple[Path, str]], list[str]]:
+        """The local data files, each with the split that it belongs to and what reads it; URLs of the others, and what
+        says which version of them is meant."""
         import datasets
 
         with _named_errors(self.name):
@@ -82,8 +83,10 @@ class DatasetRows:
         found = builder.config.data_files or {}
         if not found:  # from the cache, without the hub: the folder there is named by the revision
             return [], [str(builder.cache_dir)]
-        files = [file for split in sorted(found) for file in found[split]]
-        return files, [str(found[split].origin_metadata) for split in sorted(found) if "://" in found[split][0]]
+        files = [(file, f"{split} {builder.name}") for split in sorted(found) for file in found[split]]
+        versions = [str(found[split].origin_metadata) for split in sorted(found) if "://" in found[split][0]]
+        remote = [file for file, _ in files if "://" in file]
+        return [(Path(file), role) for file, role in files if "://" not in file], [*versions, *remote]
 
     def _arguments(self) -> dict[str, Any]:
         place = {"path": self.name}
@@ -96,12 +99,13 @@ class DatasetRows:
         """sha256 of what decides its rows."""
         source = self.source
         chosen = [str(source.dataset_config), source.dataset_split, source.text_column]
-        return hashlib.sha256("\n".join([*chosen, *self.revision, *map(file_hash, self.files)]).encode()).hexdigest()
+        files = [f"{role} {file_hash(file)}" for file, role in self.files]
+        return hashlib.sha256("\n".join([*chosen, *self.revision, *files]).encode()).hexdigest()
 
     @property
     def changed(self) -> bool:
         """Whether its local files were written to since they were found."""
-        return _state(self.files) != self.state
+        return _state(self._paths) != self.state
 
     @cached_property
     def rows(self) -> Any:

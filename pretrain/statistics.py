@@ -36,7 +36,7 @@ def statistics(corpus: Corpus, batches: GlobalBatches, held_out: Examples) -> di
                 **_counts(corpus.sources[number : number + 1], train, train.source == number),
                 "share": float(weights[number] / sum(weights)),
                 "held_out": int((held_out.source == number).sum()),
-                "parts": {part.name: part.key for part in source.parts},
+                "parts": [{"name": part.name, "sha256": part.key} for part in source.parts],
             }
             for number, source in enumerate(corpus.sources)
         },

@@ -1,23 +1,20 @@
 """Text files to documents of sentences, as a stream."""
 
-import gzip
-import io
-import lzma
 import re
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from glob import glob
 from pathlib import Path
 from typing import IO, Any
 
 from elastic_model.folders import shipped
+from elastic_model.text_files import DAMAGED, opened_bytes
 
 # a full stop after these is no end of a sentence; a single capital before one is an initial
 ABBREVIATIONS = frozenset(
     "Mr Mrs Ms Dr Prof Rev Hon Gen Col Capt Lt Sgt Gov Sen Rep St Jr Sr No Nos Art Sec vs cf".split()
 )
-SENTENCE_END = re.compile(r"""[.!?]["')\]\u2019\u201d]*\s+(?=["'(\[\u2018\u201c]*[A-Z0-9])""")
+CAPITALS = "".join(filter(str.isupper, map(chr, range(0x10000))))
+SENTENCE_END = re.compile(rf"""[.!?]["')\]\u2019\u201d]*\s+(?=["'(\[\u2018\u201c]*[{CAPITALS}0-9])""")
 LAST_WORD = re.compile(r"[^\W\d_]+$")
 LAST_WORD_CHARACTERS = 1 + max(map(len, ABBREVIATIONS))  # that are looked at: a longer word is no abbreviation
 LONGEST_SENTENCE = 20_000  # characters; examples are far shorter, and the tokenizer's memory follows the longest
@@ -25,7 +22,7 @@ LONGEST_SENTENCE = 20_000  # characters; examples are far shorter, and the token
 
 def find_files(patterns: list[str]) -> list[Path]:
     """The files that the names and globs stand for, in order, each once; ValueError where one stands for none."""
-    files: dict[Path, None] = {}
+    files: dict[Path, Path] = {}  # by where it really lies: a link's own name says how the file is packed
     for pattern in patterns:
         path = shipped(Path(pattern))
         found = [path] if path.exists() else sorted(Path(name) for name in glob(str(pattern), recursive=True))
@@ -36,8 +33,9 @@ def find_files(patterns: list[str]) -> list[Path]:
                 if path.is_dir()
                 else f"text: no file {pattern!r}; give files or globs (.txt, .gz, .xz, .zst)"
             )
-        files |= dict.fromkeys(path.resolve() for path in found)
-    return list(files)
+        for path in found:
+            files.setdefault(path.resolve(), path)
+    return list(files.values())
 
 
 def documents(file: Path, progress: Callable[[int], Any] = lambda position: None) -> Iterator[list[str]]:
@@ -47,8 +45,7 @@ def documents(file: Path, progress: Callable[[int], Any] = lambda position: None
     not UTF-8 text or a damaged archive, with the place where it breaks.
     """
     paragraphs: list[str] = []
-    opener = OPENERS.get(file.suffix, nullcontext)
-    with open(file, "rb") as raw, opener(raw) as lines:
+    with opened_bytes(file) as (raw, lines):
         for number, line in enumerate(_numbered_errors(file, lines), start=1):
             paragraph = _decode(file, number, line)
             if paragraph:
@@ -96,21 +93,12 @@ def _cut(paragraph: str, start: int, stop: int) -> list[str]:
     return [piece for piece in pieces if piece]
 
 
-def _open_zst(raw: IO[bytes]) -> IO[bytes]:
-    import pyarrow  # comes with datasets; the package zstandard takes a truncated file for a whole one
-
-    return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
-
-
-OPENERS: dict[str, Callable[[IO[bytes]], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".zst": _open_zst}
-
-
 def _numbered_errors(file: Path, lines: IO[bytes]) -> Iterator[bytes]:
     """The lines; a damaged or truncated archive becomes a ValueError that names the file."""
     try:
         yield from lines
-    except (lzma.LZMAError, zlib.error, EOFError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the disk's trouble, not the archive's
+    except DAMAGED as error:
+        if isinstance(error, OSError) and error.errno is not None:
             raise
         raise ValueError(f"{file}: damaged or truncated {file.suffix} archive: {error}") from error
 

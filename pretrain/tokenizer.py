@@ -1,6 +1,7 @@
 """The tokenizer of a run: WordPiece trained on the text, or an existing one."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -8,10 +9,12 @@ from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORD_START = "\u2581"
+ALPHABET = 1000  # characters that a new vocabulary knows, the most frequent ones; BERT's own trainer stops there, too
 
 
-def train_wordpiece(lines: Iterator[str], vocab_size: int, lowercase: bool) -> BertTokenizer:
+def train_wordpiece(lines: Sequence[str], vocab_size: int, lowercase: bool) -> BertTokenizer:
     """A BERT tokenizer whose vocabulary, at most `vocab_size`, was merged pair by pair on `lines`; always the same.
+    It knows the 1,000 most frequent characters: each takes two entries, a few pages in other scripts would fill it.
 
     The WordPiece trainer of `tokenizers` numbers its ##-pieces in the order of a hash table, so two runs give two
     vocabularies. Marking where words start, not where they continue, gives the same merges from a sorted alphabet.
@@ -22,10 +25,26 @@ def train_wordpiece(lines: Iterator[str], vocab_size: int, lowercase: bool) -> B
         [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Metaspace(WORD_START, prepend_scheme="always", split=False)]
     )
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, show_progress=False)
-    tokenizer.train_from_iterator(lines, trainer)
+    rare = _rare_characters(lines, tokenizer.normalizer)
+    tokenizer.train_from_iterator((line.translate(rare) for line in lines), trainer)
     merged = tokenizer.get_vocab()
     vocabulary = _wordpieces(sorted(merged, key=merged.__getitem__), vocab_size)
     return BertTokenizer(vocab={token: number for number, token in enumerate(vocabulary)}, do_lower_case=lowercase)
+
+
+def _rare_characters(lines: Sequence[str], normalizer: normalizers.Normalizer) -> dict[int, str]:
+    """Those beyond the alphabet's limit, each with the space that stands for it. (The trainer's own `limit_alphabet`
+    chooses between characters of one frequency by the order of a hash table.)"""
+    written: Counter[str] = Counter()
+    for line in lines:
+        written.update(line)
+    read = {character: normalizer.normalize_str(character).strip() for character in written}
+    counts: Counter[str] = Counter()
+    for character, count in written.items():
+        for known in read[character]:
+            counts[known] += count
+    kept = set(sorted(counts, key=lambda character: (-counts[character], character))[:ALPHABET])
+    return {ord(character): " " for character, known in read.items() if not kept.issuperset(known)}
 
 
 def _wordpieces(merged: list[str], vocab_size: int) -> list[str]:
@@ -49,6 +68,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder} has no tokenizer that loads ({str(error).splitlines()[0]})") from error
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"the tokenizer in {folder} ({type(tokenizer).__name__}) is not one of the tokenizers library"
+        )
+    if None in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))):
+        raise ValueError(
+            f"the vocabulary of the tokenizer in {folder} has holes: some ids below its size name no token"
+        )
     for name in ("cls_token", "sep_token", "mask_token", "pad_token"):
         if getattr(tokenizer, name) is None:
             raise ValueError(f"the tokenizer in {folder} has no {name}: pre-training needs cls, sep, mask and pad")

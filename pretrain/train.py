@@ -39,6 +39,7 @@ from elastic_model.losses import exit_group, trained_exits
 from elastic_model.subnetworks import sandwich
 from pretrain.checkpoint import (
     Checkpoint,
+    check_same_model,
     check_same_run,
     checkpoint_to_resume,
     load_optimizer_tensors,
@@ -89,6 +90,8 @@ def build_model(
     }
     if config.exit_layers:
         training |= {"exit_layers": config.exit_layers, "num_output_layers": None}
+    if config.initializer_range:
+        training["initializer_range"] = config.initializer_range
     torch.manual_seed(config.seed)
     if config.init_from:
         training["exit_pooling"] = pooling_with_new_exits(AutoConfig.from_pretrained(config.init_from))
@@ -123,7 +126,6 @@ def _shape(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase, training:
         num_attention_heads=config.num_attention_heads,
         intermediate_size=config.intermediate_size or 4 * config.hidden_size,
         max_position_embeddings=config.max_position_embeddings,
-        initializer_range=config.initializer_range,
         **training,
     )
 
@@ -167,6 +169,7 @@ class Run:
         self.progress = Progress()
         if checkpoint:
             check_same_run(checkpoint, run_state(config, corpus))
+            check_same_model(checkpoint, model)
             load_weights(checkpoint, model)
             self.progress = Progress(**checkpoint.state["progress"])
         make_optimizer = partial(build_optimizer, config=config)
@@ -205,7 +208,7 @@ class Run:
         if math.isfinite(self.norm):
             progress.skipped_in_a_row = 0
             work = (self.plain_model.config, config.batch_size, tokens, masked, update.exits, update.students)
-            self.window.add(update, int(tokens), update_flops(*work))
+            self.window.add(update, int(tokens), int(pairs), update_flops(*work))
         else:
             self._skip()
         progress.step += 1
@@ -362,9 +365,18 @@ def train(config: PretrainConfig) -> int:
     _check_run_folder(config)
     disable_progress_bar()  # transformers' bars for saving one file would tear ours
     accelerator = start_accelerator(config, config.output)
+    checkpoint = checkpoint_to_resume(config.output, config.resume_previous)
+    finished = (config.output / EVALUATION).exists()
+    if finished and checkpoint is None:  # whoever removed them has what he wanted
+        accelerator.print(f"{config.output} is complete, and its checkpoints are gone: nothing is left to continue")
+        return 0
     with accelerator.local_main_process_first():
         corpus = prepare(config, quiet=not accelerator.is_local_main_process)
-    run = Run(config, accelerator, corpus, checkpoint_to_resume(config.output, config.resume_previous))
+    run = Run(config, accelerator, corpus, checkpoint)
+    if finished:
+        accelerator.print(f"{config.output} is complete")
+        accelerator.end_training()
+        return 0
     accelerator.wait_for_everyone()  # nobody looks into the output folder any more: from here on it changes
     found = statistics(corpus, run.batches, run.held_out_examples)
     with working_together_in(config.output, accelerator):
@@ -381,11 +393,22 @@ def train(config: PretrainConfig) -> int:
 
 
 def _summary(run: Run, found: dict[str, Any]) -> str:
-    return (
-        f"{table(found)}\n{run.parameters / 1e6:.2f} M parameters, exits {run.exit_layers}, "
-        f"{run.accelerator.num_processes} process(es), updates {run.progress.step + 1} to {run.config.steps} of "
-        f"{run.config.batch_size} examples"
-    )
+    lines = [
+        table(found),
+        f"{run.parameters / 1e6:.2f} M parameters, exits {run.exit_layers}, {run.accelerator.num_processes} "
+        f"process(es), updates {run.progress.step + 1} to {run.config.steps} of {run.config.batch_size} examples",
+    ]
+    if not found["total"]["pairs"]:
+        lines.append(
+            "note: no example has two segments, so sentence order is not trained; documents need two sentences that "
+            "are told apart (a full stop before a capital) or stand on lines of their own"
+        )
+    if run.config.warmup_steps >= run.config.steps:
+        lines.append(
+            f"note: warmup_steps ({run.config.warmup_steps}) is no less than steps ({run.config.steps}): the learning "
+            "rate never reaches its peak"
+        )
+    return "\n".join(lines)
 
 
 def _loop(run: Run) -> int:
@@ -424,11 +447,8 @@ def _shown(line: dict[str, Any]) -> dict[str, str]:
 
 
 def _finish(run: Run) -> None:
-    """The last evaluation, the model in the output folder itself, the plot and the card; once."""
+    """The last evaluation, the model in the output folder itself, the plot and the card."""
     output = run.config.output
-    if (output / EVALUATION).exists():
-        run.accelerator.print(f"{output} is complete")
-        return
     result, weights = run.evaluate(), run.engine.weights()
     run.accelerator.print(result.table())
 

@@ -556,7 +556,7 @@ def test_a_teacher_with_another_tokenizer_teaches(options, tiny_tokenizer, tmp_p
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
     BertForSequenceClassification(BertConfig(vocab_size=300, **sizes, **labels)).save_pretrained(tmp_path / "teacher")
-    tokenizer = train_wordpiece(iter(["other words other pieces treaty army energy"] * 3), 90, lowercase=False)
+    tokenizer = train_wordpiece(["other words other pieces treaty army energy"] * 3, 90, lowercase=False)
     tokenizer.save_pretrained(tmp_path / "teacher")
     assert train(options(teacher=str(tmp_path / "teacher"), epochs=1)) == 0
     config = BertConfig(vocab_size=300, max_position_embeddings=8, **sizes, **labels)

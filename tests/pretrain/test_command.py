@@ -133,6 +133,22 @@ def test_a_wrong_option_is_named(command, tmp_path, flag, value, named):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("recipe", "named"),
+    [
+        ("mixture: {2019: {text: a.txt}, 2020: {text: b.txt}}", "mixture: 2019 is no text"),
+        ("mixture: {en: {text: a.txt}, no: {text: b.txt}}", "mixture: False is no text"),
+        ("mixture: {en: {text: [a.txt], 1: 2}}", "mixture: en: unknown key '1'"),
+        ("text: [a.txt]\nexit-layers: []", "exit_layers names no layer"),
+        ("dataset: ''", "text or dataset: one of the two is needed"),
+    ],
+)
+def test_a_recipe_that_means_something_else_is_named(tmp_path, monkeypatch, capsys, recipe, named):
+    (tmp_path / "recipe.yaml").write_text(f"{recipe}\noutput: {tmp_path / 'run'}\n")
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--config", str(tmp_path / "recipe.yaml")])
+    fails_in_one_line((main(), capsys.readouterr().err), named)
+
+
 def test_an_unknown_key_of_a_recipe(tmp_path, monkeypatch, capsys):
     (tmp_path / "recipe.yaml").write_text("text: [a.txt]\noutput: out\nlearning_rat: 3\n")
     monkeypatch.setattr(sys, "argv", ["pretrain", "--config", str(tmp_path / "recipe.yaml")])

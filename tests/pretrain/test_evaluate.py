@@ -14,7 +14,7 @@ from pretrain.evaluate import evaluate, unigram_losses
 from pretrain.masking import IGNORED
 from pretrain.prepare import prepare
 from pretrain.report import plot_losses
-from pretrain.train import build_model
+from pretrain.train import build_model, train
 
 
 @pytest.fixture
@@ -103,7 +103,9 @@ def test_one_document_is_text_enough_to_evaluate_on(checkpoint, tmp_path, monkey
         (("--text", "nowhere.txt"), "no file 'nowhere.txt'"),
         (("--max_length", "33"), "max_length must be at most 32, the longest input of the model, got 33"),
         (("--length_config", "0.5"), "one entry per layer, 2 in all, got 1"),
-        (("--held_out", "0.9"), "validation_fraction must lie within"),
+        (("--held_out", "0.9"), "held_out must lie within 0.0001..0.5, as validation_fraction, got 0.9"),
+        (("--held_out", "0"), "held_out must lie within"),
+        (("--output", "nowhere/result.json"), "there is no folder nowhere"),
         (("--batch_size", "0"), "batch_size must be at least 1, got 0"),
         (("--model", "nowhere"), "nowhere is no checkpoint folder"),
     ],
@@ -112,6 +114,29 @@ def test_what_cannot_be_evaluated_is_named(checkpoint, corpus_file, monkeypatch,
     defaults = ("--model", checkpoint, "--text", corpus_file, "--cache", cache, "--max_length", "24")
     code, shown = command(monkeypatch, capsys, *defaults, *flags)
     assert code == 2 and shown.err.startswith("error: ") and shown.err.count("\n") == 1 and named in shown.err
+
+
+def test_a_result_replaces_neither_the_text_nor_the_model(
+    checkpoint, corpus_text, tmp_path, monkeypatch, capsys, cache
+):
+    (tmp_path / "text.txt").write_text(corpus_text)
+    flags = ("--model", checkpoint, "--text", tmp_path / "text.txt", "--cache", cache, "--max_length", "24")
+    for read in (tmp_path / "text.txt", checkpoint / "config.json"):
+        before = read.read_bytes()
+        code, shown = command(monkeypatch, capsys, *flags, "--output", read)
+        assert code == 2 and "would replace that file" in shown.err and read.read_bytes() == before
+
+
+def test_without_pairs_nothing_is_said_of_their_order(options, tmp_path):
+    text = tmp_path / "lines.txt"
+    text.write_text("\n\n".join(f"the senate needs the navy of court {number % 9}" for number in range(80)))
+    config = options(text=text, output=tmp_path / "run", vocab_size=80, steps=2, warmup_steps=0, log_every=1)
+    train(config)
+    lines = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
+    result = json.loads((config.output / "evaluation.json").read_text())
+    assert lines[0]["sop_loss"] == {} == result["sop_accuracy"] and result["mlm_loss"].keys() == {"1", "2"}
+    assert "sop_accuracy" not in (config.output / "README.md").read_text()
+    assert (config.output / "losses.png").is_file()
 
 
 def test_the_plot_is_drawn_from_the_log(tmp_path):

@@ -41,6 +41,13 @@ def test_shards_hold_every_sentence_of_every_document(options, corpus_file):
     assert np.diff(shard.documents).tolist() == [12] * 40
 
 
+def test_a_text_that_spells_a_special_token_holds_none(options, corpus_text, tmp_path):
+    (tmp_path / "text.txt").write_text(corpus_text + "\n\nThe [MASK] and the [SEP] of the treaty. It has no [PAD].\n")
+    corpus = prepare(options(text=tmp_path / "text.txt", vocab_size=200))
+    special = corpus.tokenizer.convert_tokens_to_ids(["[MASK]", "[SEP]", "[PAD]"])
+    assert not np.isin(corpus.shards[0].tokens, special).any()
+
+
 def test_the_same_text_is_prepared_once_and_changed_text_anew(options, corpus_text, tmp_path):
     file, cache = tmp_path / "text.txt", tmp_path / "cache"
     file.write_text(corpus_text)

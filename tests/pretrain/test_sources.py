@@ -126,3 +126,22 @@ def test_a_saved_dataset_is_known_by_its_rows(folders):
     arrow.write_bytes(arrow.read_bytes().replace(b"Four", b"Nine"))
     (after,) = parts_of(Source(dataset=str(folders / "saved")))
     assert after.key != known
+
+
+def test_a_file_that_moves_to_another_split_or_is_read_otherwise_is_another_text(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "One."}\n')
+    (folder / "validation.jsonl").write_text('{"text": "Two."}\n{"text": "Three."}\n')
+    (before,) = parts_of(Source(dataset=str(folder)))
+    first = before.key
+    (folder / "train.jsonl").rename(folder / "test.jsonl")
+    (folder / "validation.jsonl").rename(folder / "train.jsonl")
+    (after,) = parts_of(Source(dataset=str(folder)))
+    assert after.key != first and read(folder) == [["Two."], ["Three."]]
+    (tmp_path / "rows.txt").write_text('{"text": "One."}\n')
+    (as_text,) = parts_of(Source(dataset=str(tmp_path / "rows.txt")))
+    first = as_text.key
+    (tmp_path / "rows.txt").rename(tmp_path / "rows.jsonl")
+    (as_json,) = parts_of(Source(dataset=str(tmp_path / "rows.jsonl")))
+    assert as_json.key != first

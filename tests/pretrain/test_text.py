@@ -32,6 +32,8 @@ def test_zst_files_are_read(tmp_path):
         ("The U. S. Army won.", ["The U. S. Army won."]),
         ('He said "No." Then 3.5 per cent. fell away.', ['He said "No."', "Then 3.5 per cent. fell away."]),
         ("It is I. We know.", ["It is I.", "We know."]),
+        ("Привет. Как дела? Хорошо.", ["Привет.", "Как дела?", "Хорошо."]),
+        ("He left. Élise stayed.", ["He left.", "Élise stayed."]),
         ("no end", ["no end"]),
         ("   ", []),
     ],
@@ -96,3 +98,11 @@ def test_progress_is_told_in_bytes_of_the_file(tmp_path):
     told = []
     list(documents(tmp_path / "text.gz", told.append))
     assert told == [(tmp_path / "text.gz").stat().st_size]
+
+
+def test_a_linked_file_is_read_by_the_name_of_its_link(tmp_path):
+    with gzip.open(tmp_path / "blob", "wt") as file:
+        file.write("One. Two.\n")
+    (tmp_path / "a.txt.GZ").symlink_to(tmp_path / "blob")
+    (found,) = find_files([str(tmp_path / "a.txt.GZ")])
+    assert list(documents(found)) == [["One. Two."]]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertTokenizer, CanineTokenizer, PreTrainedTokenizerFast
 
 from pretrain.data import Examples
 from pretrain.masking import IGNORED
@@ -10,12 +10,12 @@ from pretrain.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_wordpiece, 
 
 
 def test_training_gives_the_same_vocabulary_every_time(corpus_text):
-    trained = [train_wordpiece(iter(corpus_text.splitlines()), 150, True).get_vocab() for _ in range(5)]
+    trained = [train_wordpiece(corpus_text.splitlines(), 150, True).get_vocab() for _ in range(5)]
     assert all(vocabulary == trained[0] for vocabulary in trained)
 
 
 def test_the_vocabulary_has_the_size_asked_and_knows_all_of_its_text(corpus_text):
-    tokenizer = train_wordpiece(iter(corpus_text.splitlines()), 110, True)
+    tokenizer = train_wordpiece(corpus_text.splitlines(), 110, True)
     ids = tokenizer(corpus_text.replace("\n", " ")).input_ids
     assert len(tokenizer) == 110 and tokenizer.unk_token_id not in ids
     assert tokenizer.convert_ids_to_tokens(range(5)) == SPECIAL_TOKENS
@@ -23,7 +23,7 @@ def test_the_vocabulary_has_the_size_asked_and_knows_all_of_its_text(corpus_text
 
 
 def test_whole_words_of_the_text_become_tokens(corpus_text):
-    tokenizer = train_wordpiece(iter(corpus_text.splitlines()), 400, True)
+    tokenizer = train_wordpiece(corpus_text.splitlines(), 400, True)
     assert tokenizer.tokenize("The treasury needs treatyharbor") == [
         "the",
         "treasury",
@@ -40,16 +40,35 @@ def _tail(tokenizer):
 
 
 def test_case_is_kept_on_request(corpus_text):
-    assert train_wordpiece(iter(corpus_text.splitlines()), 150, False).tokenize("The") == ["The"]
+    assert train_wordpiece(corpus_text.splitlines(), 150, False).tokenize("The") == ["The"]
 
 
 def test_a_vocabulary_smaller_than_the_alphabet_is_an_error():
     with pytest.raises(ValueError, match="vocab_size must be above 57 for a text of 26 different characters, got 40"):
-        train_wordpiece(iter(["abcdefghijklmnopqrstuvwxyz"]), 40, True)
+        train_wordpiece(["abcdefghijklmnopqrstuvwxyz"], 40, True)
+
+
+def test_a_new_vocabulary_knows_the_most_frequent_characters_and_leaves_room_for_words(corpus_text):
+    scripts = "".join(map(chr, range(0x4E00, 0x4E00 + 1500)))  # each once
+    tokenizer = train_wordpiece([*corpus_text.splitlines(), scripts], 2200, True)
+    known = {token.removeprefix("##") for token in tokenizer.get_vocab() if len(token.removeprefix("##")) == 1}
+    assert len(known) == 1000 and set("abcdef") <= known
+    assert tokenizer.tokenize("treaty") == ["treaty"]
+    assert train_wordpiece([*corpus_text.splitlines(), scripts], 2200, True).get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_tokenizer_that_cannot_be_used_is_named(tmp_path):
+    CanineTokenizer().save_pretrained(tmp_path / "canine")
+    with pytest.raises(ValueError, match="canine .* is not one of the tokenizers library"):
+        load_tokenizer(tmp_path / "canine")
+    special = {token: number for number, token in enumerate(SPECIAL_TOKENS)}
+    BertTokenizer(vocab={**special, "far": 9}).save_pretrained(tmp_path / "holes")
+    with pytest.raises(ValueError, match="has holes"):
+        load_tokenizer(tmp_path / "holes")
 
 
 def test_a_saved_tokenizer_is_read_by_auto_tokenizer(corpus_text, tmp_path):
-    tokenizer = train_wordpiece(iter(corpus_text.splitlines()), 150, True)
+    tokenizer = train_wordpiece(corpus_text.splitlines(), 150, True)
     tokenizer.save_pretrained(tmp_path)
     for loaded in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)):
         assert loaded.tokenize(corpus_text[:500]) == tokenizer.tokenize(corpus_text[:500])
@@ -63,7 +82,7 @@ def test_a_missing_tokenizer_folder_is_named(tmp_path):
 
 
 def test_word_starts_are_the_pieces_without_the_continuation_mark(corpus_text):
-    tokenizer = train_wordpiece(iter(corpus_text.splitlines()), 150, True)
+    tokenizer = train_wordpiece(corpus_text.splitlines(), 150, True)
     starts = np.array(word_starts(tokenizer))
     ids = tokenizer("the senatetreaty", add_special_tokens=False).input_ids
     pieces = tokenizer.convert_ids_to_tokens(ids)

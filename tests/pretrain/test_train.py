@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -21,7 +22,7 @@ from pretrain.checkpoint import find_checkpoints
 from pretrain.evaluate import Evaluation
 from pretrain.metrics import Update, Window, peak_flops, update_flops
 from pretrain.prepare import prepare
-from pretrain.train import Run, build_optimizer, learning_rate, train
+from pretrain.train import Run, build_model, build_optimizer, learning_rate, train
 
 
 def weights(output):
@@ -264,6 +265,43 @@ def test_a_finished_run_ends_at_once(options):
     assert stamps == {path: path.stat().st_mtime_ns for path in config.output.rglob("*.safetensors")}
 
 
+def test_a_finished_run_without_its_checkpoints_is_left_as_it_is(options):
+    config = options()
+    train(config)
+    for folder in config.output.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    before = {path: path.read_bytes() for path in config.output.rglob("*") if path.is_file()}
+    assert train(options(resume=True)) == 0 == train(options(resume=True, hidden_size=32))
+    assert before == {path: path.read_bytes() for path in config.output.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_keeps_its_last_evaluation(options):
+    config = options()
+    train(config)
+    before = (config.output / "metrics.jsonl").read_bytes()
+    assert train(options(resume_previous=True)) == 0
+    assert (config.output / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_resumed_run_has_the_shape_of_its_warm_start(options, tmp_path):
+    for heads in (2, 4):
+        train(options(output=tmp_path / f"heads-{heads}", num_attention_heads=heads, steps=2))
+    train(options(init_from=tmp_path / "heads-2", steps=4))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="resume: the model's num_attention_heads was 2 in .*checkpoint-4, now 4"):
+        train(options(init_from=tmp_path / "heads-4", steps=4, resume=True))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_new_heads_of_a_warm_start_have_the_deviation_asked_for(options, tmp_path):
+    train(options(output=tmp_path / "first", steps=2, initializer_range=0.05))
+    config = options(init_from=tmp_path / "first")
+    tokenizer = prepare(config).tokenizer
+    assert build_model(config, tokenizer, torch.zeros(len(tokenizer))).config.initializer_range == 0.05
+    config = options(init_from=tmp_path / "first", initializer_range=0.5, max_length=32, max_position_embeddings=16)
+    assert build_model(config, tokenizer, torch.zeros(len(tokenizer))).config.initializer_range == 0.5
+
+
 def test_a_loss_that_is_not_finite_is_skipped_and_counted(options):
     config = options(max_skipped=3)
     run = Run(config, start_accelerator(config, config.output), prepare(config))
@@ -406,7 +444,7 @@ def test_a_warm_start_takes_shape_weights_and_tokenizer(options, tmp_path):
 def test_means_of_a_window_are_over_the_updates_that_computed_an_exit():
     window = Window()
     for exits in ([1, 3], [2, 3]):
-        window.add(Update(exits, [], torch.ones(2, 4), torch.tensor(3.0)), tokens=1, flops=1.0)
+        window.add(Update(exits, [], torch.ones(2, 4), torch.tensor(3.0)), tokens=1, pairs=1, flops=1.0)
     means = window.means(Accelerator())
     assert means["mlm_loss"] == {1: 1.0, 2: 1.0, 3: 1.0} and means["distillation_loss"] == 3.0
     assert peak_flops(2.0, "fp32", 4) == 8e12
