@@ -276,7 +276,7 @@ def _example(facts: Facts) -> str:
     task, source = facts.task, json.dumps(facts.repo_id or ".")
     policy = ""
     if task.takes_policy and facts.config.exit_policy is None:
-        policy = f", exit_policy={json.dumps(_policy(facts.config))}"
+        policy = f", exit_policy={json.dumps(_policy(facts))}"
     lines = [
         "import torch",
         f"from transformers import {task.auto_class}{', AutoTokenizer' * facts.has_tokenizer}",
@@ -297,8 +297,9 @@ def _example(facts: Facts) -> str:
     return f"## Use{where}\n\n```python\n{code}\n```\n\n{TRUST}{default}{_session_example(facts)}"
 
 
-def _policy(config: ElasticBertConfig) -> dict[str, Any]:
-    if config.problem_type == "regression":
+def _policy(facts: Facts) -> dict[str, Any]:
+    config, scores = facts.config, facts.task.auto_class == "AutoModelForSequenceClassification"
+    if scores and (config.problem_type or ("regression" if config.num_labels == 1 else "")) == "regression":
         return {"name": "patience", "patience": 1, "threshold": 0.5}
     return {"name": "entropy", "threshold": 0.3}
 

@@ -20,8 +20,8 @@ class ElasticBertConfig(PreTrainedConfig):
     the checkpoint was made with. `exit_pooling`: what the pooler of an exit reads, `cls` or `mean` (of the tokens
     still kept), one for all or a list with an entry per layer. Width: `num_attention_heads_per_layer`,
     `intermediate_size_per_layer` (one entry per layer, for pruned models) and `attention_head_size`. Training:
-    `exit_loss` (a key of `losses.EXIT_LOSSES`), `gradient_equilibrium`, `exit_groups`, `learned_exit_head` (BERxiT's,
-    which the policy "learned" asks). Default operating point: `exit_policy`, `length_config`; `keep_cls`: [CLS] is
+    `exit_loss` (a key of `losses.EXIT_LOSSES`), `gradient_equilibrium`, `exit_groups` (what the training commands take
+    turns with; a loop of your own passes `exits=`), `learned_exit_head` (BERxiT's, which the policy "learned" asks). Default operating point: `exit_policy`, `length_config`; `keep_cls`: [CLS] is
     never dropped. `no_answer_threshold`: of `spans.best_answer`, None where every question has an answer.
     `position_offset` and `type_vocab_size`: 2 and 1 for RoBERTa, 0 and 0 for DistilBERT.
 
@@ -89,9 +89,10 @@ class ElasticBertConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.max_output_layers is None:
             self.max_output_layers = self.num_hidden_layers
-        if isinstance(self.length_config, tuple):
-            self.length_config = list(self.length_config)
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, _plain(value) if name in ("exit_policy", "length_config") else value)
 
     def __getattribute__(self, name):
         value = super().__getattribute__(name)
@@ -100,13 +101,14 @@ class ElasticBertConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As in transformers; where fewer exits are asked for, an exit policy of the checkpoint loses theirs."""
+        """As in transformers; where fewer exits are asked for, an exit policy of the checkpoint loses theirs, and with
+        new ones, for which it has no threshold, it holds no longer."""
         asked = {name: kwargs[name] for name in _EXIT_FIELDS if name in kwargs}
         policy = config_dict.get("exit_policy")
         if asked and policy and "exit_policy" not in kwargs and config_dict.get("model_type") == cls.model_type:
             plain = {**config_dict, "exit_policy": None, "length_config": None}
             before, after = (list(cls(**fields).exit_layers or ()) for fields in (plain, {**plain, **asked}))
-            kwargs = {**kwargs, "exit_policy": _policy_of_fewer(policy, before, after)}
+            kwargs = {**kwargs, "exit_policy": _policy_of(policy, before, after)}
         return super().from_dict(config_dict, **kwargs)
 
     @property
@@ -183,13 +185,25 @@ def pooling_with_new_exits(config, new: str = "mean", keeps_last: bool = True) -
     return [has.get(layer, new) for layer in range(1, layers + 1)]
 
 
+def _plain(value):
+    """Python's numbers and lists in place of numpy's, which a JSON file cannot hold."""
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 _EXIT_FIELDS = ("num_hidden_layers", "exit_layers", "num_output_layers", "max_output_layers")
 
 
-def _policy_of_fewer(policy: dict, before: list[int], after: list[int]) -> dict:
-    """A policy of the exits `before` where only `after` are left: their thresholds, a constant layer that is there."""
+def _policy_of(policy: dict, before: list[int], after: list[int]) -> dict | None:
+    """A policy of the exits `before` where there are those `after`: their thresholds, a constant layer that is there;
+    None where some have no threshold."""
     thresholds = policy.get("threshold")
-    if isinstance(thresholds, list) and len(thresholds) == len(before) and set(after[:-1]) <= set(before):
+    if isinstance(thresholds, list) and len(thresholds) == len(before):
+        if not set(after[:-1]) <= set(before):
+            return None
         own = dict(zip(before, thresholds, strict=True))  # a new last exit is never asked
         return {**policy, "threshold": [own.get(layer, thresholds[-1]) for layer in after]}
     if policy.get("name") == "constant" and policy.get("layer") not in after:

@@ -43,14 +43,11 @@ def modules(
     asked: the exit layers whose heads are run (None = every exit up to `exit_layer`, as under a policy; one for static
     use).
     """
-    if head not in HEADS:
-        raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}.")
-    exits = list(config.exit_layers or ())
-    top = exits[-1] if exit_layer is None else exit_layer
-    if top not in exits:
-        raise ValueError(f"exit_layer must be one of {exits}, got {exit_layer}.")
+    exits, top = _exits_to(config, head, exit_layer)
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}.")
+    if asked is not None and not set(asked) <= set(exits):
+        raise ValueError(f"asked must be some of the exit layers {exits}, got {asked}.")
     asked = [top] if asked is None and head == "none" else asked
     lengths = _lengths(config, length_config)
     executed = check_layer_config(layer_config, config.num_hidden_layers)
@@ -102,6 +99,7 @@ def exit_flops(
     What `flops` gives row by row, for many rows at once. kept: where rows choose their lengths themselves, how many
     tokens each had left behind each layer, (layers, rows).
     """
+    _exits_to(config, head, None)
     inside = torch.as_tensor(tokens, dtype=torch.long)
     if inside.dim() != 1 or not len(inside) or inside.min() < 1:
         raise ValueError("tokens must be a list of at least one count, each at least 1.")
@@ -125,8 +123,8 @@ def parameters(config: ElasticBertConfig, head: str = "sequence", exit_layer: in
 
     Counts what `sum(p.numel() for p in model.parameters())` counts: tied weights once.
     """
-    width, exits = config.hidden_size, list(config.exit_layers or ())
-    top = config.num_hidden_layers if exit_layer is None else exit_layer
+    exits, top = _exits_to(config, head, exit_layer)
+    width = config.hidden_size
     tables = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
     count = (tables + 2) * width  # and the norm
     for index in range(top):
@@ -134,6 +132,17 @@ def parameters(config: ElasticBertConfig, head: str = "sequence", exit_layer: in
         count += 3 * (width + 1) * attention + (attention + 1) * width + 2 * width
         count += (width + 1) * inner + (inner + 1) * width + 2 * width
     return count + _head_parameters(config, head, len([layer for layer in exits if layer <= top]))
+
+
+def _exits_to(config: ElasticBertConfig, head: str, exit_layer: int | None) -> tuple[list[int], int]:
+    """The exit layers, and the one where a row leaves (None = the last); ValueError for one, or a head, that is not
+    there."""
+    if head not in HEADS:
+        raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}.")
+    exits = list(config.exit_layers or ())
+    if exit_layer is not None and exit_layer not in exits:
+        raise ValueError(f"exit_layer must be one of {exits}, got {exit_layer}.")
+    return exits, exits[-1] if exit_layer is None else exit_layer
 
 
 def _lengths(config, length_config):

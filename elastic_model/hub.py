@@ -8,7 +8,7 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from elastic_model.card import is_ours, write_card
+from elastic_model.card import TASKS, is_ours, write_card
 from elastic_model.operating_points import FILE as POINTS_FILE
 from elastic_model.operating_points import OperatingPoints
 from elastic_model.provenance import (
@@ -42,19 +42,22 @@ def push_model(
     """As transformers' `push_to_hub`, in one commit with the tokenizer, if it is given, and a card.
 
     A card on the hub that somebody else wrote stays. What the card states comes from the record of the checkpoint
-    that the model was loaded from, as long as the weights are still its weights.
+    that the model was loaded from, as long as the weights are still its weights. An adapter, or a class of the user's
+    own, is uploaded without a card: what it does is not ours to say.
     """
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/pr"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
     with TemporaryDirectory() as name:
         folder = Path(name)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        carry_records(folder, model.config._name_or_path, getattr(model.config, "_commit_hash", None))
-        if not _has_card_of_somebody(api, repo_id, revision):
+        ours = (folder / "config.json").is_file() and type(model).__name__ in TASKS
+        if ours:
+            carry_records(folder, model.config._name_or_path, getattr(model.config, "_commit_hash", None))
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        if ours and not _has_card_of_somebody(api, repo_id, revision):
             write_card(folder, repo_id, tags=[*(tags or []), *(model.model_tags or [])])
         return api.upload_folder(
             repo_id=repo_id,

@@ -136,7 +136,7 @@ def _warn_of_first_token(attention_mask: torch.Tensor | None, pooling: list[str]
     """A warning where an exit reads [CLS] and finds padding; an error would refuse what every BERT accepts."""
     if "cls" not in pooling or attention_mask is None or not _values(attention_mask):
         return
-    if not attention_mask[:, 0].all():
+    if attention_mask.dim() == 2 and not attention_mask[:, 0].all():
         warnings.warn(  # the same text each time, which Python shows once
             "attention_mask hides some rows' first token, where exits read [CLS]: what they answer is made from "
             'padding. Pad on the right (tokenizer.padding_side = "right").',
@@ -446,10 +446,10 @@ class ElasticBertForSequenceClassification(ElasticBertExitModel):
 
     def problem(self, labels=None) -> str:
         """What an exit's logits mean; as in transformers, inferred from the labels where the config does not say."""
-        if self.config.problem_type is None and labels is not None and self.head_outputs() > 1:
-            floating = labels.is_floating_point()
-            self.config.problem_type = "multi_label_classification" if floating else "single_label_classification"
-        default = "regression" if self.head_outputs() == 1 else "single_label_classification"
+        default: Any = "regression" if self.head_outputs() == 1 else "single_label_classification"
+        if self.config.problem_type is None and labels is not None:
+            several = self.head_outputs() > 1 and labels.is_floating_point()
+            self.config.problem_type = "multi_label_classification" if several else default
         return self.config.problem_type or default
 
     @capture_outputs
@@ -558,12 +558,13 @@ class ElasticBertForMultipleChoice(ElasticBertExitModel):
         """labels (questions,): the right choice; logits (questions, choices); the rest as in sequence
         classification."""
         given = input_ids if inputs_embeds is None else inputs_embeds
-        if given is None or given.dim() < 3:
-            shape = None if given is None else tuple(given.shape)
+        ids = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        flat_ones = [tuple(one.shape) for one in ids if one is not None and one.dim() < 3]
+        if given is None or flat_ones:
+            shape = None if given is None else flat_ones[0]
             raise ValueError(f"multiple choice inputs must have the shape (questions, choices, tokens), got {shape}.")
         choices = given.shape[1]
         policy = self.policy_for(exit_policy, labels, "single_label_classification")
-        ids = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         flat = tuple(None if one is None else one.flatten(0, 1) for one in ids)
         walk = partial(self.walk, (*flat, length_config, layer_config), exits, kwargs)
 

@@ -52,11 +52,12 @@ class OperatingPoint:
             ("latency_ms", self.latency_ms),
             ("calibration's full_quality", compared),
         ):
-            numbers = [measured.get(key) for key in ("value", "low", "high")] if measured else [0.0]
-            if not all(
-                isinstance(value, int | float) and math.isfinite(value) for value in numbers if value is not None
-            ):
-                raise ValueError(f"operating point {self.name!r}: {name} must be finite, got {measured}")
+            if measured is None:
+                continue
+            interval = [measured[key] for key in ("low", "high") if measured.get(key) is not None]
+            numbers = [measured.get("value"), *interval]
+            if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
+                raise ValueError(f"operating point {self.name!r}: {name} must be finite, with a value, got {measured}")
         if self.length_config is not None:
             shares = self.length_config
             check_length_config(shares, len(shares.get("mass", ()) if isinstance(shares, dict) else shares))

@@ -115,6 +115,11 @@ def elastic_config(stock: dict) -> dict:
     return fields
 
 
+def _elastic_fields(stock: dict, tensors: dict[str, torch.Tensor]) -> dict:
+    """`elastic_config`, and what only the weights tell: DistilBERT's classifiers pool with a ReLU."""
+    return {**elastic_config(stock), **({"pooler_act": "relu"} if "pre_classifier.weight" in tensors else {})}
+
+
 _DTYPES = ("dtype", "torch_dtype")
 
 
@@ -144,14 +149,19 @@ def load_foreign(model_class, name, kwargs: dict) -> tuple[PreTrainedConfig, dic
     if stock and "model_type" not in stock:
         stock["model_type"] = _family(_read_weights(name, files, hub), name)
     model_type = stock.get("model_type", "elasticbert")
+    if model_type == model_class.config_class.model_type:  # of a subclass, maybe
+        model_type = "elasticbert"
     if model_type not in _KEYS:
         allowed = ", ".join(_KEYS)
         raise ValueError(
             f"model_type of {name} must be one of {allowed} to become an elastic model, got {model_type!r}."
         )
+    if stock.get("is_decoder") and model_type != "elasticbert":
+        raise ValueError(f"{name} is a decoder (is_decoder in its config): elastic models are encoders.")
     config = kwargs.get("config")
     if isinstance(config, str | Path):
-        ours = PreTrainedConfig.get_config_dict(config)[0].get("model_type") == "elasticbert"
+        given_type = PreTrainedConfig.get_config_dict(config)[0].get("model_type")
+        ours = given_type in ("elasticbert", model_class.config_class.model_type)
         reader = model_class.config_class if ours else AutoConfig
         rest = {key: value for key, value in kwargs.items() if key not in ("config", *_DTYPES)}
         config, rest = reader.from_pretrained(config, return_unused_kwargs=True, **rest)
@@ -160,20 +170,23 @@ def load_foreign(model_class, name, kwargs: dict) -> tuple[PreTrainedConfig, dic
     given = getattr(config, "num_output_layers", None) if config is not None else stock.get("num_output_layers")
     if model_type == "elasticbert" and (kwargs.get("num_output_layers", given) == 1) == was_static:
         return None
+    if kwargs.get("state_dict") is not None:
+        raise ValueError(
+            f"state_dict: the weights of {name} are read from its files; give either the name or the weights (with "
+            "from_pretrained(None, config=..., state_dict=...))."
+        )
     read = (*_HUB_ARGUMENTS, "variant", "use_safetensors")
     kwargs = {key: value for key, value in kwargs.items() if key not in read}
     tensors = _read_weights(name, files, hub)
     config = kwargs.pop("config", None)
     kwargs = {key: value for key, value in kwargs.items() if key not in _DTYPES or value != "auto"}  # as without it
     if isinstance(config, model_class.config_class) and model_type != "elasticbert":
-        _check_config(config, elastic_config(stock), name)
+        _check_config(config, _elastic_fields(stock, tensors), name)
     if config is not None and config.model_type in _KEYS and config.model_type != "elasticbert":
-        fields = elastic_config(config.to_dict())
+        fields = _elastic_fields(config.to_dict(), tensors)
         config, kwargs = model_class.config_class.from_dict(fields, return_unused_kwargs=True, **kwargs)
     if config is None:
-        fields = stock if model_type == "elasticbert" else elastic_config(stock)
-        if "pre_classifier.weight" in tensors:  # DistilBERT's classifiers pool with a ReLU
-            fields["pooler_act"] = "relu"
+        fields = stock if model_type == "elasticbert" else _elastic_fields(stock, tensors)
         config, kwargs = model_class.config_class.from_dict(fields, return_unused_kwargs=True, **kwargs)
     return config, _convert(tensors, model_type, model_class, config, stock.get("num_hidden_layers")), kwargs
 
@@ -200,7 +213,7 @@ def commit_of(name, kwargs: dict) -> str | None:
 
 def _check_config(config: PreTrainedConfig, stock: dict, name) -> None:
     """ValueError where a config differs from the stock model's in what shapes do not tell."""
-    for field in ("position_offset", "type_vocab_size"):
+    for field in ("position_offset", "type_vocab_size", "pooler_act"):
         if field in stock and stock[field] != getattr(config, field):
             raise ValueError(
                 f"the config given says {field} {getattr(config, field)}, {name} has {stock[field]}: give the "

@@ -1,7 +1,7 @@
 """The tokenizer of a run: WordPiece trained on the text, or an existing one."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -12,13 +12,14 @@ WORD_START = "\u2581"
 ALPHABET = 1000  # characters that a new vocabulary knows, the most frequent ones; BERT's own trainer stops there, too
 
 
-def train_wordpiece(lines: Sequence[str], vocab_size: int, lowercase: bool) -> BertTokenizer:
+def train_wordpiece(lines: Iterable[str], vocab_size: int, lowercase: bool) -> BertTokenizer:
     """A BERT tokenizer whose vocabulary, at most `vocab_size`, was merged pair by pair on `lines`; always the same.
     It knows the 1,000 most frequent characters: each takes two entries, a few pages in other scripts would fill it.
 
     The WordPiece trainer of `tokenizers` numbers its ##-pieces in the order of a hash table, so two runs give two
     vocabularies. Marking where words start, not where they continue, gives the same merges from a sorted alphabet.
     """
+    lines = list(lines)  # read twice
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -32,7 +33,7 @@ def train_wordpiece(lines: Sequence[str], vocab_size: int, lowercase: bool) -> B
     return BertTokenizer(vocab={token: number for number, token in enumerate(vocabulary)}, do_lower_case=lowercase)
 
 
-def _rare_characters(lines: Sequence[str], normalizer: normalizers.Normalizer) -> dict[int, str]:
+def _rare_characters(lines: list[str], normalizer: normalizers.Normalizer) -> dict[int, str]:
     """Those beyond the alphabet's limit, each with the space that stands for it. (The trainer's own `limit_alphabet`
     chooses between characters of one frequency by the order of a hash table.)"""
     written: Counter[str] = Counter()

@@ -104,12 +104,19 @@ def test_parameters_of_a_shallower_model():
         ({"tokens": 0}, "tokens must be at least 1"),
         ({"tokens": 5, "head": "speech"}, "head must be one of"),
         ({"tokens": 5, "exit_layer": 9}, "exit_layer must be one of"),
+        ({"tokens": 5, "asked": [9]}, r"asked must be some of the exit layers \[1, 2, 3, 4\], got \[9\]"),
         ({"tokens": 5, "exit_layer": 2, "layer_config": [1, 3]}, r"exit_layer 2: layer_config \[1, 3\] leaves that"),
     ],
 )
 def test_impossible_questions_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         flops(config_of(), **arguments)
+    if "head" in arguments:
+        with pytest.raises(ValueError, match=message):
+            exit_flops(config_of(), [5], head=arguments["head"])
+    if message.startswith(("head", "exit_layer must")):
+        with pytest.raises(ValueError, match=message):
+            parameters(config_of(), **{name: value for name, value in arguments.items() if name != "tokens"})
 
 
 @pytest.mark.parametrize("head", ["sequence", "token", "question_answering", "none"])

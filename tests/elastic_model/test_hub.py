@@ -183,3 +183,22 @@ model.push_to_hub({NAME!r}, token={TOKEN!r})
     assert last["README.md"] == (tmp_path / "other.md").read_bytes()  # written by hand: not ours to replace
     assert json.loads(last["provenance.json"])["stages"][-1]["stage"] == "changes that are not stated"
     assert hub.files(NAME, "trial")["model.safetensors"] != last["model.safetensors"]
+
+
+@pytest.mark.parametrize("kind", ["a class of the user's own", "an adapter"])
+def test_what_a_card_cannot_describe_is_pushed_without_one(hub, tiny_checkpoint, tmp_path, kind):
+    code = f"""
+from elastic_model import ElasticBertForSequenceClassification
+class Own(ElasticBertForSequenceClassification):
+    pass
+model = Own.from_pretrained({str(tiny_checkpoint)!r})
+if {kind == "an adapter"}:
+    from peft import LoraConfig
+    model.add_adapter(LoraConfig(r=2, target_modules=["query"]))
+model.push_to_hub({NAME!r}, token={TOKEN!r})
+"""
+    done = run(HERE + LOAD + code, tmp_path, HF_ENDPOINT=hub.url)
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = hub.files(NAME)
+    weights = {"an adapter": "adapter_model.safetensors"}.get(kind, "model.safetensors")
+    assert weights in files and "provenance.json" not in files

@@ -149,6 +149,8 @@ def test_points_must_make_sense():
         OperatingPoint("nan", [float("nan")], 1.0)
     with pytest.raises(ValueError, match="quality must be finite"):
         OperatingPoint("nan", [0.1], 1.0, quality={"metric": "accuracy", "value": float("nan"), "split": "dev"})
+    with pytest.raises(ValueError, match="latency_ms must be finite, with a value"):
+        OperatingPoint("empty", [0.5], 1.0, latency_ms={"batch": 1})
     with pytest.raises(ValueError, match="must not rise"):
         OperatingPoint("rising", [0.1], 1.0, length_config=[0.5, 0.6])
     with pytest.raises(ValueError, match="names of their own"):

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from elastic_model import (
     ElasticBertConfig,
@@ -112,6 +122,102 @@ def test_a_stock_checkpoint_with_a_stock_config_as_the_examples_of_transformers_
     for given in (AutoConfig.from_pretrained(tmp_path, num_labels=2), tmp_path):
         model = ElasticBertForSequenceClassification.from_pretrained(tmp_path, config=given, dtype="auto")
         assert (model.config.model_type, model.config.num_labels, model.dtype) == ("elasticbert", 2, torch.float32)
+
+
+@pytest.mark.parametrize("given", ["config", "path", "elastic", None])
+@pytest.mark.parametrize(
+    "stock",
+    [
+        BertForSequenceClassification(
+            BertConfig(vocab_size=90, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_labels=3)
+        ),
+        RobertaForSequenceClassification(
+            RobertaConfig(vocab_size=90, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_labels=3)
+        ),
+        DistilBertForSequenceClassification(
+            DistilBertConfig(vocab_size=90, dim=32, n_layers=2, n_heads=4, hidden_dim=64, num_labels=3)
+        ),
+    ],
+    ids=lambda model: model.config.model_type,
+)
+def test_a_stock_classifier_answers_the_same_whatever_config_is_given(stock, given, tmp_path):
+    stock.eval().save_pretrained(tmp_path / "stock")
+    kind = ElasticBertForSequenceClassification
+    configs = {
+        "config": lambda: AutoConfig.from_pretrained(tmp_path / "stock", num_labels=3),
+        "path": lambda: tmp_path / "stock",
+        "elastic": lambda: kind.from_pretrained(tmp_path / "stock").config,
+    }
+    settings = {"config": configs[given]()} if given else {}
+    model = kind.from_pretrained(tmp_path / "stock", **settings).eval()
+    batch = {"input_ids": torch.arange(2, 18).view(2, 8), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+    with torch.inference_mode():
+        torch.testing.assert_close(model(**batch).logits, stock(**batch).logits, rtol=0, atol=1e-5)
+
+
+def test_stock_checkpoints_that_cannot_become_elastic_are_named(tmp_path):
+    sizes = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    stock = BertForSequenceClassification(BertConfig(**sizes))
+    stock.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="state_dict: the weights of .* are read from its files"):
+        ElasticBertForSequenceClassification.from_pretrained(tmp_path, state_dict=stock.state_dict())
+    BertModel(BertConfig(**sizes, is_decoder=True)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a decoder"):
+        ElasticBertForSequenceClassification.from_pretrained(tmp_path)
+
+
+class OwnConfig(ElasticBertConfig):
+    model_type = "own-elastic"
+
+
+class OwnModel(ElasticBertForSequenceClassification):
+    config_class = OwnConfig
+
+
+def test_a_class_with_a_model_type_of_its_own_is_loaded_again(tiny_config, batch, tmp_path):
+    model = OwnModel(OwnConfig(**{**tiny_config.to_dict(), "model_type": "own-elastic"})).eval()
+    model.save_pretrained(tmp_path)
+    for settings in ({}, {"num_output_layers": 1}):
+        again = OwnModel.from_pretrained(tmp_path, **settings).eval()
+        with torch.inference_mode():
+            torch.testing.assert_close(again(**batch).logits, model(**batch).logits)
+
+
+def test_numbers_of_numpy_in_an_operating_point_are_saved(tiny_config, tmp_path):
+    tiny_config.exit_policy = {"name": "entropy", "threshold": np.float32(0.5)}
+    tiny_config.length_config = [np.float32(1), *np.linspace(1, 0.5, tiny_config.num_hidden_layers - 1)]
+    tiny_config.save_pretrained(tmp_path)
+    again = ElasticBertConfig.from_pretrained(tmp_path)
+    assert again.exit_policy == {"name": "entropy", "threshold": 0.5} and again.length_config[-1] == 0.5
+
+
+def test_new_exits_of_a_calibrated_checkpoint_leave_its_policy_behind(model, tmp_path):
+    model.config.exit_policy = {"name": "entropy", "threshold": [0.1, 0.2, 0.3, 0.4]}
+    model.save_pretrained(tmp_path / "all")
+    one = ElasticBertForSequenceClassification.from_pretrained(tmp_path / "all", num_output_layers=1)
+    one.save_pretrained(tmp_path / "one")
+    again = ElasticBertForSequenceClassification.from_pretrained(tmp_path / "one", num_output_layers=None)
+    assert again.config.exit_layers == [1, 2, 3, 4] and again.config.exit_policy is None
+
+
+def test_a_model_of_one_label_trained_on_numbers_says_that_it_is_a_regression(tiny_config, batch):
+    tiny_config.num_labels, tiny_config.problem_type = 1, None
+    model = ElasticBertForSequenceClassification(tiny_config)
+    model(**batch)
+    assert model.config.problem_type is None
+    model(**batch, labels=torch.rand(4))
+    assert model.config.problem_type == "regression"
+
+
+@pytest.mark.parametrize("kind", [ElasticBertForMaskedLM, ElasticBertForPreTraining])
+def test_masked_models_answer_from_the_highest_exit_asked_for(kind, tiny_config, batch):
+    model = kind(tiny_config).eval()
+    name = "logits" if kind is ElasticBertForMaskedLM else "prediction_logits"
+    with torch.inference_mode():
+        first, second = (model(**batch, labels=batch["input_ids"], exits=exits)[name] for exits in ([2, 4], [4, 2]))
+        assert torch.equal(first, second)
+        with pytest.raises(ValueError, match=r"labels must be of shape"):
+            model(**batch, labels=batch["input_ids"][:, :-1])
 
 
 def test_the_order_in_which_exits_are_named_does_not_matter(model, batch):
