@@ -20,10 +20,11 @@ class ElasticBertConfig(PreTrainedConfig):
     the checkpoint was made with. `exit_pooling`: what the pooler of an exit reads, `cls` or `mean` (of the tokens
     still kept), one for all or a list with an entry per layer. Width: `num_attention_heads_per_layer`,
     `intermediate_size_per_layer` (one entry per layer, for pruned models) and `attention_head_size`. Training:
-    `exit_loss` (a key of `losses.EXIT_LOSSES`), `gradient_equilibrium`, `exit_groups` (what the training commands take
-    turns with; a loop of your own passes `exits=`), `learned_exit_head` (BERxiT's, which the policy "learned" asks). Default operating point: `exit_policy`, `length_config`; `keep_cls`: [CLS] is
-    never dropped. `no_answer_threshold`: of `spans.best_answer`, None where every question has an answer.
-    `position_offset` and `type_vocab_size`: 2 and 1 for RoBERTa, 0 and 0 for DistilBERT.
+    `exit_loss` (a key of `losses.EXIT_LOSSES`), `gradient_equilibrium`, `exit_groups` (which the commands train in turn;
+    a loop of your own passes `exits=`), `learned_exit_head` (BERxiT's, which the policy "learned" asks). Default
+    operating point: `exit_policy`, `length_config`; `keep_cls`: [CLS] is never dropped. `no_answer_threshold`: of
+    `spans.best_answer`, None where every question has an answer. `position_offset` and `type_vocab_size`: 2 and 1 for
+    RoBERTa, 0 and 0 for DistilBERT.
 
     Exits and per-layer lists are resolved when read: with `num_hidden_layers=k` set on a deeper model, lists are cut
     to the first k, exits above k dropped and k added.

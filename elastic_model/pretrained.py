@@ -148,16 +148,7 @@ def load_foreign(model_class, name, kwargs: dict) -> tuple[PreTrainedConfig, dic
     files = _weight_files(kwargs.get("variant"), kwargs.get("use_safetensors"))
     if stock and "model_type" not in stock:
         stock["model_type"] = _family(_read_weights(name, files, hub), name)
-    model_type = stock.get("model_type", "elasticbert")
-    if model_type == model_class.config_class.model_type:  # of a subclass, maybe
-        model_type = "elasticbert"
-    if model_type not in _KEYS:
-        allowed = ", ".join(_KEYS)
-        raise ValueError(
-            f"model_type of {name} must be one of {allowed} to become an elastic model, got {model_type!r}."
-        )
-    if stock.get("is_decoder") and model_type != "elasticbert":
-        raise ValueError(f"{name} is a decoder (is_decoder in its config): elastic models are encoders.")
+    model_type = _checked_type(stock, name, model_class)
     config = kwargs.get("config")
     if isinstance(config, str | Path):
         given_type = PreTrainedConfig.get_config_dict(config)[0].get("model_type")
@@ -170,11 +161,7 @@ def load_foreign(model_class, name, kwargs: dict) -> tuple[PreTrainedConfig, dic
     given = getattr(config, "num_output_layers", None) if config is not None else stock.get("num_output_layers")
     if model_type == "elasticbert" and (kwargs.get("num_output_layers", given) == 1) == was_static:
         return None
-    if kwargs.get("state_dict") is not None:
-        raise ValueError(
-            f"state_dict: the weights of {name} are read from its files; give either the name or the weights (with "
-            "from_pretrained(None, config=..., state_dict=...))."
-        )
+    _check_no_weights(name, kwargs)
     read = (*_HUB_ARGUMENTS, "variant", "use_safetensors")
     kwargs = {key: value for key, value in kwargs.items() if key not in read}
     tensors = _read_weights(name, files, hub)
@@ -219,6 +206,29 @@ def _check_config(config: PreTrainedConfig, stock: dict, name) -> None:
                 f"the config given says {field} {getattr(config, field)}, {name} has {stock[field]}: give the "
                 "settings that you change as arguments of from_pretrained, instead of a config."
             )
+
+
+def _checked_type(stock: dict, name, model_class) -> str:
+    """The model type of a checkpoint, `elasticbert` for one of a subclass; ValueError for one that cannot be elastic."""
+    model_type = stock.get("model_type", "elasticbert")
+    if model_type in ("elasticbert", model_class.config_class.model_type):
+        return "elasticbert"
+    if model_type not in _KEYS:
+        allowed = ", ".join(_KEYS)
+        raise ValueError(
+            f"model_type of {name} must be one of {allowed} to become an elastic model, got {model_type!r}."
+        )
+    if stock.get("is_decoder"):
+        raise ValueError(f"{name} is a decoder (is_decoder in its config): elastic models are encoders.")
+    return model_type
+
+
+def _check_no_weights(name, kwargs: dict) -> None:
+    if kwargs.get("state_dict") is not None:
+        raise ValueError(
+            f"state_dict: the weights of {name} are read from its files; give either the name or the weights (with "
+            "from_pretrained(None, config=..., state_dict=...))."
+        )
 
 
 def _check_base(name, adapter: Path) -> None:
