@@ -209,7 +209,7 @@ def _check_config(config: PreTrainedConfig, stock: dict, name) -> None:
 
 
 def _checked_type(stock: dict, name, model_class) -> str:
-    """The model type of a checkpoint, `elasticbert` for one of a subclass; ValueError for one that cannot be elastic."""
+    """The model type of a checkpoint, `elasticbert` for a subclass's; ValueError where it cannot be elastic."""
     model_type = stock.get("model_type", "elasticbert")
     if model_type in ("elasticbert", model_class.config_class.model_type):
         return "elasticbert"
