@@ -14,15 +14,17 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from transformers import AutoConfig, AutoTokenizer, logging
+from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks.experiment import Job, Size, checkpoint, row_flops
 from elastic_model import ElasticBertConfig
 from elastic_model.arguments import run
 from elastic_model.cost import mean_flops
 from elastic_model.folders import new_file
+from elastic_model.jobs import quiet
+from elastic_model.subnetworks import constant_rate
 from finetune.data import Encoded
-from finetune.evaluate import exit_logits
+from finetune.evaluate import observe
 from finetune.examples import read_examples
 from finetune.kinds import KINDS, answers_of, problem_type_of
 from finetune.labels import Labels
@@ -71,11 +73,6 @@ def read_split(folder: Path, task_name: str, split: str, max_length: int, rows: 
     return Split(encoded, labels, config, max_length)
 
 
-def constant_rate(rate: float, layers: int) -> list[float]:
-    """Every layer keeps this share of the tokens that reach it (Kim and Cho 2021, section 5.1)."""
-    return [rate**layer for layer in range(1, layers + 1)]
-
-
 def files_of(folder: Path, split: str, size: Size, rates: Sequence[float]) -> list[Path]:
     """Where the answers at each rate are kept, beside the checkpoint."""
     rows = f"-{size.test_rows}" if split == "test" and size.test_rows else ""
@@ -100,6 +97,11 @@ def read_logits(file: Path) -> np.ndarray:
         return kept["logits"]
 
 
+def logits_of(job: Job, split: str, size: Size) -> np.ndarray:
+    """What `answers` keeps of a training job's checkpoint at full length: (exits, rows, ...)."""
+    return read_logits(files_of(checkpoint(job), split, size, [1.0])[0])
+
+
 def main() -> None:
     """Answer the split at every rate that has no file yet."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -113,8 +115,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if len(arguments.output) != len(arguments.rates):
         raise ValueError(f"{len(arguments.rates)} rates need as many files, got {len(arguments.output)}")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     folder, accelerator = arguments.checkpoint, Accelerator(cpu=True)
     split = read_split(folder, arguments.task, arguments.split, arguments.max_length, arguments.rows)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -129,7 +130,8 @@ def main() -> None:
             continue
         if elastic:
             lengths = constant_rate(rate, split.config.num_hidden_layers)
-            logits = exit_logits(model, split.encoded, tokenizer, BATCH, accelerator, lengths)
+            how = (split.encoded, tokenizer, BATCH, accelerator)
+            logits = observe(model, *how, length_config=lengths).logits
         else:
             logits = np.stack(ask(model, split.encoded, tokenizer, BATCH, accelerator, final_logits))[None]
         with new_file(file) as temporary, temporary.open("wb") as kept:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from elastic_model.arguments import run
-from elastic_model.folders import new_file
+from elastic_model.folders import write_json
 from elastic_model.operating_points import checkpoint_hash
 from finetune.tasks import data_folder
 
@@ -84,8 +84,7 @@ def record(file: Path, task: str, entry: dict[str, object]) -> None:
     known = json.loads(file.read_text()) if file.is_file() else {}
     if known.get(task, {}).get("sha256") == entry["sha256"]:
         return
-    with new_file(file) as temporary:
-        temporary.write_text(json.dumps({**known, task: entry}, indent=1) + "\n")
+    write_json(file, {**known, task: entry})
 
 
 def checkpoints() -> None:

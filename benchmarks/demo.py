@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.systems import CHECKPOINT, EXPORTED, SYSTEMS, Served, era_rows
+from elastic_model.arguments import run
 from elastic_model.folders import claim_folder
 from elastic_model.operating_points import checkpoint_hash
 from elastic_model.processor import available_cores, cpu_name
@@ -35,7 +35,7 @@ PASSAGES_A_TURN = 50  # every system answers these before any answers the next o
 BATCH = 32  # rows of the batches that the throughput is measured with
 
 
-class StageError(RuntimeError):
+class StageError(ValueError):
     """A stage ended before it was done."""
 
 
@@ -121,7 +121,7 @@ def ask_in_turns(systems: list[Served], total: int, batch_size: int, passages: i
 
 def measure_systems(folder: Path, labels: list[str], threads: int) -> list[dict[str, Any]]:
     """A row a system: quality, exit layer, milliseconds a passage alone and in batches, memory."""
-    systems = [Served(name, folder, threads) for name in SYSTEMS]
+    systems = [Served(name, ["benchmarks.systems", name, str(folder), str(threads)], threads) for name in SYSTEMS]
     answers = ask_in_turns(systems, len(labels), 1, PASSAGES_A_TURN)
     batched = ask_in_turns(systems, len(labels), BATCH, 2 * BATCH)
     rows = []
@@ -301,24 +301,15 @@ def demo(folder: Path) -> None:
     print("", *table(results), f"Numbers: {file}   Plot: {folder / PLOT}", sep="\n")
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / "demo", help="where everything is written")
     folder = Path(os.path.relpath(parser.parse_args().folder, ROOT))
     os.chdir(ROOT)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        claim_folder(folder)
-        with only_one(folder):
-            demo(folder)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; `make demo` goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    claim_folder(folder)
+    with only_one(folder):
+        demo(folder)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.answers import Split, answers, files_of, read_logits, read_split
+from benchmarks.answers import Split, answers, logits_of, read_split
 from benchmarks.experiment import (
     FROZEN,
     SANDWICH,
@@ -38,6 +38,7 @@ from benchmarks.experiment import (
 )
 from elastic_model.arguments import run
 from finetune.evaluate import outcome, scores, spread
+from finetune.figures import panels
 from finetune.policies import Policy, candidates, choose
 
 SEEDS = {"sst2": [0], "mrpc": [0, 1, 2], "stsb": [0, 1, 2]}
@@ -88,11 +89,6 @@ def chains_of(folder: Path, task: str, size: Size, seed: int) -> tuple[list[Chai
         asked["alternating"],
     ]
     return chains, made
-
-
-def logits_of(job: Job, split: str, size: Size) -> np.ndarray:
-    """Every exit's logits (exits, rows, labels)."""
-    return read_logits(files_of(checkpoint(job), split, size, [1.0])[0])
 
 
 class Asked:
@@ -182,31 +178,25 @@ def measure(task: str, size: Size, trained: Sequence[Job], recipes: Sequence[Map
 
 def plot(results: Mapping[str, Any], image: Path) -> None:
     """A panel a task: exits and policies of the joint recipe; then one for each task whose recipes were compared."""
-    from matplotlib import pyplot
-
     compared = {task: one for task, one in results.items() if one.get("recipes")}
-    panels = len(results) + len(compared)
-    figure, axes = pyplot.subplots(1, panels, figsize=(5.5 * panels, 4), squeeze=False)
-    for axis, (task, one) in zip(axes[0], results.items(), strict=False):
-        layers = [int(layer) for layer in one["exits"][0]]
-        values = np.array([[by_exit[str(layer)]["quality"] for layer in layers] for by_exit in one["exits"]])
-        count = f"{len(values)} seed{'s' if len(values) > 1 else ''}"
-        axis.errorbar(layers, values.mean(0), values.std(0, ddof=1) if len(values) > 1 else None, fmt="o-",
-                      capsize=3, label=f"static use, {count}")  # fmt: skip
-        for name, found in one["policies"].items():
-            axis.plot(*zip(*sorted(as_curve(found[0])), strict=True), ".-", label=f"{name}, seed {one['seeds'][0]}")
-        axis.set(title=f"{task}: joint recipe ({one['size']['rows']:,} train rows)")
-    for axis, (task, one) in zip(axes[0, len(results) :], compared.items(), strict=True):
-        for recipe, curves in one["recipes"]["curves"].items():
-            axis.plot(*zip(*sorted(as_curve(curves[0])), strict=True), ".-", label=recipe)
-        axis.set(title=f"{task}: recipes, {one['recipes']['policy']} exits")
-    for axis, one in zip(axes[0], [*results.values(), *compared.values()], strict=True):
-        axis.set(xlabel="mean exit layer", ylabel=f"{one['metric']} on test")
-        axis.legend(fontsize="small")
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(image, dpi=100)
-    pyplot.close(figure)
+    with panels(image, len(results) + len(compared), size=(5.5, 4)) as axes:
+        for axis, (task, one) in zip(axes[0], results.items(), strict=False):
+            layers = [int(layer) for layer in one["exits"][0]]
+            values = np.array([[by_exit[str(layer)]["quality"] for layer in layers] for by_exit in one["exits"]])
+            count = f"{len(values)} seed{'s' if len(values) > 1 else ''}"
+            axis.errorbar(layers, values.mean(0), values.std(0, ddof=1) if len(values) > 1 else None, fmt="o-",
+                          capsize=3, label=f"static use, {count}")  # fmt: skip
+            for name, found in one["policies"].items():
+                axis.plot(
+                    *zip(*sorted(as_curve(found[0])), strict=True), ".-", label=f"{name}, seed {one['seeds'][0]}"
+                )
+            axis.set(title=f"{task}: joint recipe ({one['size']['rows']:,} train rows)")
+        for axis, (task, one) in zip(axes[0, len(results) :], compared.items(), strict=True):
+            for recipe, curves in one["recipes"]["curves"].items():
+                axis.plot(*zip(*sorted(as_curve(curves[0])), strict=True), ".-", label=recipe)
+            axis.set(title=f"{task}: recipes, {one['recipes']['policy']} exits")
+        for axis, one in zip(axes[0], [*results.values(), *compared.values()], strict=True):
+            axis.set(xlabel="mean exit layer", ylabel=f"{one['metric']} on test")
 
 
 def spread_text(values: Sequence[float]) -> str:

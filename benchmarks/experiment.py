@@ -30,7 +30,7 @@ from benchmarks.checkpoints import ROOT, minilm
 from benchmarks.demo import commit, machine, only_one
 from elastic_model import ElasticBertConfig
 from elastic_model.cost import flops
-from elastic_model.folders import new_file
+from elastic_model.folders import write_json
 from finetune.tasks import data_folder
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -289,6 +289,5 @@ def record(file: Path, what: str | None, found: dict[str, Any]) -> dict[str, Any
     results = {"what": (what or "").split("\n\n")[0], "model": "all-MiniLM-L6-v2"}
     results |= {"tasks": {**known["tasks"], **json.loads(json.dumps(found))}}
     file.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(file) as temporary:
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(file, results)
     return results

@@ -8,7 +8,6 @@ its round. An update of the sandwich rule trains four sub-networks.
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -23,7 +22,7 @@ from accelerate import Accelerator
 from benchmarks.checkpoints import ROOT, minilm
 from elastic_model.arguments import run
 from elastic_model.distributed import Engine
-from elastic_model.folders import new_file
+from elastic_model.folders import write_json
 from finetune.config import TrainOptions
 from finetune.run import TaskRun, prepare
 from finetune.train import backward, engine_of
@@ -90,8 +89,7 @@ def benchmark() -> None:
         "machine": {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(),
                     "threads": torch.get_num_threads(), "torch": torch.__version__},
     }  # fmt: skip
-    with new_file(arguments.output) as file:
-        file.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(arguments.output, report)
     for name, (low, middle, high) in report["ratios"].items():  # type: ignore[attr-defined]
         print(f"{name:28} {middle:.2f} x a joint update ({low:.2f}-{high:.2f})")
 

@@ -28,7 +28,7 @@ import torch
 
 from elastic_model import ElasticBertConfig, ElasticBertForPreTraining
 from elastic_model.arguments import run
-from elastic_model.folders import new_file
+from elastic_model.folders import write_json
 from elastic_model.losses import exit_group
 from pretrain.metrics import peak_flops, update_flops
 
@@ -95,8 +95,7 @@ class Check:
             self.sections[name] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
         print(f"{name}: {json.dumps(self.sections[name])}", flush=True)
         self.options.output.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(self.options.output) as file:
-            file.write_text(json.dumps({"about": self.about, "sections": self.sections}, indent=1) + "\n")
+        write_json(self.options.output, {"about": self.about, "sections": self.sections})
 
     def model(self, attention: str = "sdpa") -> ElasticBertForPreTraining:
         """The same random model every time."""

@@ -25,8 +25,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from elastic_model import ElasticBertConfig, ElasticBertForSequenceClassification
 from elastic_model.cost import flops
-from elastic_model.folders import new_file
+from elastic_model.folders import write_text
 from elastic_model.processor import cpu_flags, fitting_files
+from elastic_model.session import load_graph
 from export.arithmetic import ARITHMETICS, arithmetic_of
 from export.graph import build_graph
 from export.task import task_of
@@ -77,14 +78,6 @@ def plain_graphs(stock: BertForSequenceClassification, folder: Path) -> dict[str
     settings = {"weight_type": QuantType.QInt8, "per_channel": True, "reduce_range": True}
     quantize_dynamic(folder / "plain.onnx", folder / "plain_int8.onnx", **settings)
     return {"plain": folder / "plain.onnx", "plain_int8": folder / "plain_int8.onnx"}
-
-
-def session_of(model: bytes | Path, threads: int) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.enable_mem_pattern = False
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def feed(seed: int, lengths: list[int]) -> dict[str, np.ndarray]:
@@ -157,12 +150,12 @@ def measure(size: str, threads: int) -> dict:
     tensors, task = {name: tensor.numpy() for name, tensor in elastic.state_dict().items()}, task_of(elastic.config)
     files = ["model", *[name for name in fitting_files(cpu_flags()) if name != "model"][:1]]
     with tempfile.TemporaryDirectory() as folder:
-        sessions = {name: session_of(path, threads) for name, path in plain_graphs(stock, Path(folder)).items()}
+        sessions = {name: load_graph(path, threads) for name, path in plain_graphs(stock, Path(folder)).items()}
     for name in files:
         graph = build_graph(elastic.config, tensors, task, ARITHMETICS[name])
-        sessions[name] = session_of(graph.to_bytes(), threads)
+        sessions[name] = load_graph(graph.to_bytes(), threads)
     graph = build_graph(elastic.config, tensors, task, arithmetic_of(files[-1], "tensor"))
-    sessions[PER_TENSOR] = session_of(graph.to_bytes(), threads)
+    sessions[PER_TENSOR] = load_graph(graph.to_bytes(), threads)
     result: dict = {"size": size, "threads": threads, "weights": "random", "full depth, ms": {}}
     for rows, tokens in SHAPES:
         inputs = feed(0, [tokens] * rows)
@@ -194,8 +187,7 @@ def main() -> None:
     text = json.dumps(measure(options.size, options.threads), indent=2)
     print(text)
     if options.output:
-        with new_file(options.output) as path:
-            path.write_text(text + "\n", encoding="utf-8")
+        write_text(options.output, text + "\n")
 
 
 if __name__ == "__main__":

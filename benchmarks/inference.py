@@ -13,8 +13,6 @@ quality against latency. Differences in quality are paired, against the first sy
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.demo import commit, machine
-from benchmarks.systems import peak_mib
+from benchmarks.systems import Served, peak_mib
 from elastic_model.arguments import run
-from elastic_model.folders import new_file
+from elastic_model.folders import write_json, write_text
 from elastic_model.operating_points import checkpoint_hash
 from elastic_model.provenance import file_hash
 from elastic_model.session import REPORT
@@ -79,8 +77,7 @@ def keep_rows(options: argparse.Namespace) -> None:
         kept = options.results / f"{split}.json"
         if kept.exists() and kept.read_text() != content:
             raise ValueError(f"{options.results} holds answers to other {split} rows; choose another folder")
-        with new_file(kept) as file:
-            file.write_text(content)
+        write_text(kept, content)
 
 
 def check_same(options: argparse.Namespace) -> None:
@@ -91,8 +88,7 @@ def check_same(options: argparse.Namespace) -> None:
     for name, value in (json.loads(kept.read_text()) if kept.exists() else served).items():
         if served[name] != value:
             raise ValueError(f"{options.results} holds answers of another {name}; choose another folder")
-    with new_file(kept) as file:
-        file.write_text(json.dumps(served))
+    write_text(kept, json.dumps(served))
 
 
 def kept_rows(options: argparse.Namespace, split: str) -> Rows:
@@ -284,37 +280,17 @@ def measure(options: argparse.Namespace, threads: int, batch: int) -> None:
         for name in options.systems
     ]
     missing = [one for one in wanted if not one[2].exists()]
-    served: dict[str, subprocess.Popen] = {}
+    served: dict[str, Served] = {}
     try:
         for name, start, file in missing:
             if name not in served:
-                served[name] = start_server(name, threads)
-            process = served[name]
-            assert process.stdin is not None and process.stdout is not None
-            process.stdin.write(f"{start} {min(start + PIECE, rows)} {batch}\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-            if not line:
-                raise ValueError(f"the process of {name} ended at row {start}; its error stands above")
-            with new_file(file) as path:
-                path.write_text(line)
+                words = ["benchmarks.inference", *sys.argv[1:], "--serve", name, str(threads)]
+                served[name] = Served(name, words, threads)
+            answer = served[name].ask(start, min(start + PIECE, rows), batch)
+            write_text(file, json.dumps(answer) + "\n")
     finally:
-        for process in served.values():
-            assert process.stdin is not None
-            process.stdin.close()
-            process.wait()
-
-
-def start_server(name: str, threads: int) -> subprocess.Popen:
-    """A system's process, ready."""
-    command = [sys.executable, "-m", "benchmarks.inference", *sys.argv[1:], "--serve", name, str(threads)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout is not None
-    while (line := process.stdout.readline()) != "ready\n":
-        if not line:
-            raise ValueError(f"the process of {name} ended before it was ready; its error stands above")
-    return process
+        for one in served.values():
+            one.close()
 
 
 def piece_file(options: argparse.Namespace, name: str, threads: int, batch: int, start: int) -> Path:
@@ -426,8 +402,7 @@ def main() -> None:
             entries += summary(options, threads, batch)
     output = options.output or options.results / "summary.json"
     found = {"task": options.task, "machine": machine(max(options.threads)), "commit": commit(), "systems": entries}
-    with new_file(output) as path:
-        path.write_text(json.dumps(found, indent=1) + "\n")
+    write_json(output, found)
     plot(entries, output.with_suffix(".png"))
     for one in entries:
         print(

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, DistilBertConfig, DistilBertModel
 
-from benchmarks.answers import Split, answers, constant_rate, files_of, read_logits, read_split
+from benchmarks.answers import Split, answers, files_of, read_logits, read_split
 from benchmarks.checkpoints import minilm
 from benchmarks.experiment import (
     SANDWICH,
@@ -40,7 +40,9 @@ from benchmarks.experiment import (
 from elastic_model.arguments import run
 from elastic_model.folders import new_folder
 from elastic_model.pretrained import DISTILBERT_LAYER
+from elastic_model.subnetworks import constant_rate
 from finetune.evaluate import score_of
+from finetune.figures import panels
 from finetune.metrics import paired_bootstrap
 
 RATES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
@@ -184,24 +186,17 @@ def measure(figure: Figure, size: Size, jobs: Mapping[str, list[Job]]) -> dict[s
 
 def plot(results: Mapping[str, Any], image: Path) -> None:
     """A column a figure: against the FLOPs of padded rows above, of real tokens below; both in MFLOPs."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, len(results), figsize=(4.5 * len(results), 7.5), squeeze=False)
-    for column, (name, by_seed) in zip(axes.T, results.items(), strict=True):
-        one = by_seed["seeds"][min(by_seed["seeds"])]
-        for axis, counted in zip(column, ("padded", "real"), strict=True):
-            for model, found in one["models"].items():
-                curve = found["curve"]
-                cost = [point["flops"][counted] / 1e6 for point in curve]
-                axis.plot(cost, [point["quality"] for point in curve], "o-", markersize=3, label=model)
-                axis.fill_between(cost, *([point[end] for point in curve] for end in ("low", "high")), alpha=0.1)
-            axis.set(xlabel=f"MFLOPs a row, {counted} ({one['tokens'][counted]:.0f} tokens)", ylabel=one["metric"])
-            axis.grid(alpha=0.3)
-        column[0].set(title=f"{name}: {by_seed['size']['rows']} train, {one['test_rows']} test rows")
-        column[0].legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(image, dpi=120)
-    pyplot.close(figure)
+    with panels(image, len(results), 2, (4.5, 3.75)) as axes:
+        for column, (name, by_seed) in zip(axes.T, results.items(), strict=True):
+            one = by_seed["seeds"][min(by_seed["seeds"])]
+            for axis, counted in zip(column, ("padded", "real"), strict=True):
+                for model, found in one["models"].items():
+                    curve = found["curve"]
+                    cost = [point["flops"][counted] / 1e6 for point in curve]
+                    axis.plot(cost, [point["quality"] for point in curve], "o-", markersize=3, label=model)
+                    axis.fill_between(cost, *([point[end] for point in curve] for end in ("low", "high")), alpha=0.1)
+                axis.set(xlabel=f"MFLOPs a row, {counted} ({one['tokens'][counted]:.0f} tokens)", ylabel=one["metric"])
+            column[0].set(title=f"{name}: {by_seed['size']['rows']} train, {one['test_rows']} test rows")
 
 
 def show(name: str, by_seed: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from benchmarks.demo import commit, machine
 from benchmarks.systems import peak_mib
 from elastic_model import ElasticSession
 from elastic_model.arguments import run
-from elastic_model.folders import new_file
+from elastic_model.folders import write_json
 from elastic_model.operating_points import checkpoint_hash
 from elastic_model.processor import ONNX_FILES
 from export.rows import read_texts
@@ -143,8 +143,7 @@ def main() -> None:
         result[name] = what(ElasticSession.from_pretrained(options.exported, file, threads=1))
         print(name, json.dumps(result[name]), flush=True)
         if options.output:
-            with new_file(options.output) as new:
-                new.write_text(json.dumps(result, indent=1) + "\n")
+            write_json(options.output, result)
 
     few = texts[:ASKED]  # the mixed load first: before memory has held anything else
     measure("mixed_load", lambda session: mixed_load(session, few, options.minutes))

@@ -21,9 +21,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import matplotlib.pyplot as plt
-
-from benchmarks.answers import answers, files_of, read_logits, read_split
+from benchmarks.answers import answers, logits_of, read_split
 from benchmarks.checkpoints import ROOT, minilm
 from benchmarks.experiment import (
     LEARNING_RATE,
@@ -38,8 +36,9 @@ from benchmarks.experiment import (
 )
 from elastic_model import ElasticBertModel
 from elastic_model.arguments import run
-from elastic_model.folders import new_file, new_folder
+from elastic_model.folders import new_folder, write_json
 from finetune.evaluate import scores
+from finetune.figures import panels
 from finetune.tasks import data_folder
 
 RESULTS = ROOT / "benchmarks" / "results" / "multi_exit_pretraining.json"
@@ -145,7 +144,7 @@ def accuracy_by_exit(job: Job, task: str) -> list[float]:
     """Test accuracy in per cent at exits 1 .. n."""
     size = SIZES[task]
     split = read_split(checkpoint(job), task, "test", size.max_length, size.test_rows)
-    logits = read_logits(files_of(checkpoint(job), "test", size, [1.0])[0])
+    logits = logits_of(job, "test", size)
     named = [
         {score.metric: score.value for score in scores(one, split.encoded, split.labels, seed=0)} for one in logits
     ]
@@ -164,21 +163,17 @@ def report(results: dict[str, Any]) -> None:
         for body, one in by_body.items():
             cells = [f"{one['mlm_loss'][k]:.2f}/{100 * one['sop_accuracy'][k]:.0f} %" for k in one["mlm_loss"]]
             print(f"  {LABELS[body]:32} {'  '.join(cells)}")
-    figure, axes = plt.subplots(1, len(RUNS), figsize=(5 * len(RUNS), 4))
-    for axis, (task, pooling) in zip(axes, RUNS, strict=True):
-        title = f"{task}, {SAID[pooling]}"
-        print(f"\n{title}: test accuracy by exit, mean ± standard deviation of {len(results['seeds'])} seeds")
-        for name, label in LABELS.items():
-            by_layer = list(zip(*results["test_accuracy"][pooling][task][name], strict=True))
-            print(f"  {label:32} {'  '.join(spread(values) for values in by_layer)}")
-            layers, means = range(1, len(by_layer) + 1), [mean(values) for values in by_layer]
-            errors = [stdev(values) if len(values) > 1 else 0.0 for values in by_layer]
-            axis.errorbar(layers, means, errors, marker="o", capsize=3, label=label)
-        axis.set(title=title, xlabel="exit layer", ylabel="test accuracy, %")
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(RESULTS.with_suffix(".png"), dpi=120)
+    with panels(RESULTS.with_suffix(".png"), len(RUNS), size=(5, 4)) as axes:
+        for axis, (task, pooling) in zip(axes[0], RUNS, strict=True):
+            title = f"{task}, {SAID[pooling]}"
+            print(f"\n{title}: test accuracy by exit, mean ± standard deviation of {len(results['seeds'])} seeds")
+            for name, label in LABELS.items():
+                by_layer = list(zip(*results["test_accuracy"][pooling][task][name], strict=True))
+                print(f"  {label:32} {'  '.join(spread(values) for values in by_layer)}")
+                layers, means = range(1, len(by_layer) + 1), [mean(values) for values in by_layer]
+                errors = [stdev(values) if len(values) > 1 else 0.0 for values in by_layer]
+                axis.errorbar(layers, means, errors, marker="o", capsize=3, label=label)
+            axis.set(title=title, xlabel="exit layer", ylabel="test accuracy, %")
 
 
 def experiment() -> None:
@@ -212,8 +207,7 @@ def experiment() -> None:
         },
         "test_accuracy": tested,
     }
-    with new_file(RESULTS) as temporary:
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(RESULTS, results)
     report(results)
 
 

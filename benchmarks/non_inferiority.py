@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from benchmarks.answers import answers, files_of, read_logits, read_split
+from benchmarks.answers import answers, logits_of, read_split
 from benchmarks.experiment import (
     Job,
     Size,
@@ -35,9 +35,10 @@ from benchmarks.experiment import (
     working,
 )
 from elastic_model.arguments import run
-from elastic_model.folders import new_file
+from elastic_model.folders import write_text
 from finetune.elastify import RESULT, agreement
 from finetune.examples import read_examples
+from finetune.figures import drawn
 from finetune.metrics import of_samples, paired_bootstrap
 from finetune.prepare import some_rows
 from finetune.tasks import find_task
@@ -66,10 +67,7 @@ def jobs_of(folder: Path, task: str, size: Size, seed: int) -> dict[str, list[Jo
 def compare(task: str, size: Size, sides: dict[str, list[Job]]) -> dict[str, Any]:
     """Quality of both sides by seed, and the paired difference, in points; {side: its training jobs}."""
     split = read_split(checkpoint(sides["joint"][0]), task, "test", size.max_length, size.test_rows)
-    given = {
-        side: [split.answers(read_logits(files_of(checkpoint(job), "test", size, [1.0])[0])[-1]) for job in jobs]
-        for side, jobs in sides.items()
-    }
+    given = {side: [split.answers(logits_of(job, "test", size)[-1]) for job in jobs] for side, jobs in sides.items()}
     name, labels = split.labels.metrics[0], split.encoded.labels
     value, once = of_samples(name), np.ones((1, len(labels)))
     points = {side: [100 * float(value(one, labels, once)[0]) for one in answered] for side, answered in given.items()}
@@ -94,8 +92,7 @@ def elastify_jobs(folder: Path, stock: Job, size: Size, seed: int) -> list[Job]:
     texts = {split: folder / f"{ELASTIFIED}-{split}-{size.rows}.txt" for split in ("train", "dev")}
     for split, file in texts.items():
         rows = some_rows(read_examples(find_task(ELASTIFIED), split), size.rows, 0)
-        with new_file(file) as temporary:
-            temporary.write_text("\n".join(rows.texts) + "\n", encoding="utf-8")
+        write_text(file, "\n".join(rows.texts) + "\n")
     output = checkpoint(stock).with_name(f"{stock.name}-elastified")
     words = ["finetune", "elastify", str(checkpoint(stock)), "--texts", str(texts["train"])]
     words += ["--dev", str(texts["dev"]), "--max_length", str(size.max_length), "--epochs", str(size.epochs)]
@@ -106,8 +103,8 @@ def elastify_jobs(folder: Path, stock: Job, size: Size, seed: int) -> list[Job]:
 
 def elastified(stock: Job, made: Job, size: Size) -> dict[str, Any]:
     """Agreement of every exit with the original on the test split, and how far the last one's logits are from it."""
-    reference = read_logits(files_of(checkpoint(stock), "test", size, [1.0])[0])[-1]
-    logits = read_logits(files_of(checkpoint(made), "test", size, [1.0])[0])
+    reference = logits_of(stock, "test", size)[-1]
+    logits = logits_of(made, "test", size)
     exits = {
         layer: agreement(list(one), list(reference), "single_label_classification", seed=0)
         for layer, one in enumerate(logits, start=1)
@@ -120,20 +117,16 @@ def elastified(stock: Job, made: Job, size: Size) -> dict[str, Any]:
 
 def plot(results: dict[str, Any], image: Path) -> None:
     """The difference with its one-sided bound, beside the margin, a line a task."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 1.2 + 0.6 * len(results)))
-    for place, one in enumerate(results.values()):
-        axes.plot([one["lower_bound"], one["difference"]], [place, place], color="C0")
-        axes.plot(one["differences"], [place] * len(one["differences"]), "o", color="C0", alpha=0.4)
-        axes.plot(one["difference"], place, "D", color="C0")
-        axes.plot([-one["margin"]] * 2, [place - 0.3, place + 0.3], color="C3")
-    axes.axvline(0, color="0.7")
-    names = [f"{task}, {len(one['differences'])} seeds" for task, one in results.items()]
-    axes.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.4),
-             xlabel="joint - stock, points (line: to the one-sided 95 % bound; red: the margin)")  # fmt: skip
-    figure.savefig(image, dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
+    with drawn(image, (7, 1.2 + 0.6 * len(results))) as axes:
+        for place, one in enumerate(results.values()):
+            axes.plot([one["lower_bound"], one["difference"]], [place, place], color="C0")
+            axes.plot(one["differences"], [place] * len(one["differences"]), "o", color="C0", alpha=0.4)
+            axes.plot(one["difference"], place, "D", color="C0")
+            axes.plot([-one["margin"]] * 2, [place - 0.3, place + 0.3], color="C3")
+        axes.axvline(0, color="0.7")
+        names = [f"{task}, {len(one['differences'])} seeds" for task, one in results.items()]
+        axes.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.4),
+                 xlabel="joint - stock, points (line: to the one-sided 95 % bound; red: the margin)")  # fmt: skip
 
 
 def show(results: dict[str, Any]) -> None:

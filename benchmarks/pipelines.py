@@ -38,7 +38,7 @@ from benchmarks.experiment import (
 )
 from elastic_model import ElasticBertConfig
 from elastic_model.arguments import run
-from elastic_model.folders import new_file
+from elastic_model.folders import write_json
 from elastic_model.provenance import read_provenance
 from finetune.evaluate import table
 from finetune.pipelines.estimate import read_parts
@@ -226,8 +226,7 @@ def measure(one: Experiment, seed: int, file: Path, again: bool) -> None:
     rows = json.loads((one.output / RESULT).read_text())["rows"]
     own = {"run": {**provenance(one.size), "load_before": load}, "rows": rows}
     file.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(file) as new:
-        new.write_text(json.dumps({**content, **own, "pruning": pruning_of(one, seed, content["metric"])}) + "\n")
+    write_json(file, {**content, **own, "pruning": pruning_of(one, seed, content["metric"])}, indent=None)
 
 
 def combined(one: Experiment, files: Sequence[Path]) -> dict[str, Any]:

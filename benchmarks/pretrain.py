@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.model import ratio, seconds
 from elastic_model import ElasticBertConfig, ElasticBertForPreTraining
-from elastic_model.folders import new_file
+from elastic_model.folders import write_json
 from elastic_model.losses import cross_entropy, exit_group
 from pretrain.config import PretrainConfig
 from pretrain.data import Examples, GlobalBatches, Share
@@ -167,8 +167,7 @@ def main():
     options = parser.parse_args()
     result = measure(options)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(options.output) as file:
-        file.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.output, result)
     print(json.dumps(result, indent=1))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.checkpoints import ROOT, python
 from elastic_model.arguments import run
-from elastic_model.folders import new_file
+from elastic_model.folders import write_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "pretraining_ablation.json"
 SETTINGS = {
@@ -52,8 +52,7 @@ def ablation() -> None:
         losses = "  ".join(f"{loss:.3f}" for loss in results[name]["mlm_loss"].values())
         print(f"{name:26} {results[name]['seconds_per_update']:.3f} s per update; held-out MLM by exit: {losses}")
     record = {"recipe": "pretrain/recipes/tiny.yaml", "updates": arguments.steps, "runs": results}
-    with new_file(RESULTS) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(RESULTS, record)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from elastic_model.arguments import run
 from elastic_model.calibration import fixed_sequence, rows_needed
 from elastic_model.cost import exit_flops
 from elastic_model.exit_policies import sweep
-from elastic_model.folders import claim_folder, new_file
+from elastic_model.folders import claim_folder, write_json
 from elastic_model.front import area_under_front
 from elastic_model.operating_points import OperatingPoints, checkpoint_hash
 from elastic_model.session import ElasticSession
@@ -39,6 +39,7 @@ from finetune.data import Encoded, collate, inputs_of
 from finetune.evolution import Found, Search, evolve, measure
 from finetune.examples import read_examples
 from finetune.explore import explore
+from finetune.figures import panels
 from finetune.kinds import answers_of
 from finetune.latency import time_batches
 from finetune.prepare import chosen_task, encode_split, some_rows
@@ -296,29 +297,21 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def plot(result: dict[str, Any], image: Path) -> None:
     """The fronts on dev, the area under them by iteration, and latency against FLOPs where it was measured."""
-    from matplotlib import pyplot
-
     latency = result.get("latency_against_flops", {})
-    figure, axes = pyplot.subplots(1, 3 if latency else 2, figsize=(16.5 if latency else 11, 4.5))
-    for name, line in result["mflops_and_quality_dev"].items():
-        axes[0].plot(*zip(*line, strict=True), ".-", label=name)
-    axes[0].set(xlabel="MFLOPs a row", ylabel="quality", title=f"{result['task']}: dev, {result['rows']} rows")
-    for name, found in result["area_by_iteration"].items():
-        axes[1].plot(found, ".-", label=name)
-    axes[1].axhline(result["area_dev"]["constant ratio"], color="grey", linestyle=":", label="constant ratio")
-    axes[1].set(xlabel="iteration", ylabel="area under the front", title="figure 4 of Kim and Cho (2021)")
-    for batch, found in latency.items():
-        known = found["correlation"]
-        label = f"batch {batch}" + ("" if known is None else f", r = {known:.3f}")
-        axes[2].plot(*zip(*sorted(found["mflops_and_ms"]), strict=True), "o-", markersize=3, label=label)
-    if latency:
-        axes[2].set(xlabel="MFLOPs a row", ylabel="ms a row, one thread, full depth", title="figure 3")
-    for axis in axes:
-        axis.legend(fontsize="small")
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(image, dpi=100)
-    pyplot.close(figure)
+    with panels(image, 3 if latency else 2, size=(5.5, 4.5)) as axes:
+        for name, line in result["mflops_and_quality_dev"].items():
+            axes[0, 0].plot(*zip(*line, strict=True), ".-", label=name)
+        axes[0, 0].set(xlabel="MFLOPs a row", ylabel="quality", title=f"{result['task']}: dev, {result['rows']} rows")
+        for name, found in result["area_by_iteration"].items():
+            axes[0, 1].plot(found, ".-", label=name)
+        axes[0, 1].axhline(result["area_dev"]["constant ratio"], color="grey", linestyle=":", label="constant ratio")
+        axes[0, 1].set(xlabel="iteration", ylabel="area under the front", title="figure 4 of Kim and Cho (2021)")
+        for batch, found in latency.items():
+            known = found["correlation"]
+            label = f"batch {batch}" + ("" if known is None else f", r = {known:.3f}")
+            axes[0, 2].plot(*zip(*sorted(found["mflops_and_ms"]), strict=True), "o-", markersize=3, label=label)
+        if latency:
+            axes[0, 2].set(xlabel="MFLOPs a row", ylabel="ms a row, one thread, full depth", title="figure 3")
 
 
 def bars(result: dict[str, Any]) -> dict[str, bool]:
@@ -349,8 +342,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="JSON file; the searches' folders lie beside it")
     arguments = parser.parse_args()
     result = benchmark(arguments)
-    with new_file(Path(arguments.output)) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(Path(arguments.output), result)
     plot(result, Path(arguments.output).with_suffix(".png"))
     print(json.dumps({name: one for name, one in result.items() if name != "mflops_and_quality_dev"}, indent=1))
 

@@ -128,33 +128,30 @@ def serve(name: str, folder: Path, threads: int) -> None:
 
 
 class Served:
-    """The client of one system's process."""
+    """The client of a process that answers lines START STOP BATCH_SIZE, each with a line of JSON, once it has said
+    `ready`."""
 
-    def __init__(self, name: str, folder: Path, threads: int) -> None:
-        command = [sys.executable, "-m", "benchmarks.systems", name, str(folder), str(threads)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    def __init__(self, name: str, words: list[str], threads: int) -> None:
         self.name = name
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, "-m", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        if self._line() != "ready\n":
-            raise RuntimeError(f"the process of {name!r} ended before it was ready; its error stands above")
+        while self._line("before it was ready") != "ready\n":
+            pass
 
-    def _line(self) -> str:
+    def _line(self, when: str) -> str:
         assert self.process.stdout is not None
-        return self.process.stdout.readline()
+        if not (line := self.process.stdout.readline()):
+            raise ValueError(f"the process of {self.name!r} ended {when}; its error stands above")
+        return line
 
     def ask(self, start: int, stop: int, batch_size: int) -> dict[str, Any]:
-        """Answers to the test passages from `start` to `stop`."""
+        """Answers to the test rows from `start` to `stop`."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{start} {stop} {batch_size}\n")
         self.process.stdin.flush()
-        line = self._line()
-        if not line:
-            raise RuntimeError(
-                f"the process of {self.name!r} ended at passages {start} to {stop}; its error stands above"
-            )
-        return json.loads(line)
+        return json.loads(self._line(f"at rows {start} to {stop}"))
 
     def close(self) -> None:
         """End the process."""

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import importlib
 import json
 import os
 import signal
@@ -76,10 +77,26 @@ def from_mapping(options: type[Options], given: dict[str, Any], where: str) -> O
         raise ValueError(f"{where}: {error}") from None
 
 
+def check_at_least(least: int, options: Any, *names: str) -> None:
+    """ValueError for the first of these options that is given and below `least`."""
+    for name in names:
+        if (value := getattr(options, name)) is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 def to_yaml(options: Any) -> str:
     """The dataclass instance as a recipe that `parse` reads back."""
     plain = json.loads(json.dumps(dataclasses.asdict(options), default=str))
     return yaml.safe_dump(plain, sort_keys=False)
+
+
+def dispatch(commands: dict[str, tuple[type[Any], str, str]], argv: list[str], prog: str) -> int:
+    """Run the command that `argv` names, "" where it names none: {name: its options, the module and the function that
+    runs it}; parsed before that module is imported."""
+    name = argv[0] if argv and argv[0] in commands else ""
+    options, module, function = commands[name]
+    parsed = parse(options, argv[1:] if name else argv, prog=f"{prog} {name}".rstrip())
+    return int(getattr(importlib.import_module(module), function)(parsed) or 0)
 
 
 class _Terminated(BaseException):

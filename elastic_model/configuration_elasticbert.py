@@ -20,8 +20,8 @@ class ElasticBertConfig(PreTrainedConfig):
     the checkpoint was made with. `exit_pooling`: what the pooler of an exit reads, `cls` or `mean` (of the tokens
     still kept), one for all or a list with an entry per layer. Width: `num_attention_heads_per_layer`,
     `intermediate_size_per_layer` (one entry per layer, for pruned models) and `attention_head_size`. Training:
-    `exit_loss` (a key of `losses.EXIT_LOSSES`), `gradient_equilibrium`, `exit_groups` (the commands train them in turn;
-    a loop of your own passes `exits=`), `learned_exit_head` (BERxiT's, which the policy "learned" asks). Default
+    `exit_loss` (a key of `losses.EXIT_LOSSES`), `gradient_equilibrium`, `exit_groups` (the commands take turns with
+    them; a loop of your own passes `exits=`), `learned_exit_head` (BERxiT's, which the policy "learned" asks). Default
     operating point: `exit_policy`, `length_config`; `keep_cls`: [CLS] is never dropped. `no_answer_threshold`: of
     `spans.best_answer`, None where every question has an answer. `position_offset` and `type_vocab_size`: 2 and 1 for
     RoBERTa, 0 and 0 for DistilBERT.

@@ -7,6 +7,7 @@ One multiply-add counts as 2 FLOPs; matrix products only, as ELUE (Liu et al. 20
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from .checks import Mass, check_layer_config, check_length_config
@@ -74,25 +75,12 @@ def flops(config: ElasticBertConfig, tokens: int, **sub_network) -> int:
     return sum(module.flops for module in modules(config, tokens, **sub_network))
 
 
-def mean_flops(
-    config: ElasticBertConfig, tokens: Sequence[int], exit_layers: Sequence[int] | None = None, **sub_network
-) -> float:
-    """Mean FLOPs per row of a measured distribution: each row's real tokens and the layer it left at (None = the
-    last)."""
-    leaves = [None] * len(tokens) if exit_layers is None else [int(layer) for layer in exit_layers]
-    if len(leaves) != len(tokens) or not len(tokens):
-        raise ValueError(f"tokens and exit_layers must have one entry per row, got {len(tokens)} and {len(leaves)}.")
-    rows = [(int(count), layer) for count, layer in zip(tokens, leaves, strict=True)]
-    cost = {row: flops(config, row[0], exit_layer=row[1], **sub_network) for row in set(rows)}
-    return sum(cost[row] for row in rows) / len(rows)
-
-
 def exit_flops(
     config: ElasticBertConfig,
     tokens: Sequence[int] | torch.Tensor,
     length_config=None,
     head: str = "sequence",
-    kept: torch.Tensor | None = None,
+    kept=None,
 ) -> torch.Tensor:
     """FLOPs of leaving at each exit, every exit below asked: (exits, rows) int64, for rows of `tokens` tokens.
 
@@ -104,6 +92,7 @@ def exit_flops(
     if inside.dim() != 1 or not len(inside) or inside.min() < 1:
         raise ValueError("tokens must be a list of at least one count, each at least 1.")
     lengths = None if kept is not None else _lengths(config, length_config)
+    kept = None if kept is None else torch.as_tensor(kept)
     real, spent, costs = inside, torch.zeros_like(inside), []
     for layer in range(1, config.num_hidden_layers + 1):
         left = inside if lengths is None else tokens_to_keep(lengths[layer - 1], real).minimum(inside)
@@ -115,6 +104,25 @@ def exit_flops(
             costs.append(answered)
             spent = spent if head == "none" else answered
     return torch.stack(costs)
+
+
+def mean_flops(
+    config: ElasticBertConfig,
+    tokens: Sequence[int],
+    exit_layers: Sequence[int] | None = None,
+    length_config=None,
+    head: str = "sequence",
+    kept: np.ndarray | torch.Tensor | None = None,
+) -> float:
+    """Mean FLOPs per row of a measured distribution: each row's real tokens and the layer it left at (None = the
+    last); the other arguments as of `exit_flops`."""
+    exits = list(config.exit_layers or ())
+    leaves = exits[-1:] * len(tokens) if exit_layers is None else [int(layer) for layer in exit_layers]
+    if len(leaves) != len(tokens) or not set(leaves) <= set(exits):
+        raise ValueError(f"exit_layers must be one of {exits} for each of {len(tokens)} rows, got {exit_layers}.")
+    places = [exits.index(layer) for layer in leaves]
+    costs = exit_flops(config, tokens, length_config, head, kept)
+    return costs[places, torch.arange(len(places))].double().mean().item()
 
 
 def parameters(config: ElasticBertConfig, head: str = "sequence", exit_layer: int | None = None) -> int:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -28,49 +28,9 @@ Tensors = dict[str, torch.Tensor]
 Result = TypeVar("Result")
 
 
-class Engine(Protocol):
-    """A model that is trained: `model` is called as any module, gradients and updates go through here."""
-
-    model: nn.Module
-
-    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
-        """Around a forward and backward pass; gradients are exchanged in the `last` of an update, which must reach
-        every parameter that is trained."""
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of this process's part of the loss."""
-
-    def step(self, rate: float) -> float:
-        """Clip the averaged gradients and take the optimizer's step, unless they are not finite; -> their norm."""
-
-    def weights(self, everywhere: bool = False) -> Tensors:
-        """Every parameter in float32, on the CPU of the main process, or of all. All processes call this."""
-
-    def optimizer_tensors(self) -> Tensors:
-        """AdamW's state as NAME.exp_avg, NAME.exp_avg_sq, NAME.step, on the CPU of the main process.
-        All processes call this."""
-
-    def load_optimizer(self, tensors: Tensors) -> None:
-        """What `optimizer_tensors` gave."""
-
-    def close(self) -> None:
-        """Leave the model as an ordinary one in float32, to be given its weights; not where processes hold parts."""
-
-
-class Options(Protocol):
-    """What the options of every training job have."""
-
-    @property
-    def precision(self) -> str:
-        """no or bf16"""
-
-    @property
-    def tracker(self) -> str | None:
-        """The name of a tracker that accelerate knows."""
-
-
-def start_accelerator(options: Options, logs: Path) -> Accelerator:
-    """The accelerator, on the CPU where there is nothing faster; `logs`: the folder for what a tracker writes.
+def start_accelerator(precision: str, tracker: str | None, logs: Path) -> Accelerator:
+    """The accelerator, on the CPU where there is nothing faster. precision: no or bf16; tracker: the name of one that
+    accelerate knows; logs: the folder for what it writes.
 
     ValueError where the launcher asked for more processes than train together, or the tracker is not installed.
     """
@@ -86,8 +46,8 @@ def start_accelerator(options: Options, logs: Path) -> Accelerator:
     accelerator = Accelerator(
         cpu=no_device and not deepspeed,  # with DeepSpeed, cpu=True would mean: without DeepSpeed
         kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT, **backend)],
-        mixed_precision=options.precision,
-        log_with=options.tracker,
+        mixed_precision=precision,
+        log_with=tracker,
         project_dir=logs,
         step_scheduler_with_optimizer=False,
     )
@@ -96,10 +56,8 @@ def start_accelerator(options: Options, logs: Path) -> Accelerator:
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         unset_hf_deepspeed_config()  # under ZeRO-3 `from_pretrained` would part the weights, as `Partitioned` does
-    if options.tracker and not accelerator.log_with:  # accelerate leaves it out without a word
-        raise ValueError(
-            f"tracker {options.tracker!r} is not installed: pip install {options.tracker}, or leave it out"
-        )
+    if tracker and not accelerator.log_with:  # accelerate leaves it out without a word
+        raise ValueError(f"tracker {tracker!r} is not installed: pip install {tracker}, or leave it out")
     return accelerator
 
 
@@ -159,20 +117,6 @@ def adamw(
     return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=True)  # a sixth of the time on CPUs
 
 
-def start_engine(
-    accelerator: Accelerator,
-    model: nn.Module,
-    make_optimizer: Callable[[nn.Module], torch.optim.AdamW],
-    clip_norm: float,
-) -> Engine:
-    """The engine for what the launcher was asked for; it trains the parameters that require a gradient."""
-    if accelerator.deepspeed_plugin:
-        return Partitioned(accelerator, model, make_optimizer(model), clip_norm)
-    if _asked_for("FSDP"):
-        return Sharded(accelerator, model, make_optimizer, clip_norm)
-    return Replicated(accelerator, model, make_optimizer(model), clip_norm)
-
-
 @torch.no_grad()
 def _gather(
     accelerator: Accelerator, tensors: Iterator[tuple[str, torch.Tensor]], everywhere: bool = False
@@ -186,7 +130,10 @@ def _gather(
 
 
 class Replicated:
-    """All of the model and its optimizer in every process: one process, or DDP."""
+    """All of the model and its optimizer in every process: one process, or DDP.
+
+    `model` is called as any module; gradients and updates go through here.
+    """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.AdamW, clip_norm: float):
         self.accelerator = accelerator
@@ -196,12 +143,16 @@ class Replicated:
         self.parameters = dict(model.named_parameters())
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
+        """Around a forward and backward pass; gradients are exchanged in the `last` of an update, which must reach
+        every parameter that is trained."""
         return nullcontext() if last else self.accelerator.no_sync(self.model)
 
     def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of this process's part of the loss."""
         loss.backward()
 
     def step(self, rate: float) -> float:
+        """Clip the averaged gradients and take the optimizer's step, unless they are not finite; -> their norm."""
         norm = self._clip()
         if math.isfinite(norm):
             for group in self.optimizer.param_groups:
@@ -214,10 +165,13 @@ class Replicated:
         return float(nn.utils.clip_grad_norm_(self.parameters.values(), self.clip_norm))
 
     def weights(self, everywhere: bool = False) -> Tensors:
+        """Every parameter in float32, on the CPU of the main process, or of all. All processes call this."""
         whole = ((name, self._whole(one)) for name, one in self.parameters.items())
         return _gather(self.accelerator, whole, everywhere)
 
     def optimizer_tensors(self) -> Tensors:
+        """AdamW's state as NAME.exp_avg, NAME.exp_avg_sq, NAME.step, on the CPU of the main process. All processes
+        call this."""
         state = self.optimizer.state
         tensors = (
             (f"{name}.{key}", self._whole(value))
@@ -227,6 +181,7 @@ class Replicated:
         return _gather(self.accelerator, tensors)
 
     def load_optimizer(self, tensors: Tensors) -> None:
+        """What `optimizer_tensors` gave."""
         for name, parameter in self.parameters.items():
             if f"{name}.step" in tensors:
                 self.optimizer.state[parameter] = {
@@ -235,6 +190,7 @@ class Replicated:
                 }
 
     def close(self) -> None:
+        """Leave the model as an ordinary one in float32, to be given its weights; not where processes hold parts."""
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
 
@@ -306,7 +262,8 @@ class Sharded(Replicated):
 
 
 class Partitioned:
-    """DeepSpeed's ZeRO, as the launcher's deepspeed_config says. Its engine clips, skips and updates.
+    """DeepSpeed's ZeRO, as the launcher's deepspeed_config says; methods as `Replicated`. Its engine clips, skips and
+    updates.
 
     Optimizer state goes in and out through DeepSpeed's access to whole tensors, not through its checkpoints: those
     are pickles, and tied to the number of processes.
@@ -400,6 +357,23 @@ class Partitioned:
         padded = nn.functional.pad(whole.flatten(), (0, size * self.accelerator.num_processes - whole.numel()))
         setter = utils.safe_set_local_optimizer_state if key else utils.safe_set_local_fp32_param
         setter(parameter, padded[rank * size : (rank + 1) * size], *key)
+
+
+Engine = Replicated | Partitioned
+
+
+def start_engine(
+    accelerator: Accelerator,
+    model: nn.Module,
+    make_optimizer: Callable[[nn.Module], torch.optim.AdamW],
+    clip_norm: float,
+) -> Engine:
+    """The engine for what the launcher was asked for; it trains the parameters that require a gradient."""
+    if accelerator.deepspeed_plugin:
+        return Partitioned(accelerator, model, make_optimizer(model), clip_norm)
+    if _asked_for("FSDP"):
+        return Sharded(accelerator, model, make_optimizer, clip_norm)
+    return Replicated(accelerator, model, make_optimizer(model), clip_norm)
 
 
 def on_main_process(accelerator: Accelerator, work: Callable[[], Result]) -> Result:

@@ -85,23 +85,6 @@ def top_margin(prediction: Prediction) -> torch.Tensor:
     return -prediction.worst(-(top[..., 0] - (top[..., 1] if top.shape[-1] > 1 else 0.0)))
 
 
-def _entropy(history, threshold, policy):
-    return normalised_entropy(history[-1]) < threshold
-
-
-def _confidence(history, threshold, policy):
-    return top_probability(history[-1]) > threshold
-
-
-def _margin(history, threshold, policy):
-    return top_margin(history[-1]) > threshold
-
-
-def _learned(history, threshold, policy):
-    """BERxiT (Xin et al. 2021): the learned exit head's predicted uncertainty is low."""
-    return history[-1].uncertainty < threshold
-
-
 def _patience(history, threshold, policy):
     """PABEE (Zhou et al. 2020): the last `patience` + 1 exits agree, in regression each within its threshold of the
     one before."""
@@ -132,10 +115,11 @@ def _nobody(history):
 
 
 POLICIES = {
-    "entropy": _entropy,
-    "confidence": _confidence,
-    "margin": _margin,
-    "learned": _learned,
+    "entropy": lambda history, threshold, policy: normalised_entropy(history[-1]) < threshold,
+    "confidence": lambda history, threshold, policy: top_probability(history[-1]) > threshold,
+    "margin": lambda history, threshold, policy: top_margin(history[-1]) > threshold,
+    # BERxiT (Xin et al. 2021): the learned exit head's predicted uncertainty is low
+    "learned": lambda history, threshold, policy: history[-1].uncertainty < threshold,
     "patience": _patience,
     "voting": _voting,
 }
@@ -164,14 +148,17 @@ def leaving(policy: dict, history: list[Prediction], positions: list[int], exit_
 def sweep(policies: list[dict], exit_logits, exit_layers: list[int], problem_type: str, mask=None, uncertainty=None):
     """Where each row leaves under each of many settings of one policy: (settings, rows) places among the exits.
 
-    Arguments as in `simulate`, whose answers these are; certainty is computed once for all settings.
+    exit_logits (exits, rows, ...) array or tensor, all computed; mask (rows, tokens); uncertainty (exits, rows) for
+    "learned". Certainty is computed once for all settings; no further pass through the model.
     """
+    if len(exit_logits) != len(exit_layers):
+        raise ValueError(f"exit_logits must have one entry per exit, {len(exit_layers)}, got {len(exit_logits)}.")
     policies = [check_exit_policy(policy, len(exit_layers), problem_type) or {"name": "never"} for policy in policies]
     exit_logits, history = torch.as_tensor(exit_logits), []
     mask = None if mask is None else torch.as_tensor(mask).bool()
     left = torch.full((len(policies), exit_logits.shape[1]), len(exit_layers) - 1, device=exit_logits.device)
     together = bool(policies) and all(policy["name"] in COMPARED for policy in policies)
-    for position in range(len(exit_layers) - 1):
+    for position in range(len(exit_layers) - 1 if any(one["name"] != "never" for one in policies) else 0):
         doubt = None if uncertainty is None else torch.as_tensor(uncertainty)[position]
         history.append(predict(exit_logits[position], problem_type, mask, doubt))
         if together:
@@ -185,25 +172,9 @@ def sweep(policies: list[dict], exit_logits, exit_layers: list[int], problem_typ
 
 
 def simulate(policy, exit_logits, exit_layers: list[int], problem_type: str, mask=None, uncertainty=None):
-    """What a policy answers, and where each row leaves, from the logits of all exits: no further pass through the
-    model.
-
-    exit_logits (exits, rows, ...) array or tensor, all computed; mask (rows, tokens); uncertainty (exits, rows) for
-    "learned". -> answers (rows, ...), and (rows,) the layer, from 1, that each row left at; as tensors.
-    """
+    """What a policy answers, (rows, ...), and the layer, from 1, that each row leaves at, (rows,): tensors, from the
+    logits of all exits. Arguments as in `sweep`."""
     exit_logits = torch.as_tensor(exit_logits)
-    mask = None if mask is None else torch.as_tensor(mask).bool()
-    policy = check_exit_policy(policy, len(exit_layers), problem_type)
-    if len(exit_logits) != len(exit_layers):
-        raise ValueError(f"exit_logits must have one entry per exit, {len(exit_layers)}, got {len(exit_logits)}.")
-    left = torch.full((exit_logits.shape[1],), len(exit_layers) - 1, device=exit_logits.device)
-    inside = torch.ones_like(left, dtype=torch.bool)
-    history: list[Prediction] = []
-    for position in range(len(exit_layers) - 1 if policy else 0):
-        doubt = None if uncertainty is None else torch.as_tensor(uncertainty)[position]
-        history.append(predict(exit_logits[position], problem_type, mask, doubt))
-        leaves = inside & leaving(policy, history, list(range(position + 1)), exit_layers)
-        left[leaves] = position
-        inside &= ~leaves
+    (left,) = sweep([policy], exit_logits, exit_layers, problem_type, mask, uncertainty)
     layers = torch.as_tensor(exit_layers, device=left.device)
     return exit_logits[left, torch.arange(len(left), device=left.device)], layers[left]

@@ -2,6 +2,7 @@
 
 import ctypes
 import glob
+import json
 import os
 import re
 import secrets
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -186,6 +188,17 @@ def new_file(path: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     sync_path(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file of this text, as `new_file` makes it."""
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
+    """A file of this content as JSON, as `new_file` makes it."""
+    write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
 def sync_tree(folder: Path) -> None:

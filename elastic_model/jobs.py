@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .folders import new_file
+from .folders import write_text
 
 INTERRUPTED = 143  # exit code after SIGTERM, 128 + 15: saved, to be resumed
 
@@ -39,8 +39,7 @@ def cut_log(file: Path, name: str, last: int) -> None:
             raise ValueError(f"{file}: a line has no {name!r}: the log of another job; choose another output")
         if line[name] <= last:
             kept.append(text + "\n")
-    with new_file(file) as temporary:
-        temporary.write_text("".join(kept))
+    write_text(file, "".join(kept))
 
 
 def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -52,6 +51,14 @@ def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         elif value is not None:
             found[f"{prefix}{name}"] = value
     return found
+
+
+def quiet() -> None:
+    """No warnings and progress bars of transformers: what matters of them is said by the jobs themselves."""
+    from transformers.utils import logging  # here: --help must not wait for it
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def ended(code: int) -> int:

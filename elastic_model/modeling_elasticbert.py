@@ -404,9 +404,9 @@ class ElasticBertExitModel(ElasticBertTaskModel):
         first = states if self.pools else here.flow.first_token(self.config.keep_cls)
         return logits, self.exit_uncertainty(first).squeeze(-1).sigmoid()
 
-    def answer(self, walk, policy: dict | None, problem_type: str, mask=None, choices=1) -> Answers:
+    def answer(self, walk, policy: dict | None, problem_type: str, mask=None) -> Answers:
         """Every exit's logits and each row's answer; see `gather_answers`."""
-        return gather_answers(walk, self.head, policy, problem_type, self.exit_layers, mask, choices)
+        return gather_answers(walk, self.head, policy, problem_type, self.exit_layers, mask)
 
     def output(self, answers: Answers, loss=None, exit_losses=None) -> ElasticBertExitOutput:
         """The answers, each exit's logits, and the loss where there are labels."""
@@ -439,10 +439,21 @@ class ElasticBertExitModel(ElasticBertTaskModel):
         trained = trained_exits(self.config.exit_loss, list(answers.logits))
         return loss + zero_for_others(self, trained), tuple(losses.values())
 
-
-class ElasticBertForSequenceClassification(ElasticBertExitModel):
-    """Classification, regression (one label, or problem_type) and multi-label classification of sequences, at every
-    exit."""
+    def with_loss(self, answers: Answers, labels, problem_type: str, num_items=None) -> ElasticBertExitOutput:
+        """The answers, with the loss over the exits where there are labels."""
+        if labels is None:
+            return self.output(answers)
+        if problem_type not in ("regression", "multi_label_classification"):
+            _check_labels(labels, answers.answer.shape[-1])
+        elif _values(labels) and not labels.isfinite().all():
+            raise ValueError("labels must be finite numbers, got NaN or infinity.")
+        loss, losses = self.exits_loss(
+            answers,
+            lambda logits: exit_task_loss(logits, labels, problem_type, num_items),
+            lambda logits: wrong_answers(logits, labels, problem_type),
+            _share(labels, num_items),
+        )
+        return self.output(answers, loss, losses)
 
     def problem(self, labels=None) -> str:
         """What an exit's logits mean; as in transformers, inferred from the labels where the config does not say."""
@@ -468,7 +479,8 @@ class ElasticBertForSequenceClassification(ElasticBertExitModel):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[RecordingArguments],
     ) -> ElasticBertExitOutput:
-        """labels (rows,) classes, (rows,) floats for regression, (rows, labels) floats for multi-label.
+        """labels (rows,) classes, (rows,) floats for regression, (rows, labels) floats for multi-label; for
+        token heads (rows, tokens), -100 where a token has none.
 
         length_config, layer_config, exit_policy: None = the config's; exits: the exit layers to compute (grouped
         training), None = all. The policy is ignored while training and when labels are given.
@@ -477,20 +489,14 @@ class ElasticBertForSequenceClassification(ElasticBertExitModel):
         policy = self.policy_for(exit_policy, labels, problem_type)
         ids = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         walk = partial(self.walk, (*ids, length_config, layer_config), exits, kwargs)
-        answers = self.answer(walk, policy, problem_type)
-        loss = losses = None
-        if labels is not None:
-            if problem_type == "single_label_classification":
-                _check_labels(labels, self.head_outputs())
-            elif _values(labels) and not labels.isfinite().all():
-                raise ValueError("labels must be finite numbers, got NaN or infinity.")
-            loss, losses = self.exits_loss(
-                answers,
-                lambda logits: exit_task_loss(logits, labels, problem_type, num_items_in_batch),
-                lambda logits: wrong_answers(logits, labels, problem_type),
-                _share(labels, num_items_in_batch),
-            )
-        return self.output(answers, loss, losses)
+        mask = None if self.pools or attention_mask is None else attention_mask.bool()
+        answers = self.answer(walk, policy, problem_type, mask)
+        return self.with_loss(answers, labels, problem_type, num_items_in_batch)
+
+
+class ElasticBertForSequenceClassification(ElasticBertExitModel):
+    """Classification, regression (one label, or problem_type) and multi-label classification of sequences, at every
+    exit."""
 
 
 class ElasticBertForTokenClassification(ElasticBertExitModel):
@@ -498,38 +504,8 @@ class ElasticBertForTokenClassification(ElasticBertExitModel):
 
     pools = False
 
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        length_config: list | float | None = None,
-        layer_config: list[int] | None = None,
-        exit_policy: dict | None = None,
-        exits: list[int] | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[RecordingArguments],
-    ) -> ElasticBertExitOutput:
-        """labels (rows, tokens), -100 where a token has none; the rest as in sequence classification."""
-        policy = self.policy_for(exit_policy, labels, "token_classification")
-        ids = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        walk = partial(self.walk, (*ids, length_config, layer_config), exits, kwargs)
-        mask = None if attention_mask is None else attention_mask.bool()
-        answers = self.answer(walk, policy, "token_classification", mask)
-        loss = losses = None
-        if labels is not None:
-            _check_labels(labels, self.head_outputs())
-            loss, losses = self.exits_loss(
-                answers,
-                lambda logits: cross_entropy(logits, labels, num_items_in_batch),
-                lambda logits: wrong_answers(logits, labels, "token_classification"),
-                _share(labels, num_items_in_batch),
-            )
-        return self.output(answers, loss, losses)
+    def problem(self, labels=None) -> str:
+        return "token_classification"
 
 
 class ElasticBertForMultipleChoice(ElasticBertExitModel):
@@ -573,16 +549,7 @@ class ElasticBertForMultipleChoice(ElasticBertExitModel):
             return scores.view(-1, choices), None if doubt is None else doubt.view(-1, choices).amax(-1)
 
         answers = gather_answers(walk, head, policy, "single_label_classification", self.exit_layers, choices=choices)
-        loss = losses = None
-        if labels is not None:
-            _check_labels(labels, choices)
-            loss, losses = self.exits_loss(
-                answers,
-                lambda logits: cross_entropy(logits, labels, num_items_in_batch),
-                lambda logits: wrong_answers(logits, labels, "single_label_classification"),
-                _share(labels, num_items_in_batch),
-            )
-        return self.output(answers, loss, losses)
+        return self.with_loss(answers, labels, "single_label_classification", num_items_in_batch)
 
 
 class ElasticBertForQuestionAnswering(ElasticBertExitModel):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_model.checks import LengthConfig, check_length_config
-from elastic_model.folders import new_file
+from elastic_model.folders import write_text
 
 FILE = "operating_points.json"
 FORMAT = 1
@@ -138,8 +138,7 @@ class OperatingPoints:
 
     def save(self, folder: Path | str) -> None:
         """As `operating_points.json` in a folder."""
-        with new_file(Path(folder) / FILE) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_text(Path(folder) / FILE, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
 
     def full(self) -> OperatingPoint:
         """What speed-ups and losses are counted against: the point named "full", else the most expensive one (of those

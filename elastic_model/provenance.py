@@ -23,7 +23,7 @@ DATA_CARD = "PROVENANCE.md"  # beside data files: its front matter states their 
 # what a parent's card states that holds for its children too, or that a card of theirs must name
 CARD_FIELDS = ("license", "license_name", "license_link", "base_model", "datasets", "language")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-PACKAGES = ("elastic-model", "torch", "transformers", "accelerate", "onnxruntime")
+PACKAGES = ("elastic-model", "torch", "transformers", "accelerate", "onnx", "onnxruntime")
 
 logger = logging.getLogger(__name__)
 

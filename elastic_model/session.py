@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,6 @@ _NEVER = {"entropy": 0.0, "learned": 0.0, "confidence": 1.0, "margin": 1.0, "pat
 
 
 @dataclass(frozen=True)
-class _Window:
-    """Token ids and types of one row, beside the tokenizer's encoding; `text`: its place in the chunk."""
-
-    text: int
-    encoding: Any
-
-
-@dataclass(frozen=True)
 class Encoding:
     """Token ids and types of a row: what `run` reads of the tokenizer's encodings, for rows made otherwise."""
 
@@ -66,7 +59,7 @@ class ElasticSession:
         self.threads = threads or available_cores()
         self._arguments = (model, tokenizer, points, self.threads)
         self._lock = threading.Lock()
-        self._loaded: tuple[int, onnxruntime.InferenceSession] = (os.getpid(), _load_graph(model, self.threads))
+        self._loaded: tuple[int, onnxruntime.InferenceSession] = (os.getpid(), load_graph(model, self.threads))
         metadata = _metadata(self.session, model)
         self.exit_layers: list[int] = metadata["exit_layers"]
         self.layers: int = metadata["layers"]
@@ -125,7 +118,7 @@ class ElasticSession:
                 if self._loaded[0] != os.getpid():
                     # never freed: its end would wait for threads that this process does not have
                     ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._loaded[1]))
-                    self._loaded = (os.getpid(), _load_graph(self.file, self.threads))
+                    self._loaded = (os.getpid(), load_graph(self.file, self.threads))
         return self._loaded[1]
 
     def __reduce__(self):
@@ -174,21 +167,18 @@ class ElasticSession:
         done = 0
         for chunk in self._chunks(texts):
             windows = self._windows(chunk)
-            found: list[list[dict[str, np.ndarray]]] = [[] for _ in chunk]
-            of_text: list[list[Any]] = [[] for _ in chunk]
-            values: list[dict[str, np.ndarray]] = [{} for _ in windows]
-            for places, outputs in self._batches(windows, batch_size, **given):
+            encodings = list(chain.from_iterable(windows))
+            values: list[dict[str, np.ndarray]] = [{} for _ in encodings]
+            for places, outputs in self._batches(encodings, batch_size, **given):
                 for row, place in enumerate(places):
-                    values[place] = self._row(outputs, row, len(windows[place].encoding.ids))
-            for window, value in zip(windows, values, strict=True):
-                found[window.text].append(value)
-                of_text[window.text].append(window.encoding)
-            for text, encodings, rows in zip(chunk, of_text, found, strict=True):
+                    values[place] = self._row(outputs, row, len(encodings[place].ids))
+            left = iter(values)
+            for text, of_text in zip(chunk, windows, strict=True):
+                rows = list(islice(left, len(of_text)))
                 layer = max(int(row["exit_layer"]) for row in rows)
-                result = {**self._answer(text, encodings, rows), "exit_layer": layer, "point": name}
+                result = {**self._answer(text, of_text, rows), "exit_layer": layer, "point": name}
                 if cost:
-                    costs = map(self._flops_of, encodings, rows)
-                    result["flops"] = sum(costs)
+                    result["flops"] = sum(map(self._flops_of, of_text, rows))
                 yield result
             done += len(chunk)
             if progress is not None:
@@ -207,14 +197,12 @@ class ElasticSession:
         full = {"thresholds": self.never, "max_layer": self.exit_layers[-1], "length_config": length_config}
         parts = []
         for chunk in self._chunks(self._many(texts)):
-            windows = self._windows(chunk)
-            rows: list[np.ndarray] = [np.empty(0)] * len(windows)
-            for places, outputs in self._batches(windows, batch_size, **full):
+            encodings = list(chain.from_iterable(self._windows(chunk)))
+            rows: list[np.ndarray] = [np.empty(0)] * len(encodings)
+            for places, outputs in self._batches(encodings, batch_size, **full):
                 every = exit_values(outputs)
                 for row, place in enumerate(places):
-                    rows[place] = (
-                        every[:, row, : len(windows[place].encoding.ids)] if every.ndim > 3 else every[:, row]
-                    )
+                    rows[place] = every[:, row, : len(encodings[place].ids)] if every.ndim > 3 else every[:, row]
             parts.extend(rows)
         per_token = self.problem_type in PER_TOKEN
         if not per_token:
@@ -330,10 +318,12 @@ class ElasticSession:
 
     def encode(self, texts: Text | Iterable[Text]) -> list[Any]:
         """The tokenizer's encodings, which `run` takes: one per text, or per window of a text."""
-        return [window.encoding for chunk in self._chunks(self._many(texts)) for window in self._windows(chunk)]
+        return [
+            one for chunk in self._chunks(self._many(texts)) for windows in self._windows(chunk) for one in windows
+        ]
 
-    def _windows(self, texts: list[Text]) -> list[_Window]:
-        """Encodings of the texts: one each, or where the task answers per token as many as it takes."""
+    def _windows(self, texts: list[Text]) -> list[list[Any]]:
+        """Encodings of each text: one, or where the task answers per token as many as it takes."""
         if self.problem_type == "token_classification":
             # a space stands before each word, as in training: byte-level tokens tell the two apart
             encodings = [
@@ -346,23 +336,19 @@ class ElasticSession:
             if self.problem_type == "question_answering":
                 texts = with_short_questions(self._whole, texts, self.max_tokens)
             encodings = self.tokenizer.encode_batch(texts)
-        windows = [_Window(number, encoding) for number, encoding in enumerate(encodings)]
-        if self.problem_type not in ("token_classification", "question_answering"):
-            return windows
-        return [
-            _Window(one.text, encoding) for one in windows for encoding in (one.encoding, *one.encoding.overflowing)
-        ]
+        several = self.problem_type in ("token_classification", "question_answering")
+        return [[one, *(one.overflowing if several else ())] for one in encodings]
 
     def _batches(
         self,
-        windows: Sequence[_Window],
+        encodings: Sequence[Any],
         batch_size: int,
         **given: Any,
     ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """Places and outputs batch by batch, rows of like length together; given: what `run` takes."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        sizes = np.array([len(window.encoding.ids) for window in windows], int)
+        sizes = np.array([len(one.ids) for one in encodings], int)
         order = np.argsort(sizes, kind="stable")
         start, tokens = 0, BATCH_TOKENS * self.threads
         while start < len(order):
@@ -370,7 +356,7 @@ class ElasticSession:
             while stop < min(start + batch_size, len(order)) and sizes[order[stop]] * (stop + 1 - start) <= tokens:
                 stop += 1
             places = order[start:stop]
-            yield places, self.run([windows[place].encoding for place in places], **given)
+            yield places, self.run([encodings[place] for place in places], **given)
             start = stop
 
     def _row(self, outputs: dict[str, np.ndarray], row: int, tokens: int) -> dict[str, np.ndarray]:
@@ -548,7 +534,8 @@ def _check_hash(folder: Path, model: Path) -> None:
         )
 
 
-def _load_graph(model: Path, threads: int) -> onnxruntime.InferenceSession:
+def load_graph(model: Path | bytes, threads: int) -> onnxruntime.InferenceSession:
+    """onnxruntime's session of a file, or of its content; ValueError where it cannot be loaded."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.enable_mem_pattern = False  # a pattern is kept for every shape seen: memory would grow with their variety
@@ -556,7 +543,7 @@ def _load_graph(model: Path, threads: int) -> onnxruntime.InferenceSession:
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no common class of their own
-        raise ValueError(f"{model}: onnxruntime {onnxruntime.__version__} cannot load it: {error}") from error
+        raise ValueError(f"{model!s:.200}: onnxruntime {onnxruntime.__version__} cannot load it: {error}") from error
 
 
 def _metadata(session: onnxruntime.InferenceSession, model: Path) -> dict[str, Any]:

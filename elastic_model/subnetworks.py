@@ -24,9 +24,10 @@ def sample_lengths(layers: int, draw: random.Random, drop: float = LENGTH_DROP) 
     return lengths
 
 
-def smallest_lengths(layers: int, drop: float = LENGTH_DROP) -> list[float]:
-    """The shortest lengths that LengthDrop samples: r_l = (1 - p)^l."""
-    return [(1 - drop) ** layer for layer in range(1, layers + 1)]
+def constant_rate(rate: float, layers: int) -> list[float]:
+    """Lengths of which every layer keeps this share of what reaches it (Kim and Cho 2021, section 5.1): r_l = rate^l.
+    The shortest that LengthDrop samples are those of the rate 1 - p."""
+    return [rate**layer for layer in range(1, layers + 1)]
 
 
 def sample_layers(layers: int, draw: random.Random, drop: float = LAYER_DROP) -> list[int]:
@@ -51,5 +52,5 @@ def sandwich(
     """
     lengths = [sample_lengths(layers, draw, length_drop) for _ in range(sampled + 1)]
     if smallest:
-        lengths[0] = smallest_lengths(layers, length_drop)
+        lengths[0] = constant_rate(1 - length_drop, layers)
     return [Subnetwork(one, sample_layers(layers, draw, layer_drop)) for one in lengths]

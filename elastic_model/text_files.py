@@ -38,6 +38,12 @@ def opened_bytes(file: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
                 yield raw, content
 
 
+def ending_of(file: Path) -> str:
+    """The ending of a file in lower case, before that of its compression."""
+    endings = [ending.lower() for ending in file.suffixes]
+    return "".join((endings[:-1] if endings and endings[-1] in OPENERS else endings)[-1:])
+
+
 @contextmanager
 def opened_text(file: Path, kind: str = "text", newline: str | None = None) -> Iterator[IO[str]]:
     """The lines of a file; ValueError where it is damaged or in another encoding. kind, newline: what an error calls

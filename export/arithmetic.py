@@ -17,7 +17,8 @@ SMALLEST_SCALE = 1e-30  # a token of zeros is divided by this instead of by zero
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How a file multiplies and looks up: both take (graph, input, name of the weight, weight) and return a value.
+    """How a file multiplies tokens (tokens, inputs) by a weight (inputs, channels) and looks ids (ids,) up in a table
+    (entries, width): both take (graph, input, name of the weight, weight) and return a value.
 
     smooth: whether products of tokens with outlying channels gain from evening them out.
     """
@@ -25,16 +26,6 @@ class Arithmetic:
     product: Callable[[GraphBuilder, str, str, np.ndarray], str]
     lookup: Callable[[GraphBuilder, str, str, np.ndarray], str]
     smooth: bool = False
-
-
-def product_float32(graph: GraphBuilder, tokens: str, name: str, weight: np.ndarray) -> str:
-    """tokens (tokens, inputs) times weight (inputs, channels)."""
-    return graph.op("MatMul", tokens, graph.initializer(name, weight))
-
-
-def lookup_float32(graph: GraphBuilder, ids: str, name: str, table: np.ndarray) -> str:
-    """Rows of a table (entries, width) -> (ids, width)."""
-    return graph.op("Gather", graph.initializer(name, table), ids)
 
 
 def quantize_tokens(graph: GraphBuilder, tokens: str) -> tuple[str, str]:
@@ -116,18 +107,12 @@ def lookup_int8(graph: GraphBuilder, ids: str, name: str, table: np.ndarray) -> 
     return graph.op("DequantizeLinear", rows, scales, axis=0)
 
 
-def product_half(graph: GraphBuilder, tokens: str, name: str, weight: np.ndarray, *, kind: int) -> str:
-    """tokens (tokens, inputs) times weight (inputs, channels), kept in 16 bits; computed in float32."""
-    return graph.op("MatMul", tokens, graph.half(name, weight, kind))
-
-
-def lookup_half(graph: GraphBuilder, ids: str, name: str, table: np.ndarray, *, kind: int) -> str:
-    """Rows of a table kept in 16 bits, as float32 (ids, width)."""
-    return graph.op("Gather", graph.half(name, table, kind), ids)
-
-
-def _half(kind: int) -> Arithmetic:
-    return Arithmetic(partial(product_half, kind=kind), partial(lookup_half, kind=kind))
+def _floats(keep: Callable[[GraphBuilder, str, np.ndarray], str]) -> Arithmetic:
+    """float32 products and look-ups of weights kept as `keep` puts them into the graph."""
+    return Arithmetic(
+        lambda graph, tokens, name, weight: graph.op("MatMul", tokens, keep(graph, name, weight)),
+        lambda graph, ids, name, table: graph.op("Gather", keep(graph, name, table), ids),
+    )
 
 
 def _int8(pairs: bool) -> Arithmetic:
@@ -136,12 +121,12 @@ def _int8(pairs: bool) -> Arithmetic:
 
 # file name under onnx/ -> its arithmetic; the names are those that users of sentence-transformers know
 ARITHMETICS = {
-    "model": Arithmetic(product_float32, lookup_float32),
+    "model": _floats(GraphBuilder.initializer),
     "model_qint8_avx512_vnni": _int8(pairs=False),
     "model_quint8_avx2": _int8(pairs=True),
     "model_qint8_arm64": _int8(pairs=False),
-    "model_fp16": _half(TensorProto.FLOAT16),
-    "model_bf16": _half(TensorProto.BFLOAT16),
+    "model_fp16": _floats(partial(GraphBuilder.half, kind=TensorProto.FLOAT16)),
+    "model_bf16": _floats(partial(GraphBuilder.half, kind=TensorProto.BFLOAT16)),
 }
 INT8 = tuple(name for name, arithmetic in ARITHMETICS.items() if arithmetic.smooth)
 

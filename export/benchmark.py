@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic_model.folders import check_file, new_file
+from elastic_model.folders import check_file, write_text
 from elastic_model.processor import ONNX_FILES, cpu_flags, cpu_name, fitting_files
 from elastic_model.session import ElasticSession
 from export.config import BenchmarkOptions
@@ -53,8 +53,7 @@ def benchmark_folder(options: BenchmarkOptions) -> None:
         cells = f"{one.file:26} {one.point:12} {one.threads:7} {one.batch:5} {one.p50_ms:6.2f} {one.p95_ms:6.2f}"
         print(f"{cells} {one.rows_per_second:8.0f}  {one.mean_exit_layer:.2f}")
     if options.output:
-        with new_file(options.output) as path:
-            path.write_text(json.dumps([asdict(one) for one in timings], indent=2) + "\n", encoding="utf-8")
+        write_text(options.output, json.dumps([asdict(one) for one in timings], indent=2) + "\n")
 
 
 def time_session(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from elastic_model.folders import shipped
 from elastic_model.session import Text
-from elastic_model.text_files import OPENERS, opened_text
+from elastic_model.text_files import ending_of, opened_text
 
 
 def read_texts(file: Path, text: str, pair: str | None = None, limit: int | None = None) -> list[Text]:
@@ -14,7 +14,7 @@ def read_texts(file: Path, text: str, pair: str | None = None, limit: int | None
     """
     if limit is not None and limit < 1:
         raise ValueError(f"at least 1 row must be read, got max_rows {limit}")
-    kind = _kind(file)
+    kind = ending_of(file)
     if kind not in (".txt", ".tsv"):
         raise ValueError(f"{file}: a .txt (a text a line) or a .tsv (columns under a header) is read, not this kind")
     lines = _lines(file)
@@ -32,15 +32,9 @@ def read_texts(file: Path, text: str, pair: str | None = None, limit: int | None
 
 def read_column(file: Path, name: str, limit: int | None = None) -> list[str]:
     """One column of a .tsv file; at most `limit` cells."""
-    if _kind(file) != ".tsv":
+    if ending_of(file) != ".tsv":
         raise ValueError(f"{file}: a column {name!r} needs a .tsv file with a header")
     return [str(cell).strip() for cell in _columns(file, _lines(file), name, None)][:limit]
-
-
-def _kind(file: Path) -> str:
-    """The ending of a file, before that of its compression."""
-    endings = [ending.lower() for ending in file.suffixes]
-    return "".join((endings[:-1] if endings and endings[-1] in OPENERS else endings)[-1:])
 
 
 def _lines(file: Path) -> list[str]:

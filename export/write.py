@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 from dataclasses import dataclass, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from elastic_model.card import write_card
 from elastic_model.folders import check_replaceable, new_folder
 from elastic_model.operating_points import FILE, OperatingPoints, checkpoint_hash
 from elastic_model.processor import ONNX_FILES, cpu_flags, fitting_files
-from elastic_model.provenance import append_stage, file_hash
+from elastic_model.provenance import append_stage, file_hash, versions
 from elastic_model.session import (
     REPORT,
     ElasticSession,
@@ -30,7 +29,7 @@ from elastic_model.session import (
     without_truncation,
 )
 from export.arithmetic import ARITHMETICS, INT8, Arithmetic, arithmetic_of
-from export.card import card_notes, stock_card
+from export.card import card_notes, stock_card, summary
 from export.check import (
     Answers,
     Reference,
@@ -101,6 +100,13 @@ def export_checkpoint(options: ExportOptions) -> dict[str, Any]:
         else:
             (folder / "README.md").write_text(stock_card(name, report), encoding="utf-8")
     return report
+
+
+def export(options: ExportOptions) -> None:
+    """Write the artefact and say what was checked."""
+    report = export_checkpoint(options)
+    for name, result in report["files"].items():
+        print(f"{options.output}/onnx/{name}.onnx: {summary(result)}")
 
 
 def release_memory() -> None:
@@ -328,8 +334,3 @@ def patch_config(folder: Path, fields: dict[str, Any]) -> None:
     file = folder / "config.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps({**content, **fields}, indent=2) + "\n", encoding="utf-8")
-
-
-def versions() -> dict[str, str]:
-    """Of what wrote the file."""
-    return {name: version(name) for name in ("elastic-model", "onnx", "onnxruntime", "torch", "transformers")}

@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from elastic_model.arguments import parse, run
-from elastic_model.jobs import ended
+from elastic_model.jobs import ended, quiet
 from finetune.config import (
     CalibrateOptions,
     DistillOptions,
@@ -53,6 +53,7 @@ def _command(argv: list[str]) -> int | None:
         raise ValueError(f"command {name!r} is unknown; allowed: {', '.join(COMMANDS)}")
     options, module = COMMANDS[name]
     parsed = parse(options, flags, prog=f"python -m finetune {name}")
+    quiet()
     return getattr(importlib.import_module(module), name.split()[-1])(parsed)
 
 

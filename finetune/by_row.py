@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from elastic_model.checks import Mass, check_length_config
-from elastic_model.cost import exit_flops
+from elastic_model.cost import mean_flops
 from elastic_model.encoder import Flow
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from finetune.data import Encoded
@@ -65,12 +65,6 @@ def explore_by_row(
     return observed, kept
 
 
-def mean_cost(model: ElasticBertExitModel, encoded: Encoded, some: range, kept: np.ndarray) -> float:
-    """FLOPs of a row at full depth, on average."""
-    tokens = [encoded.lengths[row] for row in some]
-    return exit_flops(model.config, tokens, head=encoded.head, kept=torch.from_numpy(kept))[-1].double().mean().item()
-
-
 def fit_share(
     model: ElasticBertExitModel,
     encoded: Encoded,
@@ -88,7 +82,8 @@ def fit_share(
         share = (fits + exceeds) / 2
         if share not in known:
             _, kept = explore_by_row(model, encoded, tokenizer, batch_size, by_row(model, share), some)
-            known[share] = mean_cost(model, encoded, some, kept)
+            tokens = [encoded.lengths[row] for row in some]
+            known[share] = mean_flops(model.config, tokens, head=encoded.head, kept=kept)
         fits, exceeds = (share, exceeds) if known[share] <= flops else (fits, share)
     if not fits:
         raise ValueError(

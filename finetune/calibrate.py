@@ -9,20 +9,21 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, logging
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from elastic_model.calibration import Drift, check_rows, drift, fixed_sequence, upper_bound
 from elastic_model.checks import check_length_config, policy_kind
-from elastic_model.cost import exit_flops
+from elastic_model.cost import mean_flops
 from elastic_model.exit_policies import sweep
-from elastic_model.folders import check_file, is_file, new_file
+from elastic_model.folders import check_file, is_file, write_json
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from elastic_model.operating_points import FILE, FULL, OperatingPoint, OperatingPoints, checkpoint_hash
 from elastic_model.provenance import read_provenance
 from elastic_model.session import ElasticSession
 from finetune.config import CalibrateOptions
-from finetune.data import Encoded, rows_of
-from finetune.evaluate import check_learned, exit_logits, exit_uncertainty, score_of, table
+from finetune.data import Encoded, encode, rows_of
+from finetune.evaluate import check_learned, score_of, table
+from finetune.evaluate import observe as observed_of
 from finetune.examples import read_examples
 from finetune.figures import plot_points
 from finetune.kinds import answers_of, problem_type_of
@@ -110,12 +111,9 @@ def read_rows(options: CalibrateOptions, config: Any, tokenizer: PreTrainedToken
     if problem_type not in SEQUENCES:
         raise ValueError(f"--texts calibrate classifiers and regression; a model for {problem_type} needs a task")
     texts = read_texts(Path(options.texts), options.text, options.pair)
-    encoding = tokenizer(texts.texts, texts.pairs, truncation=True, max_length=options.max_length)
-    cut = sum(bool(one.overflowing) for one in encoding.encodings)
     names = [config.id2label[number] for number in range(config.num_labels)]
-    return Rows(
-        texts, Encoded(rows_of(encoding), {}, np.zeros(len(texts)), cut), Labels(problem_type, names, ()), False
-    )
+    encoded = encode(texts, tokenizer, options.max_length)
+    return Rows(texts, encoded, Labels(problem_type, names, ()), False)
 
 
 @dataclass(frozen=True)
@@ -134,12 +132,11 @@ def observe(options: CalibrateOptions, rows: Rows, session: ElasticSession | Non
     if session is None:
         model = load_classifier(Path(options.model), options.max_length)
         how = (rows.encoded, load_tokenizer(Path(options.model)), options.eval_batch_size, Accelerator())
-        learned = options.exit_policy == "learned"
         check_learned({"name": options.exit_policy}, model.config)
-        logits = exit_logits(model, *how, lengths)
+        seen = observed_of(model, *how, length_config=lengths)
         whole = lengths is None and model.config.length_config is None
-        full = logits[-1] if whole else exit_logits(model, *how, 1.0)[-1]
-        return Served(logits, full, exit_uncertainty(model, *how, lengths) if learned else None)
+        full = seen.logits[-1] if whole else observed_of(model, *how, length_config=1.0).logits[-1]
+        return Served(seen.logits, full, seen.uncertainty)
     if rows.labels.problem_type not in SEQUENCES:
         raise ValueError("an exported folder is calibrated for classes and numbers; calibrate this on its checkpoint")
     if options.exit_policy == "learned":
@@ -238,7 +235,7 @@ def full_point(options: CalibrateOptions, rows: Rows, full: np.ndarray, found: C
         thresholds(name, None, len(exits), rows.labels.problem_type),
         float(exits[-1]),
         [1.0] * config.num_hidden_layers,
-        flops=exit_flops(config, rows.encoded.lengths, 1.0, rows.encoded.head)[-1].double().mean().item(),
+        flops=mean_flops(config, rows.encoded.lengths, None, 1.0, rows.encoded.head),
         quality=_quality(options, rows, full),
     )
 
@@ -247,7 +244,6 @@ def point_of(options: CalibrateOptions, rows: Rows, logits: np.ndarray, found: C
     """The operating point of a certified setting, with what it promises."""
     layers = np.asarray(config.exit_layers)[found.places]
     lengths = options.length_config or config.length_config or [1.0] * config.num_hidden_layers
-    flops = exit_flops(config, rows.encoded.lengths, lengths, rows.encoded.head).numpy()
     failed, count = int(found.failing.sum()), len(found.failing)
     kind = "disagreement" if options.max_accuracy_loss is None else "accuracy loss"
     promise = {
@@ -269,7 +265,7 @@ def point_of(options: CalibrateOptions, rows: Rows, logits: np.ndarray, found: C
         thresholds(found.policy["name"], found.policy, exits, problem_type),
         float(layers.mean()),
         list(lengths),
-        flops=float(flops[found.places, np.arange(len(layers))].mean()),
+        flops=mean_flops(config, rows.encoded.lengths, layers.tolist(), lengths, rows.encoded.head),
         quality=_quality(options, rows, logits[found.places, np.arange(len(layers))]),
         calibration=promise,
     )
@@ -365,15 +361,12 @@ def save(
             point.length_config if check_length_config(point.length_config, len(point.length_config or ())) else None
         )
         content |= {"exit_policy": policy, "length_config": lengths}
-        with new_file(folder / "config.json") as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "config.json", content, indent=2)
     return saved
 
 
 def calibrate(options: CalibrateOptions) -> None:
     """Certify thresholds on held-out rows, print what they promise, and keep them with what was calibrated."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     folder = Path(options.model)
     if options.output:
         output = Path(options.output)
@@ -412,8 +405,7 @@ def calibrate(options: CalibrateOptions) -> None:
         result["warning"] = chosen
     saved = save(folder, points, point, full, found.policy)
     if options.output:
-        with new_file(Path(options.output)) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(Path(options.output), result)
         if is_file(Path(options.output)):
             plot_points(Path(options.output).with_suffix(".png"), saved)
     show(result, folder)
@@ -488,5 +480,4 @@ def check_drift(options: CalibrateOptions) -> None:
         "the rows have changed: the guarantee does not cover them, calibrate anew" if drifted else "no drift is seen"
     )
     if options.output:
-        with new_file(Path(options.output)) as temporary:
-            temporary.write_text(json.dumps({**vars(found), "drifted": drifted}, indent=1) + "\n", encoding="utf-8")
+        write_json(Path(options.output), {**vars(found), "drifted": drifted})

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +12,15 @@ import numpy as np
 
 from elastic_model.arguments import to_yaml
 from elastic_model.card import write_card
+from elastic_model.cost import mean_flops
 from elastic_model.folders import new_folder
 from elastic_model.operating_points import OperatingPoint, OperatingPoints, checkpoint_hash
-from elastic_model.provenance import Metric, append_stage
+from elastic_model.provenance import Data, Metric, append_stage
 from finetune.evaluate import (
     Outcome,
     Score,
-    exit_logits,
     exit_table,
-    exit_uncertainty,
-    mean_flops_of,
+    observe,
     outcome,
     outcome_table,
     policy_text,
@@ -72,7 +73,7 @@ def _point(run: TaskRun, name: str, one: Outcome) -> OperatingPoint:
         thresholds(policy, one.policy, len(run.exit_layers), run.labels.problem_type),
         one.mean_exit_layer,
         list(run.model.config.length_config or [1.0] * run.model.config.num_hidden_layers),
-        flops=mean_flops_of(one, run.model.config, dev),
+        flops=mean_flops(run.model.config, dev.lengths, one.left_at.tolist(), head=dev.head),
         quality={**asdict(score), "split": "dev"},
     )
 
@@ -125,18 +126,7 @@ def _record(run: TaskRun, folder: Path, scored: Scored) -> None:
         for layer, values in per_exit.items()
         for score in values
     ]
-    settings = {name: value for name, value in vars(run.options).items() if name not in ("output", "resume")}
-    append_stage(
-        folder,
-        run.options.stage,
-        parent=run.options.model,
-        data=data,
-        metrics=metrics,
-        settings=settings,
-        seed=run.options.seed,
-        license=run.options.license,
-    )
-    write_card(folder, name=Path(run.options.output).name)
+    note(run, folder, run.options.stage, run.options.model, data, metrics)
 
 
 def _scores_by_exit(run: TaskRun, split: str, logits: np.ndarray) -> dict[int, list[Score]]:
@@ -160,35 +150,54 @@ def write_checkpoint(run: TaskRun, progress: Progress) -> None:
     run.model.load_state_dict(progress.best_weights)
     held_out = {split: rows for split, rows in run.splits.items() if split != "train"}
     how = (run.tokenizer, run.options.eval_batch_size, run.accelerator)
-    logits = {split: exit_logits(run.model, rows, *how) for split, rows in held_out.items()}
-    doubts = {split: exit_uncertainty(run.model, rows, *how) for split, rows in held_out.items()}
+    seen = {split: observe(run.model, rows, *how) for split, rows in held_out.items()}
+    logits = {split: one.logits for split, one in seen.items()}
     if not run.accelerator.is_main_process:
         return
     run = replace(run, labels=kind_of(run.labels).tune(logits["dev"][-1], run.splits["dev"], run.labels))
     run.model.config.no_answer_threshold = run.labels.no_answer_threshold
     scored = {split: _scores_by_exit(run, split, values) for split, values in logits.items()}
     full = outcome(None, logits["dev"], run.exit_layers, run.splits["dev"], run.labels)
-    outcomes = sweep(run, logits["dev"], doubts["dev"])
+    outcomes = sweep(run, logits["dev"], seen["dev"].uncertainty)
     chosen = calibrate(run, full, outcomes)
     run.model.config.exit_policy = chosen.policy
     test = None
     if "test" in logits:
         rows = run.splits["test"]
-        test = outcome(chosen.policy, logits["test"], run.exit_layers, rows, run.labels, doubts["test"])
+        test = outcome(chosen.policy, logits["test"], run.exit_layers, rows, run.labels, seen["test"].uncertainty)
     text = report(run, full, chosen, test, scored)
+    with output_of(run, progress, text) as folder:
+        operating_points(run, checkpoint_hash(folder), full, chosen, outcomes).save(folder)
+        (folder / EVALUATION).write_text(json.dumps(_evaluation(full, chosen, scored), indent=1))
+        _draw(run, folder, scored, full)
+        _record(run, folder, scored)
+
+
+@contextmanager
+def output_of(run: Run, progress: Progress, text: str) -> Iterator[Path]:
+    """The folder of a finished run with its model, tokenizer, settings, report and logs, for what else belongs there;
+    then its own folder is removed, and the report printed."""
     with new_folder(Path(run.options.output)) as folder:
         run.model.save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)
-        operating_points(run, checkpoint_hash(folder), full, chosen, outcomes).save(folder)
         (folder / SETTINGS).write_text(json.dumps(run.settings, indent=1))
         (folder / "finetune.yaml").write_text(to_yaml(run.options))
         (folder / REPORT).write_text(text + "\n")
-        (folder / EVALUATION).write_text(json.dumps(_evaluation(full, chosen, scored), indent=1))
         run.copy_logs(folder)
-        _draw(run, folder, scored, full)
-        _record(run, folder, scored)
+        yield folder
     shutil.rmtree(run.folder)
     print(text, f"checkpoint of update {progress.best_update}: {run.options.output}", sep="\n\n")
+
+
+def note(
+    run: Run, folder: Path, stage: str, parent: str, data: list[Data], metrics: list[Metric], **more: Any
+) -> None:
+    """The record of provenance and the card of a finished run."""
+    options = vars(run.options)
+    settings = {name: value for name, value in options.items() if name not in ("output", "resume")}
+    how = {"settings": settings, "seed": run.options.seed, "license": run.options.license, **more}
+    append_stage(folder, stage, parent=parent, data=data, metrics=metrics, **how)
+    write_card(folder, name=Path(run.options.output).name)
 
 
 def _draw(run: TaskRun, folder: Path, scored: Scored, full: Outcome) -> None:

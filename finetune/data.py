@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from finetune.examples import Examples
+from finetune.texts import Texts
 
 GROUP = 50  # batches that are sorted by length together: enough to pad little, few enough to stay shuffled
 TARGETS = ("labels", "start_positions", "end_positions")  # what only a loss reads, by the model's arguments
@@ -70,10 +71,15 @@ def rows_of(encoding: Any) -> list[dict[str, list[int]]]:
     return [dict(zip(names, row, strict=True)) for row in zip(*(encoding[name] for name in names), strict=True)]
 
 
-def encode(examples: Examples, labels: np.ndarray, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    """The examples tokenised; a longer row is cut to `max_length` tokens (of a pair, the longer text first)."""
+def encode(
+    examples: Examples | Texts, tokenizer: PreTrainedTokenizerBase, max_length: int, labels: np.ndarray | None = None
+) -> Encoded:
+    """Texts tokenised, with labels where there are some; a longer row is cut to `max_length` tokens (of a pair, the
+    longer text first)."""
     encoding = tokenizer(examples.texts, examples.pairs, truncation=True, max_length=max_length)
     cut = sum(bool(row.overflowing) for row in encoding.encodings)
+    if labels is None:
+        return Encoded(rows_of(encoding), {}, np.empty((len(examples), 0)), cut)
     return Encoded(rows_of(encoding), {"labels": labels}, labels, cut)
 
 

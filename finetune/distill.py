@@ -14,11 +14,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import mse_loss
-from transformers import AutoConfig, logging, set_seed
+from transformers import AutoConfig, set_seed
 
 from elastic_model import ElasticBertConfig
-from elastic_model.encoder import zero_for_others
-from elastic_model.losses import exit_group, inplace_distillation, weighted_loss
+from elastic_model.losses import exit_group
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from finetune.checkpoint import write_checkpoint
 from finetune.config import DistillOptions, LabelledOptions
@@ -26,7 +25,7 @@ from finetune.data import inputs_of
 from finetune.kinds import KINDS, kind_of, problem_type_of
 from finetune.labels import Labels
 from finetune.prepare import check_length, configured, exit_pooling_of, load_tokenizer, weight_files
-from finetune.recipe import NEVER, Batch, Phase, Update, exits_of
+from finetune.recipe import NEVER, Batch, Phase, Update, distillation, exits_of
 from finetune.run import TaskRun, prepare, start_accelerator
 from finetune.state import Progress
 from finetune.teacher import check_tokenizer
@@ -196,24 +195,13 @@ class Distillation:
         output = model(**inputs, exits=exits, **FULL)
         answers = exits_of(output, config, batch, exits)
         theirs = exits_of(taught, self.teacher.config, batch, [self.exits[layer] for layer in exits]).logits
-        heat = 1.0 if answers.problem_type == "regression" else options.temperature
-        soft = {
-            layer: heat**2
-            * inplace_distillation(
-                logits / heat,
-                theirs[self.exits[layer]] / heat,
-                answers.problem_type,
-                answers.mask,
-                reverse=options.distillation == "reverse",
-            )
-            for layer, logits in answers.logits.items()
-        }
         real = batch["attention_mask"].bool()
         squares = [
             mse_loss(self._states(name, output.hidden_states[place][real]).float(), taught.hidden_states[place][real])
             for name, place in (("embeddings", 0), ("last", -1))
         ]
-        yield weighted_loss(soft, config.exit_loss) + sum(squares) + zero_for_others(model, exits)
+        each = {layer: theirs[self.exits[layer]] for layer in exits}
+        yield distillation(model, config, answers, each, options) + sum(squares)
 
 
 def check_distillation(options: LabelledOptions) -> None:
@@ -251,8 +239,6 @@ def prepare_student(options: DistillOptions, accelerator: Accelerator) -> TaskRu
 
 def distill(options: DistillOptions) -> int:
     """Train the student, choose an exit policy, write it; exit code 0, or 143 after SIGTERM (state saved)."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     accelerator = start_accelerator(options)
     run = prepare_student(options, accelerator)
     if was_finished(run):

@@ -3,9 +3,8 @@
 import json
 import math
 import random
-import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, logging, set_seed
+from transformers import AutoConfig, AutoTokenizer, set_seed
 
-from elastic_model.arguments import to_yaml
-from elastic_model.card import write_card
 from elastic_model.configuration_elasticbert import pooling_with_new_exits
 from elastic_model.cost import mean_flops
-from elastic_model.folders import check_replaceable, new_folder
-from elastic_model.provenance import Metric, append_stage, describe_data, file_hash
-from finetune.checkpoint import REPORT, SETTINGS
+from elastic_model.folders import check_replaceable
+from elastic_model.provenance import Metric, describe_data, file_hash
+from finetune.checkpoint import note, output_of
 from finetune.config import ElastifyOptions
-from finetune.data import Encoded, rows_of
+from finetune.data import Encoded, encode
 from finetune.evaluate import stacked_exits, table
 from finetune.figures import plot_exits
 from finetune.kinds import KINDS, problem_type_of
@@ -41,13 +38,6 @@ HELD_OUT = 0.05  # share of the texts, where no others are given
 MOST_HELD_OUT = 2000
 SAMPLES = 1000  # bootstrap resamples
 RESULT = "elastify.json"
-
-
-def encode(texts: Texts, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    """The texts tokenised, without targets."""
-    encoding = tokenizer(texts.texts, texts.pairs, truncation=True, max_length=max_length)
-    cut = sum(bool(row.overflowing) for row in encoding.encodings)
-    return Encoded(rows_of(encoding), {}, np.empty((len(texts), 0)), cut)
 
 
 @dataclass(frozen=True)
@@ -284,18 +274,10 @@ def _write(run: ElastifyRun, progress: Progress) -> None:
     result: dict[str, Any] = {"original": run.original, "problem_type": run.problem_type, "metric": run.metric}
     result |= {"backbone": "trained" if options.train_backbone else "frozen", "largest_difference": difference}
     result |= {"texts": len(run.splits["train"]), "held_out": len(run.splits["dev"]), "exits": exits}
-    with new_folder(Path(options.output)) as folder:
-        run.model.save_pretrained(folder)
-        run.tokenizer.save_pretrained(folder)
-        (folder / SETTINGS).write_text(json.dumps(run.settings, indent=1))
-        (folder / "finetune.yaml").write_text(to_yaml(options))
-        (folder / REPORT).write_text(text + "\n")
+    with output_of(run, progress, text) as folder:
         (folder / RESULT).write_text(json.dumps(result, indent=1))
         plot_exits(folder / "exits.png", {"held out": exits}, run.metric)
-        run.copy_logs(folder)
         _record(run, folder, exits)
-    shutil.rmtree(run.folder)
-    print(text, f"checkpoint of update {progress.best_update}: {options.output}", sep="\n\n")
     rows = "--dev FILE (labelled)" if run.problem_type == "token_classification" else "--texts FILE"
     bound = "--max_disagreement 0.05" + (" --tolerance 0.1" if run.problem_type == "regression" else "")
     print(f"next, exit thresholds: python -m finetune calibrate {options.output} {rows} {bound}")
@@ -309,24 +291,11 @@ def _record(run: ElastifyRun, folder: Path, exits: dict[int, dict[str, float]]) 
         Metric(run.metric, found[run.metric], name, "held-out", layer, found["low"], found["high"])
         for layer, found in exits.items()
     ]
-    append_stage(
-        folder,
-        "elastify",
-        parent=run.original,
-        revision=run.revision,
-        data=data,
-        metrics=metrics,
-        settings={key: value for key, value in asdict(options).items() if key not in ("output", "resume")},
-        seed=options.seed,
-        license=options.license,
-    )
-    write_card(folder, name=Path(options.output).name)
+    note(run, folder, "elastify", run.original, data, metrics, revision=run.revision)
 
 
 def elastify(options: ElastifyOptions) -> int:
     """Train the exits of a fine-tuned model on its own answers; exit code 0, or 143 after SIGTERM (state saved)."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     accelerator = start_accelerator(options)
     run = prepare(options, accelerator)
     if was_finished(run):

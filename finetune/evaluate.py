@@ -11,25 +11,27 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from transformers import PreTrainedTokenizerBase, logging
+from transformers import PreTrainedTokenizerBase
 
 from elastic_model import ElasticBertConfig
+from elastic_model.arguments import check_at_least
 from elastic_model.checks import check_length_config
 from elastic_model.cost import exit_flops, mean_flops
 from elastic_model.exit_policies import simulate
 from elastic_model.folders import check_replaceable, new_folder
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
+from elastic_model.subnetworks import constant_rate
 from finetune.by_row import explore_by_row
 from finetune.config import EvaluateOptions
 from finetune.data import Encoded, collate, inputs_of, sorted_batches
 from finetune.examples import read_examples
+from finetune.explore import Observed
 from finetune.figures import plot_front
 from finetune.kinds import answers_of, text_of
 from finetune.labels import Labels
 from finetune.metrics import interval, metric
 from finetune.policies import Policy, candidates, never, patience_of, policy_name
 from finetune.prepare import chosen_task, draw_rows, encode_split, labels_of_model, load_classifier, load_tokenizer
-from finetune.teacher import ask
 
 LINES = 20  # of a sweep that are printed
 TIMED = 4  # of the thresholds given that are run for their wall time; the others have theirs from stored logits
@@ -64,49 +66,31 @@ class Outcome:
 
 
 @torch.no_grad()
-def exit_logits(
+def observe(
     model: ElasticBertExitModel,
     encoded: Encoded,
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     accelerator: Accelerator,
-    length_config: list[float] | float | None = None,
-) -> np.ndarray:
-    """The logits of every exit, float32 (exits, rows, labels), per token (exits, rows, tokens, labels) with zeros at
-    padding; each process computes its share of the batches. length_config: None = the checkpoint's own."""
+    **sub_network: Any,
+) -> Observed:
+    """What every exit says of all rows; each process computes its share of the batches. sub_network: length_config and
+    layer_config as `forward` takes them, by default the checkpoint's own."""
     was_training = model.training
     model.eval()
     parts = []
     for rows in sorted_batches(encoded.lengths, batch_size)[accelerator.process_index :: accelerator.num_processes]:
         batch = inputs_of(collate(encoded, rows, tokenizer, accelerator.device))
         with accelerator.autocast():
-            output = model(**batch, exit_policy={"name": "never"}, length_config=length_config)
-        parts.append((rows, stacked_exits(output).float().cpu().numpy()))
+            output = model(**batch, exit_policy={"name": "never"}, **sub_network)
+        doubt = output.exit_uncertainty
+        parts.append((rows, (stacked_exits(output).cpu(), None if doubt is None else doubt.cpu())))
     model.train(was_training)
     gathered = gather_object(parts)
-    *tokens, labels = gathered[0][1].shape[2:]
-    tokens = [max(encoded.lengths)] if tokens else []
-    logits = np.zeros((len(model.exit_layers), len(encoded), *tokens, labels), dtype=np.float32)
-    for rows, part in gathered:
-        logits[(slice(None), rows, *map(slice, part.shape[2:-1]))] = part
-    return logits
-
-
-def exit_uncertainty(
-    model: ElasticBertExitModel,
-    encoded: Encoded,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    accelerator: Accelerator,
-    length_config: list[float] | float | None = None,
-) -> np.ndarray | None:
-    """What a learned exit head says at every exit, float32 (exits, rows), in a pass of its own; None without one.
-    length_config: None = the checkpoint's own."""
-    if not model.config.learned_exit_head:
-        return None
-    how = (tokenizer, batch_size, accelerator, lambda output: output.exit_uncertainty.T)
-    rows = ask(model, encoded, *how, length_config=length_config)
-    return np.stack(rows, axis=1)
+    observed = Observed.blank(gathered[0][1], len(encoded), max(encoded.lengths))
+    for rows, said in gathered:
+        observed.put(rows, said)
+    return observed
 
 
 def stacked_exits(output: Any) -> torch.Tensor:
@@ -149,7 +133,7 @@ def exit_table(
 ) -> str:
     """Quality by exit layer, a line an exit, with the cost of stopping there; kept: as `exit_flops` takes it."""
     metrics = [score.metric for score in next(iter(per_exit.values()))]
-    flops = exit_flops(config, encoded.lengths, lengths, encoded.head, _tensor(kept)).double().mean(1).tolist()
+    flops = exit_flops(config, encoded.lengths, lengths, encoded.head, kept).double().mean(1).tolist()
     cost = dict(zip(config.exit_layers or (), flops, strict=True))
     rows = [[layer, f"{cost[layer] / 1e6:.4g}", *scored] for layer, scored in per_exit.items()]
     return table(["exit layer", "MFLOPs a row", *(f"{name} (95 % interval)" for name in metrics)], rows)
@@ -168,11 +152,6 @@ def outcome(
     chosen, left_at = simulate(policy, logits, exit_layers, labels.problem_type, encoded.mask, uncertainty)
     answers = answers_of(chosen.numpy(), encoded, labels)
     return Outcome(policy, answers, left_at.numpy(), quality(answers, encoded, labels))
-
-
-def mean_flops_of(one: Outcome, config: ElasticBertConfig, encoded: Encoded) -> float:
-    """FLOPs of a row on average, on its real tokens and up to the exit it left at."""
-    return mean_flops(config, encoded.lengths, one.left_at.tolist(), head=encoded.head)
 
 
 def spread(outcomes: list[Outcome], count: int) -> list[Outcome]:
@@ -238,7 +217,7 @@ def lengths_of(options: EvaluateOptions, config: ElasticBertConfig) -> list[floa
         return options.length_config or None
     if not 0 < options.length_rate <= 1:
         raise ValueError(f"length_rate must lie above 0 and at most be 1, got {options.length_rate}")
-    return [options.length_rate**layer for layer in range(1, config.num_hidden_layers + 1)]
+    return constant_rate(options.length_rate, config.num_hidden_layers)
 
 
 @torch.no_grad()
@@ -275,15 +254,8 @@ def costs_of(
     tokens = {"flops": encoded.lengths}
     if kept is None:
         tokens["padded_flops"] = [options.max_length] * len(encoded)
-    places, rows = np.searchsorted(config.exit_layers or (), one.left_at), np.arange(len(encoded))
-    return {
-        name: exit_flops(config, counts, lengths, encoded.head, _tensor(kept)).double()[places, rows].mean().item()
-        for name, counts in tokens.items()
-    }
-
-
-def _tensor(kept: np.ndarray | None) -> torch.Tensor | None:
-    return None if kept is None else torch.from_numpy(kept)
+    left_at = one.left_at.tolist()
+    return {name: mean_flops(config, counts, left_at, lengths, encoded.head, kept) for name, counts in tokens.items()}
 
 
 def _write_predictions(file: Path, places: list[int], encoded: Encoded, own: Outcome, labels: Labels) -> None:
@@ -336,11 +308,8 @@ def _plot(image: Path, outcomes: dict[str, Outcome], costs: dict[str, dict[str, 
 
 def evaluate(options: EvaluateOptions) -> None:
     """Print (with --output also write) quality per exit, a sweep of the exit policy, the checkpoint's own policy."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    for name, least in (("rows", 1), ("eval_batch_size", 1), ("timed_rows", 0)):
-        if (value := getattr(options, name)) is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    check_at_least(1, options, "rows", "eval_batch_size")
+    check_at_least(0, options, "timed_rows")
     if options.output:
         check_replaceable(Path(options.output), *options.sources)
     accelerator = Accelerator()
@@ -351,12 +320,12 @@ def evaluate(options: EvaluateOptions) -> None:
     places = draw_rows(len(examples), options.rows, options.seed)
     encoded = encode_split(examples.select(places), options.split, task, labels, tokenizer, options.max_length)
     lengths = lengths_of(options, model.config)
-    logits = exit_logits(model, encoded, tokenizer, options.eval_batch_size, accelerator, lengths)
+    seen = observe(model, encoded, tokenizer, options.eval_batch_size, accelerator, length_config=lengths)
+    logits, doubts = seen.logits, seen.uncertainty
     layers, saved, kept = list(model.config.exit_layers), model.config.exit_policy, None
     if lengths is None and isinstance(model.config.length_config, dict):
         _, kept = explore_by_row(model, encoded, tokenizer, options.eval_batch_size, model.config.length_config)
     exits = {layer: scores(one, encoded, labels, options.seed) for layer, one in zip(layers, logits, strict=True)}
-    doubts = exit_uncertainty(model, encoded, tokenizer, options.eval_batch_size, accelerator, lengths)
     policies = _policies(options, logits, labels, saved)
     check_learned(policies[0], model.config)
     swept = [outcome(policy, logits, layers, encoded, labels, doubts) for policy in policies]

@@ -22,9 +22,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
-from elastic_model.cost import exit_flops
+from elastic_model.cost import exit_flops, mean_flops
 from elastic_model.exit_policies import sweep
-from elastic_model.folders import new_file
+from elastic_model.folders import write_text
 from elastic_model.front import area_under_front, pareto_front
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from elastic_model.session import ElasticSession
@@ -193,7 +193,7 @@ def first_generation(search: Search) -> list[Lengths]:
     config, head, tokens = search.model.config, search.encoded.head, search.encoded.lengths
 
     def cost(lengths: Lengths) -> float:
-        return exit_flops(config, tokens, shares(lengths), head)[-1].double().mean().item()
+        return mean_flops(config, tokens, None, shares(lengths), head)
 
     return initial(search.layers, search.options.first, search.options.smallest_ratio, cost)
 
@@ -257,8 +257,7 @@ def evolve(search: Search, folder: Path, accelerator: Accelerator) -> Iterator[d
     search.seconds |= {one: seconds for one, (_, seconds) in known.items()}
     if accelerator.is_main_process:  # whole lines only, the settings first
         records = [search.settings, *(record_of(search, one) for one in known)]
-        with new_file(folder / JOURNAL) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        write_text(folder / JOURNAL, "".join(json.dumps(record) + "\n" for record in records))
     accelerator.wait_for_everyone()
     last = 0 if search.options.axes == "exits" else search.options.iterations
     for number in range(last + 1):

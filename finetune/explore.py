@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedTokenizerBase
 
+from elastic_model.checks import LengthConfig
 from elastic_model.encoder import Exit, Flow
 from elastic_model.length_drop import most_significant, restore, take_tokens, tokens_to_keep
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
@@ -191,23 +192,30 @@ def encodings_of(encoded: Encoded) -> list[Encoding]:
     return [Encoding(row["input_ids"], row.get("token_type_ids", [0] * len(row["input_ids"]))) for row in encoded.rows]
 
 
+def observe_graph(
+    session: ElasticSession,
+    encoded: Encoded,
+    batch_size: int,
+    lengths: LengthConfig | None = None,
+    some: range | None = None,
+) -> Observed:
+    """What every exit of an exported graph says of all rows, or of `some`; lengths: None = the file's own."""
+    rows_read, some = encodings_of(encoded), range(len(encoded)) if some is None else some
+    observed: Observed | None = None
+    for rows in sorted_batches([encoded.lengths[row] for row in some], batch_size):
+        batch = [rows_read[some[row]] for row in rows]
+        said = torch.from_numpy(exit_values(session.run(batch, session.never, session.exit_layers[-1], lengths))), None
+        observed = observed or Observed.blank(said, len(some), max(encoded.lengths))
+        observed.put(rows, said)
+    assert observed is not None  # a split has rows
+    return observed
+
+
 def explore_graph(
     session: ElasticSession, encoded: Encoded, batch_size: int, lengths: list[Lengths], some: range | None = None
 ) -> dict[Lengths, Observed]:
     """As `explore`, of an exported graph: what is served answers, a pass for each configuration."""
-    found: dict[Lengths, Observed] = {}
-    some = range(len(encoded)) if some is None else some
-    rows_read = encodings_of(encoded)
-    encodings = [rows_read[row] for row in some]
-    for rows in sorted_batches([len(one.ids) for one in encodings], batch_size):
-        for one in lengths:
-            batch = [encodings[row] for row in rows]
-            outputs = session.run(batch, session.never, session.exit_layers[-1], shares(one))
-            said = torch.from_numpy(exit_values(outputs)), None
-            if one not in found:
-                found[one] = Observed.blank(said, len(some), max(encoded.lengths))
-            found[one].put(rows, said)
-    return found
+    return {one: observe_graph(session, encoded, batch_size, shares(one), some) for one in lengths}
 
 
 def batches_of(

@@ -11,20 +11,30 @@ from elastic_model.operating_points import OperatingPoint, OperatingPoints
 
 
 @contextmanager
-def drawn(image: Path, size: tuple[float, float] = (6, 4)) -> Iterator[Any]:
-    """The axes of a figure that is saved when the block ends, with a legend of what has a label, and a grid."""
+def panels(image: Path, columns: int, rows: int = 1, size: tuple[float, float] = (6, 4)) -> Iterator[Any]:
+    """The axes (rows, columns) of a figure that is saved when the block ends, each of this size with a legend of what
+    has a label, and a grid."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=size)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False)
     try:
         yield axes
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
-        if not axes.images:
-            axes.grid(alpha=0.3)
+        for one in axes.flat:
+            if one.get_legend_handles_labels()[0] and one.get_legend() is None:
+                one.legend(fontsize="small")
+            if not one.images:
+                one.grid(alpha=0.3)
+        figure.tight_layout()
         figure.savefig(image, dpi=120, bbox_inches="tight")
     finally:
         pyplot.close(figure)
+
+
+@contextmanager
+def drawn(image: Path, size: tuple[float, float] = (6, 4)) -> Iterator[Any]:
+    """As `panels`, of a single one."""
+    with panels(image, 1, size=size) as axes:
+        yield axes[0, 0]
 
 
 def plot_exits(image: Path, splits: Mapping[str, Mapping[int, Mapping[str, float]]], metric: str) -> None:
@@ -101,3 +111,27 @@ def plot_front(image: Path, lines: Mapping[str, Sequence[tuple[float, float]]], 
             axes.plot([cost / full for cost, _ in ordered], [quality for _, quality in ordered], "o-", markersize=3,
                       label=name.replace("_", " "))  # fmt: skip
         axes.set(xlabel="cost, as a share of full depth and length", ylabel=metric)
+
+
+def plot_curves(image: Path, curves: Mapping[str, Sequence[np.ndarray]], metric: str) -> None:
+    """Quality against milliseconds of a row: {pipeline: a curve (points, 2) a seed}; one colour a pipeline."""
+    with drawn(image, (7, 5)) as axes:
+        for number, (name, seeds) in enumerate(curves.items()):
+            for place, curve in enumerate(seeds):
+                axes.plot(curve[:, 0], curve[:, 1], color=f"C{number % 10}", alpha=0.8, linewidth=1,
+                          linestyle=["-", "--", ":"][number // 10 % 3], label=None if place else name)  # fmt: skip
+        axes.set(xlabel="milliseconds a row", ylabel=metric, title="one line a seed")
+
+
+def plot_estimates(image: Path, figure_4: Mapping[str, Mapping[str, Any]], metric: str) -> None:
+    """A panel a pipeline with exits, measured and estimated: {pipeline: {"estimated", "measured": (points, 2)}}."""
+    shown = {name: one for name, one in figure_4.items() if len(one["estimated"]) > 1}
+    columns = min(4, len(shown))
+    with panels(image, columns, -(-len(shown) // columns), (3.2, 2.8)) as axes:
+        for one in axes.flat[len(shown) :]:
+            one.set_visible(False)
+        for axis, (name, found) in zip(axes.flat, shown.items(), strict=False):
+            for kind, style in (("measured", "o-"), ("estimated", "s--")):
+                curve = np.array(found[kind])
+                axis.plot(curve[:, 0], curve[:, 1], style, markersize=2, linewidth=1, label=kind)
+            axis.set(title=name, xlabel="ms a row", ylabel=metric)

@@ -28,19 +28,7 @@ def _encode_sequences(
 ) -> Encoded:
     encoded = encode_labels(task, examples, labels.names, labels.problem_type)
     check_labels(encoded, split, labels.problem_type)
-    return encode(examples, encoded, tokenizer, max_length)
-
-
-def _classes(logits: np.ndarray, encoded: Encoded, labels: Labels) -> np.ndarray:
-    return logits.argmax(-1)
-
-
-def _several(logits: np.ndarray, encoded: Encoded, labels: Labels) -> np.ndarray:
-    return (logits > MULTI_LABEL_THRESHOLD).astype(np.float32)
-
-
-def _numbers(logits: np.ndarray, encoded: Encoded, labels: Labels) -> np.ndarray:
-    return logits[:, 0].astype(np.float64)
+    return encode(examples, tokenizer, max_length, encoded)
 
 
 def _with_no_answer(logits: np.ndarray, encoded: Any, labels: Labels) -> Labels:
@@ -74,9 +62,19 @@ def _sequences(
 
 
 KINDS: Mapping[ProblemType, Kind] = {
-    "single_label_classification": _sequences(("accuracy", "macro_f1"), CLASSES, _classes),
-    "multi_label_classification": _sequences(("micro_f1", "accuracy"), ("micro_f1", "accuracy"), _several),
-    "regression": _sequences(("pearson+spearman", "pearson", "spearman"), ("pearson", "spearman"), _numbers),
+    "single_label_classification": _sequences(
+        ("accuracy", "macro_f1"), CLASSES, lambda logits, encoded, labels: logits.argmax(-1)
+    ),
+    "multi_label_classification": _sequences(
+        ("micro_f1", "accuracy"),
+        ("micro_f1", "accuracy"),
+        lambda logits, encoded, labels: (logits > MULTI_LABEL_THRESHOLD).astype(np.float32),
+    ),
+    "regression": _sequences(
+        ("pearson+spearman", "pearson", "spearman"),
+        ("pearson", "spearman"),
+        lambda logits, encoded, labels: logits[:, 0].astype(np.float64),
+    ),
     "token_classification": Kind(
         ElasticBertForTokenClassification,
         ("entity_f1", "entity_precision", "entity_recall", "token_accuracy"),

@@ -19,11 +19,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
-from transformers import logging
 
 from elastic_model import ElasticBertConfig
+from elastic_model.arguments import check_at_least
 from elastic_model.distributed import on_main_process, working_together_in
-from elastic_model.folders import is_ours, new_file
+from elastic_model.folders import is_ours, write_json
 from elastic_model.losses import weighted_loss
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from finetune.config import PruneOptions
@@ -260,9 +260,7 @@ def target(options: PruneOptions, before: Widths, model: ElasticBertExitModel | 
     given = bool(counts) + (options.share is not None) + (options.latency_ms is not None)
     if given != 1:
         raise ValueError("give one target: --heads and --intermediate (or one of them), --share, or --latency_ms")
-    for name in ("rounds", "multiple_of", "importance_rows"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_at_least(1, options, "rounds", "multiple_of", "importance_rows")
     narrowest = min(before.neurons)
     if options.multiple_of > narrowest:
         raise ValueError(
@@ -338,8 +336,6 @@ def _begun(run: TaskRun) -> dict[str, Any] | None:
 
 def prune(options: PruneOptions) -> int:
     """Remove, distil, choose an exit policy, write; exit code 0, or 143 after SIGTERM (state saved)."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     accelerator = start_accelerator(options)
     run, unpruned = prepare_pruning(options, accelerator)
     if was_finished(run):
@@ -364,8 +360,7 @@ def prune(options: PruneOptions) -> int:
         if accelerator.is_main_process:
             if not options.resume:  # killed from here on, these notes must not meet the state of a run before
                 shutil.rmtree(run.state, ignore_errors=True)
-            with new_file(run.folder / RESULT) as file:
-                file.write_text(json.dumps(result) + "\n", encoding="utf-8")
+            write_json(run.folder / RESULT, result, indent=None)
         if options.distill:
             return run_to_the_end(taught_by(run, model, unpruned), write_student)
         run = replace(run, model=model)

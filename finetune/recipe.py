@@ -107,26 +107,28 @@ def distillation(
     model: torch.nn.Module,
     config: ElasticBertConfig,
     answers: Exits,
-    teacher: torch.Tensor,
+    teacher: torch.Tensor | Mapping[int, torch.Tensor],
     options: LoopOptions,
 ) -> torch.Tensor:
-    """The loss of exits that learn from a teacher's logits (rows, ...), weighted as the task loss is.
+    """The loss of exits that learn from a teacher's logits (rows, ...), or each from those {exit layer: logits} of its
+    own, weighted as the task loss is.
 
     T^2 KL(softmax(teacher / T) || softmax(exit / T)): the soft cross-entropy of Hinton et al. (2015), section 2, less
     the teacher's entropy. With a learned exit head, whether an exit differs from the teacher is what that learns.
     """
     logits, problem_type, mask, uncertainty = answers
+    taught = teacher if isinstance(teacher, Mapping) else dict.fromkeys(logits, teacher)
     heat = 1.0 if problem_type == "regression" else options.temperature
     reverse = options.distillation == "reverse"
     losses = {
-        layer: heat**2 * inplace_distillation(one / heat, teacher / heat, problem_type, mask, reverse=reverse)
+        layer: heat**2 * inplace_distillation(one / heat, taught[layer] / heat, problem_type, mask, reverse=reverse)
         for layer, one in logits.items()
     }
     loss = weighted_loss(losses, config.exit_loss)
     below = [layer for layer in uncertainty if layer != config.exit_layers[-1]]
     if below:
-        truth = as_labels(teacher, problem_type, mask)
-        wrong = {layer: wrong_answers(logits[layer], truth, problem_type, mask) for layer in below}
+        truth = {layer: as_labels(taught[layer], problem_type, mask) for layer in below}
+        wrong = {layer: wrong_answers(logits[layer], truth[layer], problem_type, mask) for layer in below}
         loss = loss + sum(uncertainty_loss(uncertainty[layer], wrong[layer]) for layer in below) / len(below)
     return loss + zero_for_others(model, list(losses))
 
@@ -236,10 +238,6 @@ def sandwich(
         yield loss * share + last
 
 
-def _one(options: LoopOptions) -> int:
-    return 1
-
-
 OF_TEACHER = ("teacher", "hard_weight")
 OF_SUBNETWORKS = ("length_drop", "layer_drop", "sampled", "sandwich_rule")
 OF_DISTILLATION = ("distillation", "temperature")
@@ -252,7 +250,7 @@ class Phase:
 
     objective: Objective
     trains: Callable[[str, ElasticBertConfig], bool] = everything
-    passes: Callable[[LoopOptions], int] = _one
+    passes: Callable[[LoopOptions], int] = lambda options: 1
     learning_rate: float | None = None
     reads: tuple[str, ...] = OF_TEACHER
 

@@ -16,12 +16,13 @@ from accelerate import Accelerator
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from elastic_model import distributed
+from elastic_model.arguments import check_at_least
 from elastic_model.folders import check_replaceable
 from elastic_model.jobs import flat
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from finetune.config import LabelledOptions, LoopOptions, SubnetworkOptions, TrainOptions
 from finetune.data import Encoded, encode, shuffled_batches
-from finetune.evaluate import exit_logits, quality
+from finetune.evaluate import observe, quality
 from finetune.examples import Examples, read_examples
 from finetune.kinds import answers_of
 from finetune.labels import Labels
@@ -52,7 +53,7 @@ def run_folder(output: str) -> Path:
 
 def start_accelerator(options: LoopOptions) -> Accelerator:
     """The accelerator of a run; ValueError where processes would hold parts of the model, which could not evaluate."""
-    accelerator = distributed.start_accelerator(options, run_folder(options.output))
+    accelerator = distributed.start_accelerator(options.precision, options.tracker, run_folder(options.output))
     if distributed.holds_parts(accelerator):
         raise ValueError(
             "fine-tuning runs under DDP, DeepSpeed ZeRO-1 and ZeRO-2, not under ZeRO-3 or FSDP: every process "
@@ -192,9 +193,7 @@ SHARES = ("warmup", "dropout", "length_drop", "layer_drop", "hard_weight")
 
 def check_numbers(options: LoopOptions, phases: tuple[Phase, ...]) -> None:
     """ValueError that names the first option of the loop that is out of range."""
-    for name in AT_LEAST_ONE:
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_at_least(1, options, *AT_LEAST_ONE)
     for name in SHARES:
         if (value := getattr(options, name)) is not None and not 0 <= value <= 1:
             raise ValueError(f"{name} must be from 0 to 1, got {value}")
@@ -207,8 +206,7 @@ def check_numbers(options: LoopOptions, phases: tuple[Phase, ...]) -> None:
         raise ValueError("length_drop must be below 1: at 1 no token is left")
     if not 0 <= options.seed < 2**32:
         raise ValueError(f"seed must be 0 to {2**32 - 1}, got {options.seed}")
-    if options.sampled < 0:
-        raise ValueError(f"sampled must be at least 0, got {options.sampled}")
+    check_at_least(0, options, "sampled")
     given = options.phase_epochs
     if given and (len(given) != len(phases) or min(given) < 0 or not sum(given)):
         raise ValueError(
@@ -243,7 +241,7 @@ def check_read(options: SubnetworkOptions, phases: Sequence[Phase]) -> None:
 
 def _quality_on_dev(run: TaskRun) -> dict[int, dict[str, float]]:
     dev = run.splits["dev"]
-    logits = exit_logits(run.model, dev, run.tokenizer, run.options.eval_batch_size, run.accelerator)
+    logits = observe(run.model, dev, run.tokenizer, run.options.eval_batch_size, run.accelerator).logits
     answers = [answers_of(one, run.splits["dev"], run.labels) for one in logits]
     return {layer: quality(one, dev, run.labels) for layer, one in zip(run.exit_layers, answers, strict=True)}
 
@@ -279,7 +277,7 @@ def _taught(
     else:
         tokenizer = AutoTokenizer.from_pretrained(name)
         length = length_for(AutoConfig.from_pretrained(name), tokenizer, options.max_length)
-        encoded = encode(train, encoded.labels, tokenizer, length)
+        encoded = encode(train, tokenizer, length, encoded.labels)
     logits = ask(load_stock(name, labels.problem_type), encoded, tokenizer, size, accelerator, final_logits)
     return logits if order is None else [one[..., order] for one in logits]
 

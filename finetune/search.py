@@ -13,13 +13,14 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, logging
+from transformers import PreTrainedTokenizerBase
 
+from elastic_model.arguments import check_at_least
 from elastic_model.checks import policy_kind
-from elastic_model.cost import exit_flops
+from elastic_model.cost import exit_flops, mean_flops
 from elastic_model.distributed import working_together_in
 from elastic_model.exit_policies import sweep
-from elastic_model.folders import LOCK, MARKER, check_replaceable, empty_folder, new_file
+from elastic_model.folders import LOCK, MARKER, check_replaceable, empty_folder, write_json
 from elastic_model.operating_points import FILE, FULL, OperatingPoint, OperatingPoints, checkpoint_hash
 from elastic_model.provenance import file_hash
 from elastic_model.session import ElasticSession
@@ -151,10 +152,10 @@ def points_by_row(
     """Beside each named candidate of lengths that drop tokens, what rows give that choose their own, at its cost.
     known: of `fit_share`."""
     how = (search.model, search.encoded, search.tokenizer, search.options.eval_batch_size)
-    cost = exit_flops(search.model.config, search.encoded.lengths[:FIT_ROWS], shares(steps), encoded.head)[-1]
-    lengths = by_row(search.model, fit_share(*how, cost.double().mean().item(), known))
+    cost = mean_flops(search.model.config, search.encoded.lengths[:FIT_ROWS], None, shares(steps), encoded.head)
+    lengths = by_row(search.model, fit_share(*how, cost, known))
     observed, kept = explore_by_row(search.model, encoded, search.tokenizer, how[-1], lengths)
-    flops = exit_flops(search.model.config, encoded.lengths, head=encoded.head, kept=torch.from_numpy(kept))
+    flops = exit_flops(search.model.config, encoded.lengths, head=encoded.head, kept=kept)
     points = []
     for name, one in group:
         point, _ = measured_point(search, encoded, f"{name}{BY_ROW}", one.setting, observed, flops)
@@ -196,21 +197,9 @@ def ladder(
 
 def prepare(options: SearchOptions) -> tuple[Search, Encoded]:
     """What the search works on, read and checked, and all rows of the split."""
-    for name in (
-        "rows",
-        "halving",
-        "first",
-        "points",
-        "eval_batch_size",
-        "latency_batch",
-        "latency_threads",
-        "latency_rows",
-    ):
-        if getattr(options, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
-    for name in ("iterations", "mutations", "crossovers"):
-        if getattr(options, name) < 0:
-            raise ValueError(f"{name} must be at least 0, got {getattr(options, name)}")
+    check_at_least(1, options, "rows", "halving", "first", "points", "eval_batch_size")
+    check_at_least(1, options, "latency_batch", "latency_threads", "latency_rows")
+    check_at_least(0, options, "iterations", "mutations", "crossovers")
     if not 0 <= options.mutation_probability <= 1 or not 0 < options.smallest_ratio < 1:
         raise ValueError(
             "mutation_probability lies from 0 to 1 and smallest_ratio between 0 and 1, got "
@@ -307,8 +296,7 @@ def result_of(search: Search, history: list[dict[str, Any]], points: OperatingPo
 def write(search: Search, folder: Path, history: list[dict[str, Any]], points: OperatingPoints) -> None:
     """The points beside the weights; the curves and figures in the folder of the search."""
     result = result_of(search, history, points)
-    with new_file(folder / RESULT) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / RESULT, result)
     plot_areas(folder / "area.png", [one["area"] for one in history])
     lines = {name: [(one["cost"], one["quality"]) for one in result[name]] for name in ("constant_ratio", "front")}
     plot_front(folder / "front.png", lines, result["full"]["cost"], result["metric"])
@@ -374,8 +362,6 @@ def start_processes() -> Accelerator:
 
 def search(options: SearchOptions) -> None:
     """Search, measure the points of the front on the whole split, keep them with the checkpoint."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     folder = Path(options.output or f"{options.model.rstrip('/')}.search")
     check_replaceable(folder, *options.sources, options.latency, options.graph)
     if (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from elastic_model.text_files import OPENERS, opened_text
+from elastic_model.text_files import ending_of, opened_text
 
 FORMS = {".tsv": "tsv", ".txt": "tsv", ".csv": "csv", ".jsonl": "jsonl", ".json": "squad"}
 FORMS |= dict.fromkeys((".conll", ".iob", ".iob2", ".bio"), "conll")
@@ -120,9 +120,7 @@ def _rows(lines: IO[str], form: str, columns: tuple[str, ...] | None, file: Path
 
 def form_of(file: Path) -> str:
     """The form that a file's ending says (before .gz, .xz or .bz2); ValueError for another ending."""
-    endings = [ending.lower() for ending in file.suffixes]
-    ending = (endings[:-1] if endings and endings[-1] in OPENERS else endings)[-1:]
-    form = FORMS.get("".join(ending))
+    form = FORMS.get(ending_of(file))
     if form is None:
         raise ValueError(
             f"{file}: expected a .tsv, .csv or .jsonl file, .conll for tags, .json for SQuAD "

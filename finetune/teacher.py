@@ -97,17 +97,15 @@ def ask(
     batch_size: int,
     accelerator: Accelerator,
     read: Callable[[Any], torch.Tensor],
-    length_config: list[float] | float | None = 1.0,
 ) -> list[np.ndarray]:
     """What `read` finds in a model's output, float32, for each row; of (..., tokens, labels) the real tokens alone.
 
-    length_config: of a model that has exits, by default all tokens; None: its own.
     In evaluation mode, whatever mode the model is in. Each process asks for its share of the rows.
     """
     was_training = model.training
     model.eval().to(accelerator.device)
     known = inspect.signature(model.forward).parameters
-    everything = {"exit_policy": {"name": "never"}, "length_config": length_config}  # of a model that has exits
+    everything = {"exit_policy": {"name": "never"}, "length_config": 1.0}  # of a model that has exits
     arguments = {name: value for name, value in everything.items() if name in known}
     parts = []
     for rows in sorted_batches(encoded.lengths, batch_size)[accelerator.process_index :: accelerator.num_processes]:

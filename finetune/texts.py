@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic_model.text_files import opened_text
-from finetune.tables import OPENERS, form_of, read_table
+from elastic_model.text_files import ending_of, opened_text
+from finetune.tables import form_of, read_table
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ def read_texts(file: Path, text: str | None, pair: str | None) -> Texts:
     if text is None:
         if pair is not None:
             raise ValueError("--pair is a column of a table: give the column of the first text with --text")
-        endings = [ending.lower() for ending in file.suffixes if ending.lower() not in OPENERS]
-        if endings[-1:] != [".txt"]:
+        if ending_of(file) != ".txt":
             form_of(file)  # names the forms there are
             raise ValueError(f"{file} is a table: name the column of its text with --text")
         found = Texts(_lines(file), None)

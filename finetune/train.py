@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
-from transformers import logging
 
 from elastic_model.distributed import Engine, adamw, on_main_process, start_engine, working_together_in
 from elastic_model.folders import is_ours
@@ -240,8 +239,6 @@ def was_finished(run: Run) -> bool:
 
 def train(options: TrainOptions) -> int:
     """Fine-tune, choose an exit policy, write the checkpoint; exit code 0, or 143 after SIGTERM (state saved)."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     accelerator = start_accelerator(options)
     run = prepare(options, accelerator)
     if was_finished(run):

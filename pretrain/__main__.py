@@ -1,11 +1,10 @@
 """`python -m pretrain [COMMAND] --config RECIPE.yaml [--flag value ...]`: options are parsed before anything slow is
 imported."""
 
-import importlib
 import sys
 from typing import Any
 
-from elastic_model.arguments import parse, run
+from elastic_model.arguments import dispatch, run
 from elastic_model.jobs import ended
 from pretrain.config import EvaluateConfig, PretrainConfig, ReleaseConfig
 
@@ -18,16 +17,9 @@ COMMANDS: dict[str, tuple[type[Any], str, str]] = {
 }
 
 
-def _command(argv: list[str]) -> int:
-    name = argv[0] if argv and argv[0] in COMMANDS else ""
-    options, module, function = COMMANDS[name]
-    parsed = parse(options, argv[1:] if name else argv, prog=f"python -m pretrain {name}".rstrip())
-    return int(getattr(importlib.import_module(module), function)(parsed))
-
-
 def main() -> int:
     """The exit code of the command that the command line names; bad input ends with one line and code 2."""
-    return ended(run(lambda: _command(sys.argv[1:])))
+    return ended(run(lambda: dispatch(COMMANDS, sys.argv[1:], "python -m pretrain")))
 
 
 if __name__ == "__main__":

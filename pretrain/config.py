@@ -3,9 +3,9 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from elastic_model.arguments import from_mapping, option
+from elastic_model.arguments import check_at_least, from_mapping, option
 
 CACHE = Path.home() / ".cache" / "elastic-model"
 
@@ -156,9 +156,7 @@ class PretrainConfig(Source):
 
     def __post_init__(self) -> None:
         self.sources()
-        for name in AT_LEAST_ONE:
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_at_least(1, self, *AT_LEAST_ONE)
         for name, (low, high) in RANGES.items():
             if (value := getattr(self, name)) is not None and not low <= value <= high:
                 raise ValueError(f"{name} must lie within {low}..{high}, got {value}")
@@ -215,14 +213,11 @@ class EvaluateConfig:
     max_length: int = option(128, help="tokens per example, at most, special tokens included")
     batch_size: int = option(32, help="examples per forward pass of a process")
     precision: Literal["no", "bf16"] = option("no", help="mixed precision")
-    tracker: ClassVar[None] = None  # that training jobs have: nothing is followed here
     seed: int = option(1, help="of the masking, the swaps and of weights that the checkpoint does not hold")
     cache: Path = option(CACHE, help="folder for token shards, addressed by content")
 
     def __post_init__(self) -> None:
-        for name in ("examples", "batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_at_least(1, self, "examples", "batch_size")
         low, high = RANGES["validation_fraction"]
         if self.held_out is not None and not low <= self.held_out <= high:
             raise ValueError(

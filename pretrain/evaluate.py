@@ -1,6 +1,5 @@
 """Held-out losses at every exit, beside the loss of guessing by frequency alone."""
 
-import json
 import math
 import re
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from elastic_model import ElasticBertForPreTraining
 from elastic_model.distributed import start_accelerator
-from elastic_model.folders import check_file, new_file
+from elastic_model.folders import check_file, write_json
 from elastic_model.operating_points import checkpoint_hash
 from pretrain.config import EvaluateConfig, PretrainConfig
 from pretrain.data import Batch, Examples, fitting
@@ -133,7 +132,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> int:
     """Print, and write to `config.output`, the losses of `config.model` at every exit on `config.text`."""
     if config.output:
         check_file(config.output, *find_files(config.text))
-    accelerator = start_accelerator(config, config.model)
+    accelerator = start_accelerator(config.precision, None, config.model)
     model, missing = load_for_evaluation(config)
     longest = model.config.max_position_embeddings - model.config.position_offset
     if config.max_length > longest:
@@ -178,6 +177,5 @@ def evaluate_checkpoint(config: EvaluateConfig) -> int:
             **{name: getattr(config, name) for name in ("held_out", "length_config", "max_length", "seed")},
             **asdict(result),
         }
-        with new_file(config.output) as file:
-            file.write_text(json.dumps(written, indent=2) + "\n")
+        write_json(config.output, written, indent=2)
     return 0

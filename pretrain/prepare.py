@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from elastic_model.folders import new_file, new_folder
+from elastic_model.folders import new_folder, write_json
 from elastic_model.processor import available_cores
 from pretrain.config import PretrainConfig
 from pretrain.shards import Shard, processes, write_shard
@@ -114,8 +114,7 @@ class Preparation:
                 self.call(write_shard, folder, documents, self.encoder, self.unknown_id)
         _check_unchanged(part)
         known.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(known) as file:
-            file.write_text(json.dumps(digests) + "\n")
+        write_json(known, digests, indent=None)
         return digests
 
 

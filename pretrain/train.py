@@ -33,7 +33,7 @@ from elastic_model.distributed import (
     start_engine,
     working_together_in,
 )
-from elastic_model.folders import check_no_checkpoint, check_output, new_file, new_folder
+from elastic_model.folders import check_no_checkpoint, check_output, new_folder, write_json
 from elastic_model.jobs import INTERRUPTED, cut_log, flat, sigterm
 from elastic_model.losses import exit_group, trained_exits
 from elastic_model.subnetworks import sandwich
@@ -364,7 +364,7 @@ def train(config: PretrainConfig) -> int:
     """Pre-train as `config` says, into `config.output`; -> 0, or 143 where SIGTERM stopped and saved it."""
     _check_run_folder(config)
     disable_progress_bar()  # transformers' bars for saving one file would tear ours
-    accelerator = start_accelerator(config, config.output)
+    accelerator = start_accelerator(config.precision, config.tracker, config.output)
     checkpoint = checkpoint_to_resume(config.output, config.resume_previous)
     finished = (config.output / EVALUATION).exists()
     if finished and checkpoint is None:  # whoever removed them has what he wanted
@@ -455,8 +455,7 @@ def _finish(run: Run) -> None:
     def write() -> None:
         _publish_model(run, weights, output, result)
         plot_losses(output / METRICS, output / "losses.png")
-        with new_file(output / EVALUATION) as file:
-            file.write_text(json.dumps({"step": run.progress.step, **asdict(result)}, indent=2) + "\n")
+        write_json(output / EVALUATION, {"step": run.progress.step, **asdict(result)}, indent=2)
 
     on_main_process(run.accelerator, write)
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from benchmarks import demo, systems
+from elastic_model.arguments import run
 
 STAGE = """
 import pathlib, sys
@@ -64,7 +65,7 @@ def test_a_stage_depends_on_the_recipes_it_names_and_the_stages_before(tmp_path,
 def test_a_folder_of_someone_else_is_left_alone(tmp_path, monkeypatch, capsys):
     (tmp_path / "thesis.tex").touch()
     monkeypatch.setattr(sys, "argv", ["demo", "--folder", str(tmp_path)])
-    assert demo.main() == 2
+    assert run(demo.main) == 2
     assert capsys.readouterr().err.startswith("error: output folder ")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -76,7 +77,7 @@ def test_wilson_interval_has_its_known_ends():
 
 
 def test_the_bag_of_words_is_served_from_a_process_of_its_own(tmp_path):
-    system = systems.Served("bag of words, logistic regression", tmp_path, threads=1)
+    system = systems.Served("bag", ["benchmarks.systems", "bag of words, logistic regression", str(tmp_path), "1"], 1)
     answer = system.ask(10, 74, batch_size=32)
     system.close()
     labels = systems.era_rows("test")[1][10:74]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from elastic_model.arguments import parse, run
 from elastic_model.folders import claim_folder
+from elastic_model.jobs import quiet
 from finetune.elue.config import LAST_EXIT, SizeOptions
 
 
@@ -62,6 +63,7 @@ def compete(name: str, options: SizeOptions) -> int:
     from finetune.elue.results import is_made, make, publish, reference_of, result_of
     from finetune.train import train
 
+    quiet()
     about = COMPETITORS[name]
     method = getattr(importlib.import_module(f"benchmarks.competitors.{name}"), name)
     jobs = jobs_of(options, trains=True)

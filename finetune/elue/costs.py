@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,16 +21,6 @@ from finetune.elue.tasks import Answers, spelled
 
 COLUMNS = ("module", "input", "flops", "flops_per_token", "flops_per_token_squared", "parameters")
 SHAPE = re.compile(r"\((?:n|\d+)(?:,(?:n|\d+))*\)")
-
-
-class Costs(Protocol):
-    """What modules cost."""
-
-    def flops(self, step: Step) -> int:
-        """FLOPs of a module on its input, a multiply-add counted as two; ValueError for one that is not known."""
-
-    def parameters(self, names: Iterable[str]) -> int | None:
-        """Parameters of the modules together; None where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +66,12 @@ class CostTable:
         return found
 
     def flops(self, step: Step) -> int:
-        """See `Costs`."""
+        """FLOPs of a module on its input, a multiply-add counted as two; ValueError for one that is not known."""
         return self._cost(step).on(step)
 
     def parameters(self, names: Iterable[str]) -> int | None:
-        """See `Costs`; a layer that is used whole and in parts is counted once."""
+        """Parameters of the modules together, None where that is not known; a layer that is used whole and in parts is
+        counted once."""
         wanted = dict.fromkeys(names)
         sizes = {name: self._parameters(name) for name in wanted}
         if None in sizes.values():
@@ -160,7 +151,7 @@ def write_table(table: CostTable, file: Path) -> None:
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def load_costs(path: Path, kind: Answers, trust_model_code: bool = False) -> Costs:
+def load_costs(path: Path, kind: Answers, trust_model_code: bool = False) -> "Costs":
     """The costs of a task's modules, from a model file of any kind.
 
     path: a table (.tsv or .json), the config.json of a model (BERT, RoBERTa, DistilBERT or ours), a folder with a
@@ -324,7 +315,7 @@ class CodeCosts:
         self.counted: dict[Step, int] = {}
 
     def flops(self, step: Step) -> int:
-        """See `Costs`."""
+        """As `CostTable.flops`."""
         if step.name not in self.modules:
             raise ValueError(f"module {step.name!r} is unknown; module_list has: {', '.join(self.modules)}")
         if step not in self.counted:
@@ -336,9 +327,12 @@ class CodeCosts:
         return self.counted[step]
 
     def parameters(self, names: Iterable[str]) -> int | None:
-        """See `Costs`; tied parameters once."""
+        """As `CostTable.parameters`; tied parameters once."""
         modules = torch.nn.ModuleList(self.modules[name] for name in dict.fromkeys(names))
         return sum(parameter.numel() for parameter in modules.parameters())
+
+
+Costs = CostTable | CodeCosts
 
 
 def _counted(module: torch.nn.Module, shape: tuple[int, ...]) -> int:

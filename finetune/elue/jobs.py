@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from elastic_model import ElasticBertConfig, ElasticBertModel
 from elastic_model.configuration_elasticbert import pooling_with_new_exits
-from elastic_model.folders import check_no_checkpoint, check_output, new_file, new_folder
+from elastic_model.folders import check_no_checkpoint, check_output, new_folder, write_text
 from elastic_model.provenance import file_hash
 from finetune.config import TaskOptions, TrainOptions
 from finetune.data import Encoded
@@ -313,5 +313,4 @@ def write_labels(jobs: list[Job], folder: Path) -> None:
                 f"{kept} has the labels of other test rows of {job.name}, which what lies in {folder.parent} was made "
                 "on; give the same --test-rows, or choose another --output"
             )
-        with new_file(kept) as file:
-            file.write_text(text)
+        write_text(kept, text)

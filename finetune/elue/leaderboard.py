@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic_model.folders import check_replaceable, new_file, new_folder
+from elastic_model.folders import check_replaceable, new_folder, write_text
 from elastic_model.front import pareto_front
 from finetune.elue.config import LeaderboardOptions
 from finetune.elue.page import page
@@ -235,8 +235,7 @@ def write_board(board: Leaderboard, folder: Path) -> None:
         "leaderboard.html": as_page(board),
     }
     for name, content in files.items():
-        with new_file(folder / name) as file:
-            file.write_text(content, encoding="utf-8")
+        write_text(folder / name, content)
 
 
 def as_page(board: Leaderboard) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from elastic_model import ElasticBertConfig
+from elastic_model.subnetworks import constant_rate
 from finetune.elue.config import LAST_EXIT, RunOptions
 
 
@@ -27,11 +28,6 @@ class Setting:
 Settings = Callable[[ElasticBertConfig, RunOptions], list[Setting]]
 
 
-def constant_share(share: float, layers: int) -> list[float] | None:
-    """A length configuration in which every layer passes on the same share of its tokens; None: all of them."""
-    return None if share == 1.0 else [share**layer for layer in range(1, layers + 1)]
-
-
 def exits(config: ElasticBertConfig, options: RunOptions) -> list[Setting]:
     """Every exit as a model of its own: no other exit is asked."""
     return [Setting(f"exit_{layer}", layer) for layer in config.exit_layers or ()]
@@ -45,7 +41,7 @@ def last_exit(config: ElasticBertConfig, options: RunOptions) -> list[Setting]:
 def shares(config: ElasticBertConfig, options: RunOptions) -> list[Setting]:
     """The whole depth at lengths that fall by a fixed share from layer to layer."""
     layers = config.num_hidden_layers
-    lengths = {f"share_{share:g}": constant_share(share, layers) for share in options.shares}
+    lengths = {f"share_{share:g}": constant_rate(share, layers) for share in options.shares}
     return [Setting(name, layers, length_config=one) for name, one in lengths.items()]
 
 

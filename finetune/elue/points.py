@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
+from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from elastic_model import ElasticBertConfig
@@ -13,9 +13,11 @@ from elastic_model.cost import exit_flops
 from elastic_model.exit_policies import simulate, sweep
 from elastic_model.front import pareto_front
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
-from finetune.data import Encoded, collate, inputs_of, sorted_batches
+from finetune.data import Encoded
 from finetune.elue.methods import Setting
 from finetune.elue.submission import modules_text, steps_of, write_predictions
+from finetune.evaluate import observe
+from finetune.explore import Observed
 from finetune.kinds import answers_of
 from finetune.labels import Labels
 from finetune.metrics import metric
@@ -44,31 +46,12 @@ class Subject:
         return list(self.config.exit_layers or ())
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """What every exit says of every row: logits (exits, rows, labels), a learned exit head's uncertainty (exits,
-    rows)."""
-
-    logits: np.ndarray
-    uncertainty: np.ndarray | None
-
-
-@torch.no_grad()
-def outputs_of(subject: Subject, encoded: Encoded, setting: Setting) -> Outputs:
+def outputs_of(subject: Subject, encoded: Encoded, setting: Setting) -> Observed:
     """One pass over a split with the sub-network of a setting; its policy does not matter yet."""
-    exits, rows = len(subject.exit_layers), len(encoded)
-    logits = np.zeros((exits, rows, subject.config.num_labels), dtype=np.float32)
-    uncertainty = np.zeros((exits, rows), dtype=np.float32) if subject.config.learned_exit_head else None
-    for batch in sorted_batches(encoded.lengths, subject.batch_size):
-        inputs = inputs_of(collate(encoded, batch, subject.tokenizer, subject.model.device))
-        output = subject.model(**inputs, **setting.sub_network, exit_policy=NEVER)
-        logits[:, batch] = torch.stack(output.exit_logits).float().cpu().numpy()
-        if uncertainty is not None:
-            uncertainty[:, batch] = output.exit_uncertainty.float().cpu().numpy()
-    return Outputs(logits, uncertainty)
+    return observe(subject.model, encoded, subject.tokenizer, subject.batch_size, Accelerator(), **setting.sub_network)
 
 
-def leave(subject: Subject, setting: Setting, outputs: Outputs) -> tuple[np.ndarray, np.ndarray]:
+def leave(subject: Subject, setting: Setting, outputs: Observed) -> tuple[np.ndarray, np.ndarray]:
     """What a setting answers, logits (rows, labels), and the layer, from 1, that each row leaves at (rows,)."""
     if setting.exit_layer is not None:
         at = subject.exit_layers.index(setting.exit_layer)
@@ -123,7 +106,7 @@ def _quality(subject: Subject, logits: np.ndarray, encoded: Encoded) -> float:
 def write_point(
     subject: Subject,
     setting: Setting,
-    outputs: Outputs,
+    outputs: Observed,
     encoded: Encoded,
     folder: Path,
     classes: Sequence[str],

@@ -8,14 +8,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, logging
+from transformers import AutoConfig
 
 from elastic_model.folders import claim_folder
 from elastic_model.provenance import file_hash
+from elastic_model.subnetworks import constant_rate
 from finetune.elue.config import RunOptions
 from finetune.elue.costs import ModuleCost, table_of
 from finetune.elue.jobs import Job, check_jobs, jobs_of, layers_of, subject_of, training_of, words, write_labels
-from finetune.elue.methods import METHODS, Method, Setting, chosen_methods, constant_share
+from finetune.elue.methods import METHODS, Method, Setting, chosen_methods
 from finetune.elue.points import Subject, choose_settings, outputs_of, write_point
 from finetune.elue.results import is_made, make, publish, reference_of, result_of
 from finetune.elue.scoring import Result
@@ -97,7 +98,7 @@ def _points(
         settings = method.settings(subject.config, options)
     else:
         shares = options.shares if method.lengths_and_depths else [1.0]
-        lengths = [constant_share(share, subject.config.num_hidden_layers) for share in shares]
+        lengths = [constant_rate(share, subject.config.num_hidden_layers) for share in shares]
         settings = choose_settings(
             subject, policy or "", lengths, splits["dev"], options.points, method.lengths_and_depths
         )
@@ -116,8 +117,6 @@ def _result(name: str, method: Method, jobs: list[Job], folder: Path) -> Result:
 
 def run(options: RunOptions) -> int:
     """Run ELUE and print the leaderboard; exit code 0, or 143 after SIGTERM (a second call goes on)."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     methods, jobs = chosen_methods(words(options.methods)), jobs_of(options)
     check_jobs(options, jobs)
     _check(options, methods, jobs)

@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 
 import numpy as np
 
-from elastic_model.folders import new_file
+from elastic_model.folders import write_json
 from finetune.elue.tasks import answers_to, task_called
 
 FORMAT = 1
@@ -229,8 +229,7 @@ def write_result(result: Result, file: Path) -> None:
         for name, task in result.tasks.items()
     }
     content = {"format": FORMAT, "name": result.name, "note": result.note, "settings": result.settings, "tasks": tasks}
-    with new_file(file) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(file, content)
 
 
 def read_result(path: Path) -> Result:

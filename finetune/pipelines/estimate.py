@@ -5,7 +5,6 @@ A_(R+D) = A_D / A_O A_R, and likewise P; T_(E+P) = T_P / T_O T_E; T_(E+D) = t_E 
 of leaving after one layer; T_(E+DP) = T_P / T_O T_(E+D). L, Q and S multiply; P and Q together were measured as one.
 """
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from elastic_model.folders import check_file, new_file
+from elastic_model.folders import check_file, write_json
 from finetune.evaluate import table
 from finetune.pipelines.config import EstimateOptions
 from finetune.pipelines.letters import NOTHING, name_of, parse
@@ -224,5 +223,4 @@ def estimate(options: EstimateOptions) -> None:
             points = f"{100 * error['quality']:.2f} points in {metric}"
             print(f"measured too: median error {error['time']:.1%} in time, {points}")
     if options.output:
-        with new_file(Path(options.output)) as new:
-            new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(Path(options.output), result)

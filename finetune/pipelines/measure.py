@@ -24,9 +24,8 @@ from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from elastic_model.session import ElasticSession, Encoding
 from finetune.evaluate import outcome
 from finetune.explore import encodings_of
-from finetune.pipelines.answers import read_answers
 from finetune.pipelines.letters import checkpoint_of, letters_of, name_of, parse, prefixes, stage_of
-from finetune.pipelines.stages import RECORD, settings_of, stage_hash
+from finetune.pipelines.stages import RECORD, read_answers, settings_of, stage_hash
 from finetune.pipelines.work import Work
 from finetune.policies import Policy, candidates, choose, never
 from finetune.prepare import load_classifier, weight_files

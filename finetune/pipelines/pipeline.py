@@ -6,9 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import logging
-
-from elastic_model.folders import check_no_checkpoint, check_output, new_file, working_in
+from elastic_model.folders import check_no_checkpoint, check_output, working_in, write_json, write_text
 from elastic_model.processor import cpu_name
 from elastic_model.provenance import versions
 from finetune.evaluate import table
@@ -61,8 +59,7 @@ def write_measured(file: Path, work: Work, measurements: Iterable[Measurement]) 
         "versions": versions(),
         "measurements": [one.to_dict() for one in measurements],
     }
-    with new_file(file) as new:
-        new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(file, content)
 
 
 def known_measurements(file: Path, work: Work) -> Known:
@@ -134,8 +131,6 @@ def measured_together(work: Work, pipelines: list[str], known: Known, file: Path
 def pipeline(options: PipelineOptions) -> int:
     """Carry out the missing stages, measure all, print the table; exit code 0, or 143 after SIGTERM."""
     letters = parse(options.pipeline)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     root = Path(options.output)
     check_output(root)
     check_no_checkpoint(root)
@@ -163,6 +158,5 @@ def _report(options: PipelineOptions, work: Work, shown: list[Measurement], root
         *against_doubled(shown, options.max_length),
     ]
     text = "\n".join(lines)
-    with new_file(root / REPORT) as file:
-        file.write_text(text + "\n", encoding="utf-8")
+    write_text(root / REPORT, text + "\n")
     print("", text, f"\nstages, {MEASURED} and this table: {root}", sep="\n")

@@ -10,22 +10,26 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from accelerate import Accelerator
 from transformers import AutoConfig
 
-from elastic_model.folders import new_file, new_folder
+from elastic_model.folders import new_file, new_folder, write_json, write_text
 from elastic_model.jobs import INTERRUPTED
 from elastic_model.operating_points import OperatingPoints, checkpoint_hash
 from elastic_model.provenance import append_stage, versions
+from elastic_model.session import ElasticSession
 from export.config import ExportOptions
 from export.write import export_checkpoint, patch_config
 from finetune.config import DistillOptions, LabelledOptions, PruneOptions, SearchOptions, TaskOptions, TrainOptions
 from finetune.distill import load_teacher, settings_of_student, shallower
+from finetune.evaluate import observe, quality
 from finetune.evolution import JOURNAL
-from finetune.kinds import problem_type_of
-from finetune.pipelines.answers import answer
+from finetune.explore import observe_graph
+from finetune.kinds import answers_of, problem_type_of
 from finetune.pipelines.letters import OPERATORS, name_of
 from finetune.pipelines.work import PRUNING, Work, pruned_widths, student_layers, training_options
-from finetune.prepare import load_tokenizer
+from finetune.prepare import load_classifier, load_tokenizer
 from finetune.prune import Widths
 from finetune.run import run_folder
 from finetune.state import PROGRESS
@@ -42,7 +46,9 @@ OF_OPERATOR: dict[str, tuple[str, ...]] = {  # the options that a stage depends 
     "Q": ("max_length",),
 }
 OF_OTHERS = ("student", "multiple_of", "permitted_loss")  # which a training run has by the name, with other values
+ANSWERS = "dev.npz"  # what a stage says of every dev row at every exit, kept beside its weights
 POINTS = 24  # length configurations of the front that S chooses from
+ExitMetrics = dict[int, dict[str, float]]  # exit layer -> metric -> value
 Job = Callable[[Work, str, Path, Path], int]  # work, stage, parent folder, folder -> exit code
 
 
@@ -213,6 +219,33 @@ def read_record(work: Work, stage: str) -> dict[str, Any] | None:
     return record
 
 
+def answer(work: Work, stage: str) -> ExitMetrics:
+    """Ask a stage about dev, keep the logits of every exit beside its weights; quality by exit."""
+    folder, size = work.folder(stage), work.options.eval_batch_size
+    if "Q" in stage:
+        session = ElasticSession.from_pretrained(folder)
+        exits, seen = session.exit_layers, observe_graph(session, work.dev, size)
+        labels = work.labels_of(session.no_answer_threshold)
+    else:
+        accelerator = Accelerator()
+        model = load_classifier(folder, work.options.max_length).to(accelerator.device)
+        exits, seen = model.exit_layers, observe(model, work.dev, load_tokenizer(folder), size, accelerator)
+        labels = work.labels_of(model.config.no_answer_threshold)
+    with new_file(folder / ANSWERS) as file, file.open("wb") as kept:
+        np.savez_compressed(kept, logits=seen.logits)
+    return {
+        layer: quality(answers_of(one, work.dev, labels), work.dev, labels)
+        for layer, one in zip(exits, seen.logits, strict=True)
+    }
+
+
+def read_answers(work: Work, stage: str) -> np.ndarray:
+    """The logits of every exit on dev, (exits, rows, ..., labels)."""
+    with np.load(work.folder(stage) / ANSWERS, allow_pickle=False) as kept:
+        logits: np.ndarray = kept["logits"]
+    return logits
+
+
 def carry_out(work: Work, stage: str) -> int:
     """Make one stage if it is missing; exit code 0, or 143 where it was interrupted and may be resumed."""
     folder, parent = work.folder(stage), _parent(work, stage)
@@ -236,8 +269,7 @@ def carry_out(work: Work, stage: str) -> int:
         raise ValueError(f"{error} (of a pipeline: remove {running} to begin the stage anew)") from error
     finally:
         if code and running.is_dir():
-            with new_file(spent) as file:
-                file.write_text(f"{time.monotonic() - began:.1f}")
+            write_text(spent, f"{time.monotonic() - began:.1f}")
     if code:
         return code
     record = {
@@ -252,7 +284,6 @@ def carry_out(work: Work, stage: str) -> int:
         "settings": settings_of(work, stage),
         "versions": versions(),
     }
-    with new_file(folder / RECORD) as file:
-        file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / RECORD, record)
     shutil.rmtree(running, ignore_errors=True)
     return 0

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import t as student_t
-from transformers import logging
 
-from elastic_model.folders import check_no_checkpoint, check_output, new_file, working_in
+from elastic_model.folders import check_no_checkpoint, check_output, working_in, write_text
 from finetune.data import collate
 from finetune.evaluate import table
+from finetune.figures import plot_curves, plot_estimates
 from finetune.kinds import kind_of
 from finetune.pipelines.config import StudyOptions
 from finetune.pipelines.estimate import (
@@ -34,7 +34,6 @@ from finetune.pipelines.estimate import (
     part_of,
     parts_needed,
 )
-from finetune.pipelines.figures import plot_curves, plot_estimates
 from finetune.pipelines.letters import NOTHING, TRAINED, letters_of, name_of, parse, prefixes, stage_of
 from finetune.pipelines.measure import Measurement
 from finetune.pipelines.pipeline import MEASURED, Known, known_measurements, measured_together, write_measured
@@ -331,8 +330,7 @@ def summarise(root: Path, about: Mapping[str, Any], measurements: Sequence[Measu
     result = {**about, "metric": metric, "seeds": seeds, **answers(measured)}
     text = report(result)
     for name, content in ((RESULT, json.dumps(result, indent=1)), (REPORT, text)):
-        with new_file(root / name) as file:
-            file.write_text(content + "\n", encoding="utf-8")
+        write_text(root / name, content + "\n")
     curves = {name: [_values(one) for one in seeds.values()] for name, seeds in measured.items()
               if "E" in name and not set(name) - set(TRAINED)}  # fmt: skip
     if curves:
@@ -349,8 +347,6 @@ def study(options: StudyOptions) -> int:
         raise ValueError(f"seeds must be different numbers, at least one, got {options.seeds}")
     if options.minutes is not None and not options.minutes >= 0:  # which NaN is not either
         raise ValueError(f"minutes must be at least 0, got {options.minutes:g}")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     root = Path(options.output)
     check_output(root)
     check_no_checkpoint(root)

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from elastic_model import ElasticBertConfig
+from elastic_model.arguments import check_at_least
 from elastic_model.pretrained import elastic_config
 from finetune.config import PruneOptions, TaskOptions, TrainOptions
 from finetune.data import Encoded
@@ -72,9 +73,7 @@ def training_options(kind: type[Any], options: OperatorOptions, model: Path | st
 
 def begin(options: OperatorOptions, root: Path, letters: str) -> Work:
     """The rows read, all checked that can be before training; ValueError for what cannot be carried out."""
-    for name in NUMBERS:
-        if getattr(options, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(options, name)}")
+    check_at_least(1, options, *NUMBERS)
     if not 0 <= options.permitted_loss < 1:
         raise ValueError(f"permitted_loss must be from 0 to 1 (1 % is 0.01), got {options.permitted_loss}")
     training = training_options(TrainOptions, options, options.model, root, temperature=options.temperature)

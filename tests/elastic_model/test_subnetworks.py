@@ -5,7 +5,7 @@ import random
 import pytest
 
 from elastic_model.checks import check_layer_config, check_length_config
-from elastic_model.subnetworks import sample_layers, sample_lengths, sandwich, smallest_lengths
+from elastic_model.subnetworks import constant_rate, sample_layers, sample_lengths, sandwich
 
 
 def test_sampled_lengths_stay_between_the_smallest_and_full():
@@ -15,11 +15,11 @@ def test_sampled_lengths_stay_between_the_smallest_and_full():
         assert check_length_config(lengths, 12) == lengths
         steps = zip([1.0, *lengths], lengths, strict=False)
         assert all(0.8 * before <= after <= before for before, after in steps)
-        assert all(low <= length for low, length in zip(smallest_lengths(12), lengths, strict=True))
+        assert all(low <= length for low, length in zip(constant_rate(0.8, 12), lengths, strict=True))
 
 
 def test_the_smallest_lengths_fall_by_a_constant_share():
-    assert smallest_lengths(3) == pytest.approx([0.8, 0.64, 0.512])
+    assert constant_rate(0.8, 3) == pytest.approx([0.8, 0.64, 0.512])
 
 
 def test_layers_are_left_out_as_often_as_said():
@@ -35,13 +35,13 @@ def test_one_layer_is_always_left():
 
 def test_the_sandwich_is_a_function_of_the_draw():
     first, second = (sandwich(6, 2, random.Random("0 7")) for _ in range(2))
-    assert first == second and len(first) == 3 and first[0].length_config == smallest_lengths(6)
+    assert first == second and len(first) == 3 and first[0].length_config == constant_rate(0.8, 6)
     assert sandwich(6, 2, random.Random("0 8")) != first
 
 
 def test_without_the_sandwich_rule_all_are_sampled():
     students = sandwich(6, 2, random.Random(1), smallest=False, layer_drop=0.0)
-    assert len(students) == 3 and smallest_lengths(6) not in [student.length_config for student in students]
+    assert len(students) == 3 and constant_rate(0.8, 6) not in [student.length_config for student in students]
     assert all(student.layer_config == [1, 2, 3, 4, 5, 6] for student in students)
     only_layers = sandwich(6, 2, random.Random(1), length_drop=0.0)
     assert all(student.length_config == [1.0] * 6 for student in only_layers)

@@ -86,12 +86,12 @@ def test_operating_points_travel_with_the_weights_they_belong_to(lively_checkpoi
 
 def test_a_float32_graph_that_differs_is_not_kept(lively_checkpoint, tmp_path, monkeypatch):
     """The third layer's feed-forward is off by a thousandth: the check names that exit, and nothing is written."""
-    exact = arithmetic.product_float32
+    exact = arithmetic.ARITHMETICS["model"].product
 
     def slightly_off(graph, tokens, name, weight):
         return exact(graph, tokens, name, weight * (1.001 if "layer.2.intermediate" in name else 1))
 
-    broken = arithmetic.Arithmetic(slightly_off, arithmetic.lookup_float32)
+    broken = arithmetic.Arithmetic(slightly_off, arithmetic.ARITHMETICS["model"].lookup)
     monkeypatch.setitem(arithmetic.ARITHMETICS, "model", broken)
     with pytest.raises(ValueError, match="the exit after layer 3 is the first"):
         export_to(tmp_path / "out", lively_checkpoint)

@@ -13,9 +13,9 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from elastic_model import ElasticBertForSequenceClassification, ElasticSession
-from elastic_model.arguments import run
+from elastic_model.arguments import dispatch, run
 from elastic_model.operating_points import FILE, OperatingPoints
-from export.__main__ import export
+from export.__main__ import COMMANDS
 from finetune.__main__ import _command
 from finetune.calibrate import _check, calibrate, chosen_on
 from finetune.config import CalibrateOptions
@@ -87,7 +87,7 @@ def test_unlabelled_texts_against_an_original(checkpoint, small_task, texts, tmp
 
 
 def test_an_exported_folder_is_calibrated_on_what_it_serves(checkpoint, small_task, texts, tmp_path, capsys):
-    assert run(lambda: export([str(checkpoint), str(tmp_path / "exported")])) == 0
+    assert run(lambda: dispatch(COMMANDS, [str(checkpoint), str(tmp_path / "exported")], "export")) == 0
     calibrate(options_of(tmp_path / "exported", small_task))
     session = ElasticSession.from_pretrained(tmp_path / "exported")
     point, lines = session.points.at("calibrated"), texts.read_text().splitlines()
@@ -119,7 +119,7 @@ def test_an_export_that_drops_tokens_is_held_against_the_full_model(
         batch = tiny_tokenizer(lines, padding=True, return_tensors="pt")
         shorter.classifiers.at(4).bias -= shorter(**batch, exit_policy={"name": "never"}).logits.mean(0)
     shorter.save_pretrained(checkpoint)
-    assert run(lambda: export([str(checkpoint), str(tmp_path / "exported")])) == 0
+    assert run(lambda: dispatch(COMMANDS, [str(checkpoint), str(tmp_path / "exported")], "export")) == 0
     session = ElasticSession.from_pretrained(tmp_path / "exported")
     whole = session.exit_logits(lines, length_config=[1.0] * 4)[-1].argmax(-1)
     differing = (session.exit_logits(lines)[-1].argmax(-1) != whole).mean()
@@ -130,7 +130,7 @@ def test_an_export_that_drops_tokens_is_held_against_the_full_model(
 
 def test_an_export_reads_its_rows_whole(checkpoint, small_task, tmp_path, capsys):
     """Its costs, and what a reference read, were of rows cut at --max_length."""
-    assert run(lambda: export([str(checkpoint), str(tmp_path / "exported")])) == 0
+    assert run(lambda: dispatch(COMMANDS, [str(checkpoint), str(tmp_path / "exported")], "export")) == 0
     calibrate(options_of(tmp_path / "exported", small_task, max_length=8))
     cut = OperatingPoints.load(tmp_path / "exported").points
     assert "note: an exported folder reads up to 64 tokens" in capsys.readouterr().out
@@ -146,7 +146,7 @@ def test_points_of_other_weights_are_replaced(checkpoint, small_task, tmp_path, 
     calibrate(options_of(checkpoint, small_task))
     assert OperatingPoints.load(checkpoint) == table
     exported = tmp_path / "exported"  # its session was opened with them
-    assert run(lambda: export([str(checkpoint), str(exported)])) == 0
+    assert run(lambda: dispatch(COMMANDS, [str(checkpoint), str(exported)], "export")) == 0
     for stale in (replace(table, checkpoint="0" * 64), replace(table, policy={"name": "margin", "threshold": 1.0})):
         stale.save(exported)
         calibrate(options_of(exported, small_task, max_length=64))
@@ -189,7 +189,7 @@ def test_rows_that_chose_the_checkpoint_are_told(trained, tmp_path, capsys):
     assert "warning: the stage 'finetune' of this checkpoint was trained or chosen on" in capsys.readouterr().out
     calibrate(CalibrateOptions(model=str(folder), dev=trained.test or trained.dev.replace("dev", "test"), **own))
     assert "warning" not in capsys.readouterr().out
-    assert run(lambda: export([str(folder), str(tmp_path / "exported")])) == 0
+    assert run(lambda: dispatch(COMMANDS, [str(folder), str(tmp_path / "exported")], "export")) == 0
     calibrate(
         CalibrateOptions(model=str(tmp_path / "exported"), dev=trained.dev, **own)
     )  # reads longer rows than train
@@ -280,7 +280,7 @@ def test_regression_within_a_tolerance(tiny_config, tiny_tokenizer, small_task, 
     model.config.exit_policy = {"name": "patience", "patience": 2, "threshold": 0.5}
     model.save_pretrained(tmp_path / "checkpoint")
     (tmp_path / "checkpoint" / FILE).unlink()
-    assert run(lambda: export([str(tmp_path / "checkpoint"), str(tmp_path / "exported")])) == 0
+    assert run(lambda: dispatch(COMMANDS, [str(tmp_path / "checkpoint"), str(tmp_path / "exported")], "export")) == 0
     for folder in (tmp_path / "exported", tmp_path / "checkpoint"):
         calibrate(replace(options, model=str(folder)))
         assert OperatingPoints.load(folder).policy["patience"] == 2

@@ -38,13 +38,13 @@ def test_grouping_by_length_saves_most_of_the_padding():
 
 def test_rows_longer_than_the_length_are_cut_and_counted(tiny_tokenizer):
     texts = ["the harvest " * 20, "the harvest", "a treaty"]
-    encoded = encode(examples_of(texts), np.zeros(3), tiny_tokenizer, max_length=12)
+    encoded = encode(examples_of(texts), tiny_tokenizer, 12, np.zeros(3))
     assert encoded.cut == 1 and max(encoded.lengths) == 12 and len(encoded) == 3
     assert encoded.rows[0]["input_ids"][-1] == tiny_tokenizer.sep_token_id
 
 
 def test_a_batch_is_padded_to_its_longest_row(tiny_tokenizer):
-    encoded = encode(examples_of(["the harvest of this year", "a treaty"]), np.array([1, 0]), tiny_tokenizer, 32)
+    encoded = encode(examples_of(["the harvest of this year", "a treaty"]), tiny_tokenizer, 32, np.array([1, 0]))
     batch = collate(encoded, [1, 0], tiny_tokenizer, torch.device("cpu"))
     assert batch["input_ids"].shape == (2, max(encoded.lengths))
     assert batch["attention_mask"].sum(1).tolist() == [encoded.lengths[1], encoded.lengths[0]]
@@ -52,5 +52,5 @@ def test_a_batch_is_padded_to_its_longest_row(tiny_tokenizer):
 
 
 def test_pairs_carry_token_types(tiny_tokenizer):
-    encoded = encode(examples_of(["the army"], ["the revenue"]), np.zeros(1), tiny_tokenizer, 32)
+    encoded = encode(examples_of(["the army"], ["the revenue"]), tiny_tokenizer, 32, np.zeros(1))
     assert set(encoded.rows[0]["token_type_ids"]) == {0, 1}

@@ -19,14 +19,15 @@ from elastic_model import (
     ElasticBertForSequenceClassification,
     ElasticBertForTokenClassification,
 )
-from elastic_model.arguments import run
+from elastic_model.arguments import dispatch, run
 from elastic_model.checks import check_length_config
+from elastic_model.cost import mean_flops
 from elastic_model.folders import MARKER
 from elastic_model.operating_points import OperatingPoint, OperatingPoints, checkpoint_hash
 from elastic_model.session import ElasticSession
-from export.__main__ import export
+from export.__main__ import COMMANDS
 from export.write import patch_config
-from finetune.by_row import by_row, explore_batch_by_row, explore_by_row, fit_share, mean_cost
+from finetune.by_row import by_row, explore_batch_by_row, explore_by_row, fit_share
 from finetune.candidates import STEPS, constant_ratio, crossover, initial, mutate, offspring, shares
 from finetune.config import EvaluateOptions, SearchOptions
 from finetune.evaluate import evaluate
@@ -221,7 +222,7 @@ def test_rows_choose_their_lengths_at_the_cost_of_searched_ones(checkpoint, smal
     work, _ = prepare(options)
     how = (work.model, work.encoded, work.tokenizer, 8)
     _, kept = explore_by_row(*how, by_row(work.model, 0.8))
-    cost = mean_cost(work.model, work.encoded, range(40), kept)
+    cost = mean_flops(work.model.config, work.encoded.lengths[:40], head=work.encoded.head, kept=kept)
     assert 0.8 - 1 / 256 <= fit_share(*how, cost, {}) <= 0.8 + 1 / 256
     with pytest.raises(ValueError, match="rows that choose their own lengths cost at least"):
         fit_share(*how, 1.0, {})
@@ -232,7 +233,7 @@ def test_rows_choose_their_lengths_at_the_cost_of_searched_ones(checkpoint, smal
     data = {"dev": options.dev, "text": "text", "label": "label", "split": "dev", "max_length": 32}
     evaluate(EvaluateOptions(model=str(checkpoint), **data))
     assert "MFLOPs a row" in capsys.readouterr().out
-    assert not run(lambda: export([str(checkpoint), str(tmp_path / "exported")]))
+    assert not run(lambda: dispatch(COMMANDS, [str(checkpoint), str(tmp_path / "exported")], "export"))
     session = ElasticSession.from_pretrained(tmp_path / "exported", "model")
     texts = read_examples(chosen_task(options), "dev").texts
     for name, point in own.items():  # as PyTorch measured it
@@ -263,7 +264,7 @@ def test_a_damaged_journal_is_named(tmp_path):
 
 
 def test_latency_as_the_cost(checkpoint, small_task, tmp_path):
-    run(lambda: export([str(checkpoint), str(tmp_path / "exported")]))
+    run(lambda: dispatch(COMMANDS, [str(checkpoint), str(tmp_path / "exported")], "export"))
     options = options_of(checkpoint, small_task, tmp_path / "out", latency=str(tmp_path / "exported"), latency_rows=8)
     search(options)
     for folder in (checkpoint, tmp_path / "exported"):
@@ -286,7 +287,7 @@ def test_latency_as_the_cost(checkpoint, small_task, tmp_path):
 
 def test_answers_of_the_exported_graph_can_be_searched(checkpoint, small_task, tmp_path):
     exported = tmp_path / "exported"
-    assert not run(lambda: export([str(checkpoint), str(exported)]))
+    assert not run(lambda: dispatch(COMMANDS, [str(checkpoint), str(exported)], "export"))
     options = options_of(checkpoint, small_task, tmp_path / "out", graph=str(exported), iterations=1)
     work, _ = prepare(options)
     session, configurations = ElasticSession.from_pretrained(exported, "model"), [(20, 12, 9, 9), (20,) * 4]
@@ -307,7 +308,7 @@ def test_a_file_that_stops_early_is_searched_to_its_last_exit(checkpoint, small_
     """Its exits above the default said NaN, whose argmax was the first class."""
     patch_config(checkpoint, {"exit_policy": {"name": "constant", "layer": 2}})
     exported = tmp_path / "exported"
-    assert not run(lambda: export([str(checkpoint), str(exported)]))
+    assert not run(lambda: dispatch(COMMANDS, [str(checkpoint), str(exported)], "export"))
     search(options_of(checkpoint, small_task, tmp_path / "out", graph=str(exported), iterations=0))
     work, _ = prepare(options_of(checkpoint, small_task, tmp_path / "out", graph=str(exported)))
     served = work.graph.exit_logits(work.examples.texts)[-1].argmax(1)
@@ -349,7 +350,7 @@ def test_another_policy_is_not_resumed_with(checkpoint, small_task, tmp_path):
 def test_the_policy_of_the_points_counts_where_the_configuration_has_none(checkpoint, small_task, tmp_path):
     """As it does in an export: a search of its graph could not agree with it."""
     search(options_of(checkpoint, small_task, tmp_path / "out", iterations=0, exit_policy="confidence"))
-    assert not run(lambda: export([str(checkpoint), str(tmp_path / "exported")]))
+    assert not run(lambda: dispatch(COMMANDS, [str(checkpoint), str(tmp_path / "exported")], "export"))
     options = options_of(checkpoint, small_task, tmp_path / "again", iterations=0, graph=str(tmp_path / "exported"))
     search(options)
     assert OperatingPoints.load(checkpoint).policy["name"] == "confidence"
@@ -378,7 +379,7 @@ def test_words_and_questions_are_timed(tiny_config, tiny_tokenizer, tmp_path):
     model.config.id2label, model.config.label2id = {0: "B-x", 1: "I-x", 2: "O"}, {"B-x": 0, "I-x": 1, "O": 2}
     model.save_pretrained(tmp_path / "checkpoint")
     tiny_tokenizer.save_pretrained(tmp_path / "checkpoint")
-    assert not run(lambda: export([str(tmp_path / "checkpoint"), str(tmp_path / "exported")]))
+    assert not run(lambda: dispatch(COMMANDS, [str(tmp_path / "checkpoint"), str(tmp_path / "exported")], "export"))
     own = {"dev": str(tmp_path / "dev.conll"), "text": "1", "label": "2", "latency": str(tmp_path / "exported")}
     options = options_of(tmp_path / "checkpoint", tmp_path, tmp_path / "out", **own, max_length=16)
     work, _ = prepare(options)

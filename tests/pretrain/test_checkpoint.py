@@ -23,7 +23,7 @@ def trained(options):
     """A model and an optimizer after two updates, and how to make their like."""
     config = options()
     tokenizer = prepare(config).tokenizer
-    accelerator = start_accelerator(config, config.output)
+    accelerator = start_accelerator(config.precision, config.tracker, config.output)
 
     def make(checkpoint=None):
         model = build_model(config, tokenizer, torch.zeros(len(tokenizer)))

@@ -23,7 +23,12 @@ def parts(options):
     corpus = prepare(config)
     held_out = Examples(corpus, config, held_out=True)
     unigram = unigram_losses(Examples(corpus, config, held_out=False).token_counts())
-    return start_accelerator(config, config.output), build_model(config, corpus.tokenizer, unigram), held_out, unigram
+    return (
+        start_accelerator(config.precision, config.tracker, config.output),
+        build_model(config, corpus.tokenizer, unigram),
+        held_out,
+        unigram,
+    )
 
 
 def test_unigram_losses_are_minus_log_of_a_distribution():

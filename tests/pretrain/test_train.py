@@ -108,7 +108,10 @@ def test_a_sandwich_is_in_the_log_and_in_the_parameters(options, tmp_path):
 
 def test_students_are_functions_of_seed_and_step(options):
     config = options(length_drop=0.2, num_hidden_layers=3, exit_groups=1)
-    runs = [Run(config, start_accelerator(config, config.output), prepare(config)) for _ in range(2)]
+    runs = [
+        Run(config, start_accelerator(config.precision, config.tracker, config.output), prepare(config))
+        for _ in range(2)
+    ]
     drawn = []
     for step in range(3):
         for run in runs:
@@ -132,7 +135,7 @@ def test_a_weighting_of_the_last_exit_computes_no_other(options):
 def test_model_flops_are_those_of_the_exits_computed(options):
     """Against the matrix products that PyTorch counts; attention in the form that it can count."""
     config = options(num_hidden_layers=4, short_probability=0.0, batch_size=4)
-    run = Run(config, start_accelerator(config, config.output), prepare(config))
+    run = Run(config, start_accelerator(config.precision, config.tracker, config.output), prepare(config))
     model = run.plain_model
     model.set_attn_implementation("eager")
     (batch,) = run.batches[0]
@@ -176,7 +179,7 @@ def test_training_learns_more_than_frequencies(options):
 
 def test_a_new_model_starts_at_the_unigram_distribution(options):
     config = options()
-    run = Run(config, start_accelerator(config, config.output), prepare(config))
+    run = Run(config, start_accelerator(config.precision, config.tracker, config.output), prepare(config))
     counts = run.train_examples.token_counts() + 1
     assert run.plain_model.predictions.decoder.bias.detach().exp().numpy() == pytest.approx(
         counts / counts.sum(), rel=1e-4
@@ -189,7 +192,7 @@ def test_the_loss_of_an_update_does_not_depend_on_micro_batches(options, sandwic
     gradients = []
     for micro in (8, 4, 1):
         config = options(micro_batch_size=micro, dropout=0.0, exit_groups=1, **sandwich)
-        run = Run(config, start_accelerator(config, config.output), prepare(config))
+        run = Run(config, start_accelerator(config.precision, config.tracker, config.output), prepare(config))
         batches = run.batches[0]
         masked, pairs, *_ = run._global_counts(batches)
         run._backward(batches, masked, pairs)
@@ -304,7 +307,7 @@ def test_new_heads_of_a_warm_start_have_the_deviation_asked_for(options, tmp_pat
 
 def test_a_loss_that_is_not_finite_is_skipped_and_counted(options):
     config = options(max_skipped=3)
-    run = Run(config, start_accelerator(config, config.output), prepare(config))
+    run = Run(config, start_accelerator(config.precision, config.tracker, config.output), prepare(config))
     run.update(run.batches[0])
     before = {name: parameter.clone() for name, parameter in run.plain_model.named_parameters()}
     broken = run.plain_model.elasticbert.embeddings.LayerNorm.bias
@@ -343,7 +346,7 @@ def test_learning_rate_warms_up_and_decays(options):
 
 def test_biases_and_norms_are_not_decayed(options):
     config = options(weight_decay=0.1)
-    run = Run(config, start_accelerator(config, config.output), prepare(config))
+    run = Run(config, start_accelerator(config.precision, config.tracker, config.output), prepare(config))
     names = {parameter: name for name, parameter in run.plain_model.named_parameters()}
     optimizer = build_optimizer(run.plain_model, config)
     decayed, exempt = ([names[one] for one in group["params"]] for group in optimizer.param_groups)
@@ -356,7 +359,7 @@ def test_biases_and_norms_are_not_decayed(options):
 def test_gradients_are_clipped_to_the_norm_asked_for(options):
     """With plain descent in place of AdamW, the step is the rate times the clipped gradient."""
     config = options(clip_norm=0.01, dropout=0.0)
-    run = Run(config, start_accelerator(config, config.output), prepare(config))
+    run = Run(config, start_accelerator(config.precision, config.tracker, config.output), prepare(config))
     before = {name: parameter.detach().clone() for name, parameter in run.plain_model.named_parameters()}
     run.engine.optimizer = torch.optim.SGD(run.plain_model.parameters(), lr=0.0)
     run.update(run.batches[0])
@@ -372,7 +375,9 @@ def test_a_warm_start_leaves_the_operating_point_behind(options, tmp_path):
         tmp_path / "first", {"length_config": [0.5, 0.2], "exit_policy": {"name": "entropy", "threshold": 0.3}}
     )
     config = options(init_from=tmp_path / "first")
-    model = Run(config, start_accelerator(config, config.output), prepare(config)).plain_model
+    model = Run(
+        config, start_accelerator(config.precision, config.tracker, config.output), prepare(config)
+    ).plain_model
     assert model.config.length_config is None and model.config.exit_policy is None
 
 
@@ -390,7 +395,9 @@ def test_a_warm_start_in_half_precision_is_trained_in_float32(options, tmp_path)
     train(options(output=tmp_path / "first", steps=1))
     ElasticBertForPreTraining.from_pretrained(tmp_path / "first").bfloat16().save_pretrained(tmp_path / "first")
     config = options(init_from=tmp_path / "first", steps=4)
-    model = Run(config, start_accelerator(config, config.output), prepare(config)).plain_model
+    model = Run(
+        config, start_accelerator(config.precision, config.tracker, config.output), prepare(config)
+    ).plain_model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
@@ -419,7 +426,7 @@ def test_a_run_is_not_put_into_a_checkpoint(options, tmp_path):
 def test_an_evaluation_takes_its_own_time_alone_from_the_speed(options, monkeypatch):
     """The window of the log began anew with it: tokens of updates before it were counted without their time."""
     config = options(evaluate_every=5, log_every=6, steps=6)
-    run = Run(config, start_accelerator(config, config.output), prepare(config))
+    run = Run(config, start_accelerator(config.precision, config.tracker, config.output), prepare(config))
     run.update(run.batches[0])
     clock = iter([100.0, 107.0])
     monkeypatch.setattr("pretrain.train.time.perf_counter", lambda: next(clock))
