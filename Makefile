@@ -73,6 +73,6 @@ arm64: $(INSTALLED)  ## (Debian 12, as root) an ARM64 Python with onnxruntime in
 data: $(INSTALLED)  ## fetch the source of the embedded data with npm and make it again, the same text byte for byte
 	$(RUN) -m benchmarks.make_data
 
-clean:  ## remove what the targets made (demo, checkpoints, builds, caches), but not .venv
-	rm -rf demo checkpoints build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+clean:  ## remove what the targets made (demo, checkpoints, release, builds, caches), but not .venv and .arm64
+	rm -rf demo checkpoints release build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

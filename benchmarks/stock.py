@@ -6,7 +6,7 @@ with. As there, the checkpoint kept is the best on dev of those after each epoch
 
 import shutil
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,12 @@ from finetune.examples import read_examples
 from finetune.kinds import answers_of
 from finetune.labels import Labels
 from finetune.prepare import chosen_task, encode_split, labels_of_training, load_tokenizer, some_rows
+
+
+@dataclass(kw_only=True)
+class StockOptions(TrainOptions):
+    """A stock BertForSequenceClassification, fine-tuned by transformers' Trainer. The flags are those of `python -m
+    finetune train`, so that both are called alike; those of exits, recipes and sub-networks mean nothing here."""
 
 
 def rows_for_trainer(encoded: Encoded) -> list[dict[str, Any]]:
@@ -118,4 +124,4 @@ def train(options: TrainOptions) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: train(parse(TrainOptions))))
+    sys.exit(run(lambda: train(parse(StockOptions))))

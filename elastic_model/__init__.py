@@ -30,7 +30,13 @@ def __getattr__(name):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if _HOME[name] in _REGISTERED:
         importlib.import_module(".auto", __name__)  # the Auto classes know ours from the first touch on
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    try:
+        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime":
+            raise
+        hint = "No module named 'onnxruntime': a session needs it, pip install \"elastic-model[serve]\""
+        raise ModuleNotFoundError(hint, name=error.name) from None
     globals()[name] = value
     return value
 

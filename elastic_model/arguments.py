@@ -18,7 +18,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import yaml
 
-from elastic_model.folders import shipped
+from elastic_model.folders import PACKAGES, shipped
 from elastic_model.jobs import INTERRUPTED
 
 Options = TypeVar("Options")
@@ -144,7 +144,9 @@ def run(command: Callable[[], int | None]) -> int:
     except Exception as error:
         if os.environ.get("ELASTIC_MODEL_TRACEBACK") == "1" or not _is_bad_input(error):
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        missing = isinstance(error, ModuleNotFoundError)
+        hint = '; install what the commands need: pip install "elastic-model[train,export]"' if missing else ""
+        print(f"error: {_one_line(error)}{hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
@@ -154,6 +156,8 @@ def run(command: Callable[[], int | None]) -> int:
 def _is_bad_input(error: Exception) -> bool:
     from huggingface_hub.errors import StrictDataclassError  # here: --help must not wait for it
 
+    if isinstance(error, ModuleNotFoundError):  # a package of an extra; one of ours would be a fault of ours
+        return (error.name or "").split(".")[0] not in PACKAGES
     return isinstance(error, ValueError | OSError | StrictDataclassError)
 
 

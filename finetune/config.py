@@ -1,6 +1,7 @@
 """Options of the commands, one dataclass each; the only place where a default of theirs stands."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, cast
 
 from elastic_model.arguments import option
@@ -15,6 +16,7 @@ OWN_HELP = (
     "of your own files (.tsv, .csv, .jsonl; .conll for tags, .json for SQuAD; also compressed), or its name in the"
     " --dataset"
 )
+LENGTH = 128  # tokens of a row, where nothing else is known
 OWN_CHECKPOINT = "task checkpoint that `python -m finetune` wrote"
 
 
@@ -22,7 +24,7 @@ OWN_CHECKPOINT = "task checkpoint that `python -m finetune` wrote"
 class ReadingOptions:
     """What every command has that reads rows."""
 
-    max_length: int = option(128, help="tokens of a row, at most; longer rows are cut")
+    max_length: int = option(LENGTH, help="tokens of a row, at most; longer rows are cut")
     eval_batch_size: int = option(64, help="rows in one forward pass of an evaluation")
     seed: int = option(0, help="seed of everything drawn: new heads, order of the rows, dropout, bootstrap")
 
@@ -220,8 +222,29 @@ class ElastifyOptions(SubnetworkOptions):
     )
 
 
+def trained_length(folder: str | Path) -> int | None:
+    """The --max_length that the last stage of a checkpoint read its rows with; None where no record says it."""
+    from elastic_model.provenance import read_provenance  # here: --help must not wait for it
+
+    stated = [stage.settings["max_length"] for stage in read_provenance(folder) if "max_length" in stage.settings]
+    return stated[-1] if stated else None
+
+
 @dataclass(kw_only=True)
-class EvaluateOptions(TaskOptions):
+class CheckpointOptions(TaskOptions):
+    """What the commands share that measure a task checkpoint: its rows are read as in its training."""
+
+    max_length: int = option(
+        None, help="tokens of a row, at most; longer rows are cut (default: as many as in the checkpoint's training)"
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_length is None:
+            self.max_length = trained_length(self.model) or LENGTH
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions(CheckpointOptions):
     """Quality of a task checkpoint at every exit and over a sweep of exit thresholds."""
 
     model: str = option(help=OWN_CHECKPOINT, positional=True)
@@ -237,7 +260,7 @@ class EvaluateOptions(TaskOptions):
 
 
 @dataclass(kw_only=True)
-class CalibrateOptions(TaskOptions):
+class CalibrateOptions(CheckpointOptions):
     """Choose exit thresholds with a guarantee: rarely another answer than the full model's."""
 
     model: str = option(help="task checkpoint, or a folder that `python -m export` wrote", positional=True)
@@ -267,7 +290,7 @@ class CalibrateOptions(TaskOptions):
 
 
 @dataclass(kw_only=True)
-class SearchOptions(TaskOptions):
+class SearchOptions(CheckpointOptions):
     """Search the best length configurations and exit thresholds at every cost; they become operating points."""
 
     model: str = option(help=OWN_CHECKPOINT, positional=True)

@@ -16,9 +16,9 @@ from elastic_model.configuration_elasticbert import pooling_with_new_exits
 from elastic_model.losses import exit_weights
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from elastic_model.pretrained import elastic_config
-from elastic_model.provenance import file_hash, read_provenance
+from elastic_model.provenance import file_hash
 from finetune import questions
-from finetune.config import LabelledOptions, LoopOptions, TaskOptions, TrainOptions
+from finetune.config import LabelledOptions, LoopOptions, TaskOptions, TrainOptions, trained_length
 from finetune.data import Encoded
 from finetune.examples import Examples, check_shape, find_problem_type
 from finetune.kinds import KINDS, kind_of, problem_type_of
@@ -247,15 +247,13 @@ def load_classifier(folder: Path, max_length: int) -> ElasticBertExitModel:
     if config.model_type != ElasticBertConfig.model_type or problem_type is None:
         found = ", ".join(config.architectures or []) or config.model_type
         raise ValueError(f"model folder {folder} holds {found}, not a classifier made by `python -m finetune train`")
-    trained = [stage.settings["max_length"] for stage in read_provenance(folder) if "max_length" in stage.settings][
-        -1:
-    ]
+    trained = trained_length(folder)
     try:
         check_length(config, max_length)
     except ValueError as error:
-        raise ValueError(f"{error}; {folder} was trained at {trained[0]}" if trained else str(error)) from None
-    if trained and trained[0] != max_length:
-        print(f"note: {folder} was trained at --max_length {trained[0]}, it is read at {max_length}")
+        raise ValueError(f"{error}; {folder} was trained at {trained}" if trained else str(error)) from None
+    if trained not in (None, max_length):
+        print(f"note: {folder} was trained at --max_length {trained}, it is read at {max_length}")
     model: ElasticBertExitModel = KINDS[problem_type].model.from_pretrained(folder, local_files_only=True)
     return model.eval()
 

@@ -6,12 +6,12 @@ from typing import Any
 
 from elastic_model.arguments import dispatch, run
 from elastic_model.jobs import ended
-from pretrain.config import EvaluateConfig, PretrainConfig, ReleaseConfig
+from pretrain.config import EvaluateConfig, PrepareConfig, PretrainConfig, ReleaseConfig
 
 # command -> its options, and the module and function that run it; "" trains
 COMMANDS: dict[str, tuple[type[Any], str, str]] = {
     "": (PretrainConfig, "pretrain.train", "train"),
-    "prepare": (PretrainConfig, "pretrain.statistics", "prepare_text"),
+    "prepare": (PrepareConfig, "pretrain.statistics", "prepare_text"),
     "evaluate": (EvaluateConfig, "pretrain.evaluate", "evaluate_checkpoint"),
     "release": (ReleaseConfig, "pretrain.release", "release"),
 }

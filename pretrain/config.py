@@ -195,6 +195,14 @@ def _source(name: str, given: Any) -> WeightedSource:
     return from_mapping(WeightedSource, given, f"mixture: {name}")
 
 
+@dataclass(kw_only=True)
+class PrepareConfig(PretrainConfig):
+    """The token shards of a run, without its training: the options of training, of which those of sources, tokenizer,
+    lengths and batches count."""
+
+    output: Path = option(Path("."), help="as in training; nothing is written there")
+
+
 @dataclass
 class EvaluateConfig:
     """Masked-token and sentence-order losses of a checkpoint at every exit on any text, always masked the same way."""

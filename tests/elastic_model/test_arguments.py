@@ -179,6 +179,23 @@ def test_run_reports_a_configuration_that_fails_its_checks_and_raises_what_is_a_
         run(lambda: {}["a defect"])
 
 
+def test_a_package_that_is_not_installed_is_named_with_what_to_install(capsys):
+    def command():
+        raise ModuleNotFoundError("No module named 'onnx.helper'", name="onnx.helper")
+
+    assert run(command) == 2
+    assert capsys.readouterr().err == (
+        "error: No module named 'onnx.helper'; install what the commands need: pip install "
+        '"elastic-model[train,export]"\n'
+    )
+
+    def defect():
+        raise ModuleNotFoundError("No module named 'finetune.gone'", name="finetune.gone")
+
+    with pytest.raises(ModuleNotFoundError):
+        run(defect)
+
+
 def test_run_shows_the_traceback_on_request(monkeypatch):
     monkeypatch.setenv("ELASTIC_MODEL_TRACEBACK", "1")
     with pytest.raises(ValueError, match="detail"):

@@ -394,3 +394,13 @@ def test_threads_respect_the_container(monkeypatch, tmp_path):
     for content, cores in [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1)]:
         quota.write_text(content)
         assert processor.available_cores() == cores
+
+
+def test_without_onnxruntime_a_session_says_what_to_install(tmp_path):
+    code = (
+        "import sys; sys.modules['onnxruntime'] = None\n"
+        "try:\n    from elastic_model import ElasticSession\n"
+        "except ModuleNotFoundError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.getcwd())
+    assert 'pip install "elastic-model[serve]"' in done.stdout, done.stderr

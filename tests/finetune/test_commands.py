@@ -19,7 +19,7 @@ from elastic_model import ElasticBertForPreTraining, ElasticBertForSequenceClass
 from elastic_model.arguments import run
 from export.write import patch_config
 from finetune.__main__ import _command
-from finetune.config import EvaluateOptions
+from finetune.config import CalibrateOptions, EvaluateOptions, SearchOptions
 from finetune.evaluate import evaluate
 from finetune.prepare import check_length, check_metric
 
@@ -324,6 +324,13 @@ def test_a_learned_head_is_asked_at_the_lengths_given(trained, small_task, tmp_p
     with torch.inference_mode():
         left = model(**batch, length_config=lengths).exit_layers
     assert [int(row[3]) for row in rows] == left.tolist()
+
+
+def test_a_checkpoint_is_read_at_the_length_of_its_training(trained, small_task, tmp_path):
+    for kind in (EvaluateOptions, SearchOptions, CalibrateOptions):
+        assert kind(model=trained.output).max_length == 32
+        assert kind(model=trained.output, max_length=24).max_length == 24
+        assert kind(model=str(tmp_path)).max_length == 128
 
 
 def test_another_length_than_in_training_is_told(trained, small_task, capsys):

@@ -198,3 +198,9 @@ def test_a_launcher_that_starts_fewer_processes_than_asked_for_is_refused(option
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert "asked for several processes on a CPU but starts one" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_text_is_prepared_without_an_output(corpus_file, cache, monkeypatch, capsys):
+    flags = ("--text", corpus_file, "--cache", cache, "--vocab-size", 160, "--batch-size", 8, "--max-length", 24)
+    monkeypatch.setattr(sys, "argv", ["pretrain", "prepare", *map(str, flags)])
+    assert main() == 0 and "480" in capsys.readouterr().out
