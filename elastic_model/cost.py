@@ -4,6 +4,7 @@ One multiply-add counts as 2 FLOPs; matrix products only, as ELUE (Liu et al. 20
 (2021) count. An embedding lookup is no product and costs nothing.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -113,13 +114,18 @@ def mean_flops(
     length_config=None,
     head: str = "sequence",
     kept: np.ndarray | torch.Tensor | None = None,
+    **others,
 ) -> float:
     """Mean FLOPs per row of a measured distribution: each row's real tokens and the layer it left at (None = the
-    last); the other arguments as of `exit_flops`."""
+    last); the other arguments as of `exit_flops`, or layer_config and asked, as of `modules`."""
     exits = list(config.exit_layers or ())
     leaves = exits[-1:] * len(tokens) if exit_layers is None else [int(layer) for layer in exit_layers]
     if len(leaves) != len(tokens) or not set(leaves) <= set(exits):
         raise ValueError(f"exit_layers must be one of {exits} for each of {len(tokens)} rows, got {exit_layers}.")
+    if others:
+        rows = Counter(zip(tokens, leaves, strict=True))
+        how = {"length_config": length_config, "head": head, **others}
+        return sum(n * flops(config, int(one), exit_layer=at, **how) for (one, at), n in rows.items()) / len(tokens)
     places = [exits.index(layer) for layer in leaves]
     costs = exit_flops(config, tokens, length_config, head, kept)
     return costs[places, torch.arange(len(places))].double().mean().item()
@@ -131,8 +137,11 @@ def parameters(config: ElasticBertConfig, head: str = "sequence", exit_layer: in
 
     Counts what `sum(p.numel() for p in model.parameters())` counts: tied weights once.
     """
-    exits, top = _exits_to(config, head, exit_layer)
-    width = config.hidden_size
+    exits, _ = _exits_to(config, head, None)
+    width, layers = config.hidden_size, config.num_hidden_layers
+    top = layers if exit_layer is None else exit_layer
+    if not 1 <= top <= layers:
+        raise ValueError(f"exit_layer must be 1 to {layers}, got {exit_layer}.")
     tables = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
     count = (tables + 2) * width  # and the norm
     for index in range(top):

@@ -25,6 +25,7 @@ from finetune.data import Encoded, encode, rows_of
 from finetune.evaluate import check_learned, score_of, table
 from finetune.evaluate import observe as observed_of
 from finetune.examples import read_examples
+from finetune.explore import check_finite
 from finetune.figures import plot_points
 from finetune.kinds import answers_of, problem_type_of
 from finetune.labels import Labels
@@ -105,8 +106,9 @@ def read_rows(options: CalibrateOptions, config: Any, tokenizer: PreTrainedToken
             raise ValueError(f"the {options.split} split has no rows to calibrate on")
         encoded = encode_split(examples, options.split, task, labels, tokenizer, options.max_length)
         return Rows(Texts(examples.texts, examples.pairs), encoded, labels, True)
-    if options.task or options.dataset:
-        raise ValueError("--texts are calibrated on without labels: leave --task and --dataset away")
+    unread = ("task", "dataset", "train", "dev", "test", "label", "problem_type")
+    if given := [f"--{name}" for name in unread if getattr(options, name)]:
+        raise ValueError(f"--texts are calibrated on without a task and its labels: leave {', '.join(given)} away")
     problem_type = problem_type_of(config)
     if problem_type not in SEQUENCES:
         raise ValueError(f"--texts calibrate classifiers and regression; a model for {problem_type} needs a task")
@@ -145,6 +147,7 @@ def observe(options: CalibrateOptions, rows: Rows, session: ElasticSession | Non
     if rows.texts.pairs:
         texts = list(zip(rows.texts.texts, rows.texts.pairs, strict=True))
     logits, shortened = session.exit_logits(texts, length_config=lengths), lengths or session.lengths
+    check_finite(logits, "the exported file's")
     if shortened == [1.0] * len(shortened):
         return Served(logits, logits[-1])
     return Served(logits, session.exit_logits(texts, length_config=[1.0] * session.layers)[-1])
@@ -172,7 +175,7 @@ def reference_answers(options: CalibrateOptions, rows: Rows, full: np.ndarray) -
 def differing(answers: np.ndarray, reference: np.ndarray, tolerance: float | None) -> np.ndarray:
     """Which examples are answered otherwise: (examples,) booleans; numbers further apart than the tolerance."""
     if tolerance is not None:
-        return np.abs(answers - reference) > tolerance
+        return ~(np.abs(answers - reference) <= tolerance)  # what is NaN differs
     other = answers != reference
     return other if other.ndim == 1 else other.any(1)
 
@@ -386,6 +389,8 @@ def calibrate(options: CalibrateOptions) -> None:
             "calibrate at shares: --length_config, one a layer (1.0: all tokens)"
         )
     points = points_of(folder)
+    if options.file and not is_artefact(folder):
+        raise ValueError(f"--file names one of an exported folder, and {folder} is a checkpoint: leave it away")
     session = ElasticSession.from_pretrained(folder, options.file, points=False) if is_artefact(folder) else None
     if session is not None and options.max_length != session.max_tokens:
         print(f"note: an exported folder reads up to {session.max_tokens} tokens of a row, whatever --max_length")

@@ -150,7 +150,8 @@ def write_checkpoint(run: TaskRun, progress: Progress) -> None:
     run.model.load_state_dict(progress.best_weights)
     held_out = {split: rows for split, rows in run.splits.items() if split != "train"}
     how = (run.tokenizer, run.options.eval_batch_size, run.accelerator)
-    seen = {split: observe(run.model, rows, *how) for split, rows in held_out.items()}
+    # as the checkpoint will be read, whatever the precision of its training
+    seen = {split: observe(run.model, rows, *how, autocast=False) for split, rows in held_out.items()}
     logits = {split: one.logits for split, one in seen.items()}
     if not run.accelerator.is_main_process:
         return

@@ -312,7 +312,9 @@ class SearchOptions(CheckpointOptions):
     smallest_ratio: float = option(0.8, help="smallest of their ratios: what LengthDrop's smallest sub-network keeps")
     points: int = option(16, help="operating points kept of the front, at most")
     by_row: bool = option(
-        False, help="beside each point that drops tokens, one at its cost whose rows choose their own lengths"
+        False,
+        help="beside each point that drops tokens, one whose rows choose their own lengths, at what its lengths cost"
+        " at full depth",
     )
     eval_batch_size: int = option(16, help="rows in one forward pass: few share most, of like length")
     precision: Literal["no", "bf16"] = option("no", help="bf16: passes in mixed precision, for machines fast at it")

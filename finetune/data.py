@@ -71,13 +71,25 @@ def rows_of(encoding: Any) -> list[dict[str, list[int]]]:
     return [dict(zip(names, row, strict=True)) for row in zip(*(encoding[name] for name in names), strict=True)]
 
 
+def check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    """ValueError for a tokenizer that does not say where in the text its tokens lie."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"tags and questions need a fast tokenizer (of the library tokenizers), got {type(tokenizer).__name__}"
+        )
+
+
 def encode(
     examples: Examples | Texts, tokenizer: PreTrainedTokenizerBase, max_length: int, labels: np.ndarray | None = None
 ) -> Encoded:
     """Texts tokenised, with labels where there are some; a longer row is cut to `max_length` tokens (of a pair, the
     longer text first)."""
     encoding = tokenizer(examples.texts, examples.pairs, truncation=True, max_length=max_length)
-    cut = sum(bool(row.overflowing) for row in encoding.encodings)
+    if tokenizer.is_fast:
+        cut = sum(bool(row.overflowing) for row in encoding.encodings)
+    else:
+        whole = tokenizer(examples.texts, examples.pairs, truncation=False, verbose=False)
+        cut = sum(len(ids) > max_length for ids in whole["input_ids"])
     if labels is None:
         return Encoded(rows_of(encoding), {}, np.empty((len(examples), 0)), cut)
     return Encoded(rows_of(encoding), {"labels": labels}, labels, cut)

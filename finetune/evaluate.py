@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,16 +73,18 @@ def observe(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     accelerator: Accelerator,
+    autocast: bool = True,
     **sub_network: Any,
 ) -> Observed:
-    """What every exit says of all rows; each process computes its share of the batches. sub_network: length_config and
-    layer_config as `forward` takes them, by default the checkpoint's own."""
+    """What every exit says of all rows; each process computes its share of the batches. autocast: in the precision of
+    the accelerator, else as the weights are. sub_network: length_config and layer_config as `forward` takes them, by
+    default the checkpoint's own."""
     was_training = model.training
     model.eval()
     parts = []
     for rows in sorted_batches(encoded.lengths, batch_size)[accelerator.process_index :: accelerator.num_processes]:
         batch = inputs_of(collate(encoded, rows, tokenizer, accelerator.device))
-        with accelerator.autocast():
+        with accelerator.autocast() if autocast else nullcontext():
             output = model(**batch, exit_policy={"name": "never"}, **sub_network)
         doubt = output.exit_uncertainty
         parts.append((rows, (stacked_exits(output).cpu(), None if doubt is None else doubt.cpu())))

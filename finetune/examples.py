@@ -74,7 +74,7 @@ def find_problem_type(task: Task, examples: Examples) -> ProblemType:
         return "token_classification"
     if isinstance(examples.labels[0], dict):
         return "question_answering"
-    if all(isinstance(label, list) for label in examples.labels):
+    if any(isinstance(label, list) for label in examples.labels):
         return "multi_label_classification"
     if _joined([str(label) for label in examples.labels]):
         return "multi_label_classification"
@@ -108,15 +108,24 @@ def number_of(label: Any) -> float | None:
 
 def check_shape(examples: Examples, problem_type: ProblemType) -> None:
     """ValueError where texts or labels are not of the form that the problem type has, or a class is missing."""
-    words = isinstance(examples.texts[0], list)
-    if words != (problem_type == "token_classification"):
-        found = "lists of words" if words else "texts"
-        raise ValueError(
-            f"{examples.places[0]}: {problem_type} needs {'texts' if words else 'lists of words'}, got {found}"
-        )
-    if isinstance(examples.labels[0], dict) != (problem_type == "question_answering"):
-        expected = "answers as SQuAD has them" if problem_type == "question_answering" else "labels"
-        raise ValueError(f"{examples.places[0]}: {problem_type} needs {expected}, got {examples.labels[0]!r:.80}")
+    tags, questions = problem_type == "token_classification", problem_type == "question_answering"
+    for text, place in zip(examples.texts, examples.places, strict=True):
+        if isinstance(text, list) != tags:
+            found = "texts" if tags else "lists of words"
+            raise ValueError(f"{place}: {problem_type} needs {'lists of words' if tags else 'texts'}, got {found}")
+    for pair, place in zip(examples.pairs or (), examples.places, strict=False):
+        if isinstance(pair, list):
+            raise ValueError(f"{place}: the second text must be a text, got a list: {pair!r:.80}")
+    for label, place in zip(examples.labels, examples.places, strict=True):
+        cells = label if isinstance(label, list) else [label]
+        if any(isinstance(cell, dict) for cell in cells) != questions or isinstance(label, list) and questions:
+            expected = "answers as SQuAD has them" if questions else "labels"
+            raise ValueError(f"{place}: {problem_type} needs {expected}, got {label!r:.80}")
+        one = problem_type in ("single_label_classification", "regression")  # label a row
+        if isinstance(label, list) and (one or any(cell is None or isinstance(cell, list) for cell in cells)):
+            raise ValueError(
+                f"{place}: {'a row has one label' if one else 'the labels of a row must be names'}, got {label!r:.80}"
+            )
     if problem_type in ("single_label_classification", "multi_label_classification"):
         several = problem_type == "multi_label_classification"  # of which a row may have none
         for label, place in zip(examples.labels, examples.places, strict=True):

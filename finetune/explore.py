@@ -43,10 +43,12 @@ class Observed:
         return cls(np.zeros(shape, np.float32), None if doubt is None else np.zeros(shape[:2], np.float32))
 
     def put(self, rows: list[int], said: Said) -> None:
-        """Fill in what was said of those rows."""
+        """Fill in what was said of those rows; ValueError for NaN or infinity, which no metric would show."""
         logits, doubt = said
         place: tuple = (slice(None), rows, *map(slice, logits.shape[2:-1]))
-        self.logits[place] = logits.float().cpu().numpy()
+        values = logits.float().cpu().numpy()
+        check_finite(values, "the model's")
+        self.logits[place] = values
         if self.uncertainty is not None and doubt is not None:
             self.uncertainty[:, rows] = doubt.float().cpu().numpy()
 
@@ -55,6 +57,17 @@ class Observed:
         doubts = (self.uncertainty, more.uncertainty)
         both = None if doubts[0] is None or doubts[1] is None else np.concatenate([doubts[0], doubts[1]], axis=1)
         return Observed(np.concatenate([self.logits, more.logits], axis=1), both)
+
+
+def check_finite(logits: np.ndarray, whose: str) -> None:
+    """ValueError where an exit (first axis) says NaN or infinity of a row (second axis)."""
+    wrong = ~np.isfinite(logits).all(axis=tuple(range(2, logits.ndim)))
+    if wrong.any():
+        exits = ", ".join(str(1 + number) for number in wrong.any(axis=1).nonzero()[0])
+        raise ValueError(
+            f"{whose} logits are NaN or infinite at exit {exits} (of {len(logits)}), for {wrong.any(axis=0).sum()} of "
+            f"{logits.shape[1]} rows looked at: its weights are damaged, or its training diverged"
+        )
 
 
 @dataclass
@@ -204,7 +217,11 @@ def observe_graph(
     observed: Observed | None = None
     for rows in sorted_batches([encoded.lengths[row] for row in some], batch_size):
         batch = [rows_read[some[row]] for row in rows]
-        said = torch.from_numpy(exit_values(session.run(batch, session.never, session.exit_layers[-1], lengths))), None
+        values = exit_values(session.run(batch, session.never, session.exit_layers[-1], lengths))
+        if values.ndim == 4:  # a graph says NaN of padding
+            real = np.arange(values.shape[2]) < np.array([len(one.ids) for one in batch])[:, None]
+            values = np.where(real[:, :, None], values, np.float32(0))
+        said = torch.from_numpy(values), None
         observed = observed or Observed.blank(said, len(some), max(encoded.lengths))
         observed.put(rows, said)
     assert observed is not None  # a split has rows

@@ -1,6 +1,5 @@
 """What the answers of a task mean: the names of its classes, and labels as the model reads them."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,8 @@ import numpy as np
 
 from finetune.examples import Examples, names_in, number_of
 from finetune.tasks import ProblemType, Task
+
+LARGEST_NUMBER = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def encode_labels(task: Task, examples: Examples, names: list[str], problem_type
 
 def _score(label: Any, place: str) -> float:
     number = number_of(label)
-    if number is None or not math.isfinite(number):
+    if number is None or not abs(number) <= LARGEST_NUMBER:  # which NaN is not either
         raise ValueError(f"{place}: a regression label must be a finite number, got {label!r}")
     return number
 

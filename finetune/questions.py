@@ -7,7 +7,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from elastic_model.spans import best_spans, question_tokens
-from finetune.data import TokenEncoded, rows_of
+from finetune.data import TokenEncoded, check_fast, rows_of
 from finetune.examples import Examples
 from finetune.labels import Labels
 from finetune.metrics import squad_scores
@@ -51,7 +51,12 @@ def answers_of(examples: Examples) -> list[list[tuple[str, int]]]:
 def _aligned(label: dict, context: str, place: str) -> Iterator[tuple[str, int]]:
     if not isinstance(label, dict) or not {"text", "answer_start"} <= label.keys():
         raise ValueError(f"{place}: an answer must have text and answer_start, as SQuAD's, got {label!r:.80}")
-    for text, start in zip(label["text"], label["answer_start"], strict=True):
+    texts, starts = label["text"], label["answer_start"]
+    if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+        raise ValueError(
+            f"{place}: text and answer_start must be lists of one length, got {texts!r:.60}, {starts!r:.60}"
+        )
+    for text, start in zip(texts, starts, strict=True):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{place}: the answer {text!r} is no text; a question without answer has none")
         if not isinstance(start, int) or start < 0 or context[start : start + len(text)] != text:
@@ -72,6 +77,7 @@ def encode_questions(
 
     Start and end are the first and last token that touch the first answer, [CLS] where a window has none of it.
     """
+    check_fast(tokenizer)
     answers, stride = answers_of(examples), max_length // 3
     if max_length < SHORTEST:
         raise ValueError(f"max_length must be at least {SHORTEST} for question answering, got {max_length}")

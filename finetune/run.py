@@ -38,7 +38,7 @@ from finetune.prepare import (
     settings_of,
     some_rows,
 )
-from finetune.recipe import OF_DISTILLATION, OF_SUBNETWORKS, OF_TEACHER, Phase, find_recipe
+from finetune.recipe import OF_DISTILLATION, OF_SUBNETWORKS, OF_TEACHER, Phase, find_recipe, inner_exits
 from finetune.tasks import Task
 from finetune.teacher import ask, check_tokenizer, final_logits, label_order, load_stock
 
@@ -222,6 +222,10 @@ def phases_that_run(options: LoopOptions, phases: Sequence[Phase]) -> list[Phase
 
 def check_read(options: SubnetworkOptions, phases: Sequence[Phase]) -> None:
     """ValueError for an option that was given though none of the phases that run reads it."""
+    if options.exit_loss == "last" and any(phase.trains is inner_exits for phase in phases):
+        raise ValueError(
+            "exit_loss last gives no weight to the exits below the last, which this run trains apart: choose another"
+        )
     read = {name for phase in phases for name in phase.reads}
     taught = "teacher" in read and getattr(options, "teacher", None)
     read = read | set(OF_DISTILLATION) if taught else read - {"hard_weight"}

@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 import random
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +195,16 @@ def ladder(
     return rungs
 
 
+def _check_unread(options: SearchOptions) -> None:
+    """ValueError for an option that was given though nothing reads it."""
+    defaults = {one.name: one.default for one in fields(options)}
+    timing = ("latency_batch", "latency_threads", "latency_rows") if not options.latency else ()
+    for name in (*(["precision"] if options.graph else []), *timing):
+        if (given := getattr(options, name)) != defaults[name]:
+            why = "the exported file computes as it was written" if name == "precision" else "no --latency is given"
+            raise ValueError(f"--{name} {given} would do nothing: {why}")
+
+
 def prepare(options: SearchOptions) -> tuple[Search, Encoded]:
     """What the search works on, read and checked, and all rows of the split."""
     check_at_least(1, options, "rows", "halving", "first", "points", "eval_batch_size")
@@ -205,6 +215,7 @@ def prepare(options: SearchOptions) -> tuple[Search, Encoded]:
             "mutation_probability lies from 0 to 1 and smallest_ratio between 0 and 1, got "
             f"{options.mutation_probability} and {options.smallest_ratio}"
         )
+    _check_unread(options)
     folder = Path(options.model)
     model, tokenizer, task = load_classifier(folder, options.max_length), load_tokenizer(folder), chosen_task(options)
     if options.by_row and options.axes == "exits":
@@ -301,7 +312,7 @@ def write(search: Search, folder: Path, history: list[dict[str, Any]], points: O
     lines = {name: [(one["cost"], one["quality"]) for one in result[name]] for name in ("constant_ratio", "front")}
     plot_front(folder / "front.png", lines, result["full"]["cost"], result["metric"])
     plot_points(folder / "points.png", points)
-    for place in (search.options.model, search.options.latency):
+    for place in (search.options.model, search.options.latency, search.options.graph):
         if place is not None:  # a guarantee is of what was calibrated there: PyTorch or the file
             kept = points.points + guaranteed(Path(place), points)
             replace(points, points=kept).save(Path(place))

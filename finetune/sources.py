@@ -92,7 +92,7 @@ def _names(feature: Any) -> Any:
         return lambda value: None if value is None or value < 0 else feature.int2str(value)
     inner = getattr(feature, "feature", None)
     if isinstance(inner, ClassLabel):
-        return lambda values: [inner.int2str(value) for value in values]
+        return lambda values: None if values is None else [inner.int2str(value) for value in values]
     return None
 
 

@@ -14,6 +14,7 @@ FORMS = {".tsv": "tsv", ".txt": "tsv", ".csv": "csv", ".jsonl": "jsonl", ".json"
 FORMS |= dict.fromkeys((".conll", ".iob", ".iob2", ".bio"), "conll")
 csv.field_size_limit(2**31 - 1)  # a cell may be a whole book, as in the other forms
 COMMENT = re.compile(r"# (\S+ = |new(doc|par)\b)")  # of CoNLL-U
+CONLLU_PART = re.compile(r"\d+[-.]\d+")  # the number of a word that is no word by itself
 BLANKS = re.compile(" +")  # between columns; a no-break space is part of a word
 
 
@@ -66,9 +67,12 @@ def _json_lines(lines: IO[str], file: Path) -> Iterator[Row]:
 def _conll(lines: IO[str], file: Path) -> Iterator[Row]:
     """A row a sentence: columns 1, 2, ... hold one cell a word. A blank line or -DOCSTART- ends a sentence."""
     words: list[list[str]] = []
+    commented = False
     for number, line in enumerate([*lines, ""], start=1):
         cells = [cell.strip() for cell in line.split("\t")] if "\t" in line else BLANKS.split(line.strip(" \r\n"))
-        if not any(cells) or cells[0] == "-DOCSTART-" or (not words and COMMENT.match(line)):
+        comment = not words and COMMENT.match(line)
+        commented = commented or bool(comment)
+        if not any(cells) or cells[0] == "-DOCSTART-" or comment:
             if words:
                 columns = {str(column): list(cells) for column, cells in enumerate(zip(*words, strict=True), start=1)}
                 yield Row(columns, f"{file}, sentence from line {number - len(words)}")
@@ -78,6 +82,8 @@ def _conll(lines: IO[str], file: Path) -> Iterator[Row]:
             raise ValueError(
                 f"{file}, line {number}: {len(cells)} columns, expected {expected}: {line.strip()[:60]!r}"
             )
+        elif commented and CONLLU_PART.fullmatch(cells[0]):
+            continue  # of CoNLL-U: a word written together, whose parts follow, or one that is not written
         else:
             words.append(cells)
 

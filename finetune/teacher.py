@@ -114,7 +114,11 @@ def ask(
         found = read(output).float().cpu().numpy()
         per_token = found.ndim > 2 and ("start_logits" in output or output.logits.dim() == 3)
         for row, one in zip(rows, found, strict=True):
-            parts.append((row, one[..., : encoded.lengths[row], :] if per_token else one))
+            answer = one[..., : encoded.lengths[row], :] if per_token else one
+            if not np.isfinite(answer).all():
+                name = getattr(model, "name_or_path", "") or "the model"
+                raise ValueError(f"{name} answers NaN or infinity to row {row + 1}: its weights are damaged")
+            parts.append((row, answer))
     model.train(was_training)
     return [one for _, one in sorted(gather_object(parts), key=lambda part: part[0])]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from finetune.data import IGNORED, TokenEncoded, rows_of
+from finetune.data import IGNORED, TokenEncoded, check_fast, rows_of
 from finetune.examples import Examples
 from finetune.labels import Labels
 from finetune.tasks import Task
@@ -95,6 +95,7 @@ def encode_tags(
     task: Task, examples: Examples, split: str, labels: Labels, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> EncodedTags:
     """The sentences tokenised, tags at first pieces; ValueError for a tag unknown to the model, or one everywhere."""
+    check_fast(tokenizer)
     truth, numbers = tags_of(examples), {name: number for number, name in enumerate(labels.names)}
     for tags, place in zip(truth, examples.places, strict=True):
         unknown = next((tag for tag in tags if tag not in numbers), None)

@@ -186,5 +186,5 @@ def _check_digest(what: str, folder: Path, saved: str, now: str) -> None:
     if saved != now:
         raise ValueError(
             f"resume: the {what} is not the one {folder} was trained on (sha256 {saved[:12]}, now {now[:12]}); use "
-            "the same, or another output"
+            "the same (another version of this package may read a text otherwise), or another output"
         )

@@ -287,6 +287,21 @@ def test_regression_within_a_tolerance(tiny_config, tiny_tokenizer, small_task, 
     assert ElasticSession.from_pretrained(tmp_path / "exported")("the army", budget="calibrated")
 
 
+def test_what_answers_nan_is_not_certified(tiny_config, tiny_tokenizer, small_task, texts, tmp_path):
+    tiny_config.num_labels, tiny_config.problem_type = 1, "regression"
+    model = ElasticBertForSequenceClassification(tiny_config)
+    for name in ("sound", "broken"):
+        model.save_pretrained(tmp_path / name)
+        tiny_tokenizer.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            model.elasticbert.encoder.layer[2].output.dense.weight[0, 0] = float("nan")
+    given = {"dev": None, "label": None, "text": None, "texts": str(texts), "tolerance": 0.5}
+    with pytest.raises(ValueError, match="logits are NaN or infinite at exit 3, 4 .of 4., for 64 of 64 rows"):
+        calibrate(options_of(tmp_path / "broken", small_task, **given))
+    with pytest.raises(ValueError, match="broken answers NaN or infinity to row"):
+        calibrate(options_of(tmp_path / "sound", small_task, reference=str(tmp_path / "broken"), **given))
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -299,6 +314,8 @@ def test_regression_within_a_tolerance(tiny_config, tiny_tokenizer, small_task, 
         ({"exit_policy": "constant"}, "'constant' cannot be calibrated"),
         ({"length_config": [0.5, 0.6, 0.6, 0.6]}, "must not rise"),
         ({"model": "/nowhere"}, "/nowhere is not a folder"),
+        ({"file": "model"}, "--file names one of an exported folder"),
+        ({"texts": "texts.txt"}, "leave --dev, --label away"),
     ],
 )
 def test_what_cannot_be_certified_is_named_and_nothing_is_written(checkpoint, small_task, changes, says):

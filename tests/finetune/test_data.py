@@ -1,9 +1,11 @@
 """Batches: each row once, the same from the same seed, of similar length; rows cut to the length are counted."""
 
 import numpy as np
+import pytest
 import torch
+from transformers import BertJapaneseTokenizer
 
-from finetune.data import GROUP, collate, encode, shuffled_batches, sorted_batches
+from finetune.data import GROUP, check_fast, collate, encode, shuffled_batches, sorted_batches
 from finetune.examples import Examples
 
 LENGTHS = [1 + (number * 7919) % 97 for number in range(1003)]
@@ -41,6 +43,16 @@ def test_rows_longer_than_the_length_are_cut_and_counted(tiny_tokenizer):
     encoded = encode(examples_of(texts), tiny_tokenizer, 12, np.zeros(3))
     assert encoded.cut == 1 and max(encoded.lengths) == 12 and len(encoded) == 3
     assert encoded.rows[0]["input_ids"][-1] == tiny_tokenizer.sep_token_id
+
+
+def test_a_tokenizer_in_python_counts_the_same(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "harvest", "a", "treaty"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    slow = BertJapaneseTokenizer(tmp_path / "vocab.txt", word_tokenizer_type="basic")
+    encoded = encode(examples_of(["the harvest " * 20, "the harvest", "a treaty"]), slow, 12, np.zeros(3))
+    assert encoded.cut == 1 and max(encoded.lengths) == 12
+    with pytest.raises(ValueError, match="tags and questions need a fast tokenizer .*, got BertJapaneseTokenizer"):
+        check_fast(slow)
 
 
 def test_a_batch_is_padded_to_its_longest_row(tiny_tokenizer):

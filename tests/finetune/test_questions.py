@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -128,6 +129,16 @@ def test_the_no_answer_threshold_is_the_best_of_all(tiny_tokenizer):
 def test_spans_that_do_not_align_are_named(context, answer, message, tiny_tokenizer):
     with pytest.raises(ValueError, match=message):
         encoded(examples_of(("what ?", context, [answer])), tiny_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [{"text": "a", "answer_start": 0}, {"text": None, "answer_start": []}, {"text": ["a"], "answer_start": []}],
+)
+def test_answers_of_another_form_are_named(answer, tiny_tokenizer):
+    examples = replace(examples_of(("what ?", "our schools", [])), labels=[answer])
+    with pytest.raises(ValueError, match="question 1: text and answer_start must be lists of one length"):
+        encoded(examples, tiny_tokenizer)
 
 
 def test_a_split_without_answers_is_named(tiny_tokenizer):

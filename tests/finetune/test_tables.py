@@ -85,3 +85,11 @@ def test_a_missing_column_lists_those_there(tmp_path):
     file.write_text("text\tlabel\none\t1\n")
     with pytest.raises(ValueError, match=r"row 2: there is no column 'sentence'; columns: text, label"):
         read_table(file)[0]["sentence"]
+
+
+def test_words_of_conllu_that_are_none_are_left_out(tmp_path):
+    lines = ["# sent_id = 1", "1-2\tcannot\t_", "1\tcan\tAUX", "2\tnot\tPART", "2.1\tgone\t_", "", ""]
+    (tmp_path / "a.conll").write_text("\n".join(lines))
+    assert cells(tmp_path / "a.conll") == [{"1": ["1", "2"], "2": ["can", "not"], "3": ["AUX", "PART"]}]
+    (tmp_path / "a.conll").write_text("\n".join(lines[1:]))  # not CoNLL-U: 1-2 may be a word
+    assert len(cells(tmp_path / "a.conll")[0]["1"]) == 4

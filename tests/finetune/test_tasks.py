@@ -168,3 +168,40 @@ def test_no_speaker_is_on_two_sides():
         {row["president"] for row in read_table(folder / f"era/{s}.tsv.xz")} for s in ("train", "dev", "test")
     ]
     assert not (presidents[0] & presidents[1] or presidents[0] & presidents[2] or presidents[1] & presidents[2])
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "problem_type", "says"),
+    [
+        ("texts", ["one sentence", "two"], "single_label_classification", "row 2: .* needs texts, got lists of words"),
+        ("pairs", ["one", "two"], "single_label_classification", "row 2: the second text must be a text, got a list"),
+        ("labels", {"a": 1}, "single_label_classification", "row 2: .* needs labels, got {'a': 1}"),
+        ("labels", ["x"], "single_label_classification", "row 2: a row has one label"),
+        ("labels", [None], "multi_label_classification", "row 2: the labels of a row must be names"),
+        ("labels", [["x"]], "multi_label_classification", "row 2: the labels of a row must be names"),
+        ("labels", [{"text": "x"}], "multi_label_classification", "row 2: .* needs labels"),
+    ],
+)
+def test_every_row_is_of_the_form_of_the_first(column, cell, problem_type, says):
+    columns = {"texts": ["a", "b", "c"], "pairs": ["d", "e", "f"], "labels": ["x", "y", "x"]}
+    columns[column][1] = cell
+    examples = Examples(**columns, places=["row 1", "row 2", "row 3"])
+    with pytest.raises(ValueError, match=says):
+        check_shape(examples, problem_type)
+
+
+def test_one_label_as_text_and_several_as_a_list_are_labels_of_one_task(tmp_path):
+    rows = ['{"t": "some words", "l": "a"}', '{"t": "more words", "l": ["b", "a"]}', '{"t": "words", "l": ["b"]}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    task = own_task({"train": str(tmp_path / "rows.jsonl")}, {"text": "t", "label": "l"}, None)
+    examples = read_examples(task, "train")
+    assert find_problem_type(task, examples) == "multi_label_classification"
+    names = find_labels(task, examples, "multi_label_classification")
+    encoded = encode_labels(task, examples, names, "multi_label_classification")
+    assert names == ["a", "b"] and encoded.tolist() == [[1, 0], [1, 1], [0, 1]]
+
+
+def test_a_number_that_float32_does_not_hold_is_no_label():
+    examples = Examples(["a", "b"], None, [1.0, 1e39], ["row 1", "row 2"])
+    with pytest.raises(ValueError, match="row 2: a regression label must be a finite number, got 1e\\+39"):
+        encode_labels(None, examples, ["score"], "regression")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -26,6 +27,7 @@ from export.write import patch_config
 from finetune.checkpoint import is_finished
 from finetune.config import TrainOptions
 from finetune.data import collate
+from finetune.evaluate import observe
 from finetune.figures import plot_confusion
 from finetune.recipe import RECIPES, Update
 from finetune.run import prepare
@@ -132,6 +134,23 @@ def test_a_teacher_that_nothing_reads_is_refused(options, tiny_checkpoint):
     with pytest.raises(ValueError, match="distillation none would do nothing"):
         prepare(options(teacher=teacher, distillation="none"), Accelerator())
     prepare(options(teacher=teacher, recipe="sandwich", distillation="none", temperature=2.0), Accelerator())
+
+
+def test_what_a_checkpoint_says_does_not_depend_on_the_precision_of_its_training(options):
+    half = Accelerator(mixed_precision="bf16")
+    run = prepare(options(), half)
+    how = (run.splits["dev"], run.tokenizer, 8, half)
+    exact, mixed = (observe(run.model, *how, autocast=autocast).logits for autocast in (False, True))
+    AcceleratorState._reset_state(True)
+    plain = observe(run.model, run.splits["dev"], run.tokenizer, 8, Accelerator()).logits
+    assert (exact == plain).all() and (mixed != plain).any()
+
+
+@pytest.mark.parametrize("recipe", ["two_stage", "self_distillation"])
+def test_a_weighting_that_leaves_out_what_a_phase_trains_is_refused(options, recipe):
+    """A whole phase trained nothing, and a threshold was chosen over exits of random weights."""
+    with pytest.raises(ValueError, match="exit_loss last gives no weight to the exits below the last"):
+        prepare(options(recipe=recipe, exit_loss="last"), Accelerator())
 
 
 def test_rows_of_a_run_are_known_by_what_they_are(options, small_task, monkeypatch):

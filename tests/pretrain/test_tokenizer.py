@@ -1,3 +1,5 @@
+import random
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -55,6 +57,14 @@ def test_a_new_vocabulary_knows_the_most_frequent_characters_and_leaves_room_for
     assert len(known) == 1000 and set("abcdef") <= known
     assert tokenizer.tokenize("treaty") == ["treaty"]
     assert train_wordpiece([*corpus_text.splitlines(), scripts], 2200, True).get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_script_of_many_characters_is_known():
+    script, draw = [chr(0x4E00 + number) for number in range(2000)], random.Random(0)
+    lines = ["".join(draw.choices(script, [1 / (10 + rank) for rank in range(2000)], k=60)) for _ in range(1000)]
+    tokenizer = train_wordpiece(lines, 8400, True)
+    ids = tokenizer(" ".join(lines), add_special_tokens=False).input_ids
+    assert ids.count(tokenizer.unk_token_id) < 0.001 * len(ids)
 
 
 def test_a_tokenizer_that_cannot_be_used_is_named(tmp_path):
