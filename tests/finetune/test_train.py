@@ -137,6 +137,7 @@ def test_a_teacher_that_nothing_reads_is_refused(options, tiny_checkpoint):
 
 
 def test_what_a_checkpoint_says_does_not_depend_on_the_precision_of_its_training(options):
+    AcceleratorState._reset_state(True)
     half = Accelerator(mixed_precision="bf16")
     run = prepare(options(), half)
     how = (run.splits["dev"], run.tokenizer, 8, half)
