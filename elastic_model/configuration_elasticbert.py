@@ -105,6 +105,8 @@ class ElasticBertConfig(PreTrainedConfig):
         """As in transformers; where fewer exits are asked for, an exit policy of the checkpoint loses theirs, and with
         new ones, for which it has no threshold, it holds no longer."""
         asked = {name: kwargs[name] for name in _EXIT_FIELDS if name in kwargs}
+        if asked.get("num_output_layers") and "exit_layers" not in asked:  # counts exits, whichever the checkpoint has
+            config_dict = {**config_dict, "exit_layers": None}
         policy = config_dict.get("exit_policy")
         if asked and policy and "exit_policy" not in kwargs and config_dict.get("model_type") == cls.model_type:
             plain = {**config_dict, "exit_policy": None, "length_config": None}

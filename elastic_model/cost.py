@@ -122,7 +122,7 @@ def mean_flops(
     leaves = exits[-1:] * len(tokens) if exit_layers is None else [int(layer) for layer in exit_layers]
     if len(leaves) != len(tokens) or not set(leaves) <= set(exits):
         raise ValueError(f"exit_layers must be one of {exits} for each of {len(tokens)} rows, got {exit_layers}.")
-    if others:
+    if others and leaves:  # without rows `exit_flops` says what is wrong
         rows = Counter(zip(tokens, leaves, strict=True))
         how = {"length_config": length_config, "head": head, **others}
         return sum(n * flops(config, int(one), exit_layer=at, **how) for (one, at), n in rows.items()) / len(tokens)

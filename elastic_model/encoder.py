@@ -285,7 +285,8 @@ class Flow:
 
 @dataclass
 class Exit:
-    """An exit on the way up: its layer, from 1, its place among the model's exits, and the flow as its branch sees it.
+    """An exit on the way up: its layer, from 1, its place among the model's exits, whether it is the last that is
+    computed, and the flow as its branch sees it.
 
     `flow` is the branch's; rows leave by `leave`, which acts on what goes on.
     """
@@ -398,6 +399,6 @@ class ElasticBertEncoder(nn.Module):
                 continue
             exits_from_here = len(computed) - computed.index(number)
             branch = flow.branch_off(exits_from_here) if equilibrium and exits_from_here > 1 else replace(flow)
-            yield Exit(number, self.exit_layers.index(number), number == top, branch, flow)
+            yield Exit(number, self.exit_layers.index(number), number == computed[-1], branch, flow)
             if number == computed[-1] or not flow.hidden.shape[0]:
                 return

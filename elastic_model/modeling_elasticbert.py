@@ -651,10 +651,6 @@ class ElasticBertMaskedModel(ElasticBertTaskModel):
     def set_output_embeddings(self, new_embeddings):
         self.predictions.decoder = new_embeddings
 
-    def is_last(self, here: Exit, exits: list[int] | None) -> bool:
-        """Whether an exit is the last of those asked for (None: all), in whatever order."""
-        return here.layer == max(exits or self.exit_layers)
-
     def masked_loss(
         self, here: Exit, labels: torch.Tensor, count=None, teacher: torch.Tensor | None = None, recompute: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -726,7 +722,7 @@ class ElasticBertForMaskedLM(ElasticBertMaskedModel):
         losses, logits = {}, None
         for here in walk():
             losses[here.layer], _ = self.masked_loss(here, labels, num_items_in_batch, recompute=not here.is_last)
-            if self.is_last(here, exits) and not self.training:
+            if here.is_last and not self.training:
                 logits = self.head(here)[0]
         trained = trained_exits(self.config.exit_loss, list(losses))
         loss = weighted_loss(losses, self.config.exit_loss) + zero_for_others(self, trained)
@@ -841,7 +837,7 @@ class ElasticBertForPreTraining(ElasticBertMaskedModel):
                 mlm[here.layer], right[here.layer] = self.masked_loss(here, labels, mlm_count, recompute=recompute)
             if sentence_order_label is not None:
                 sop[here.layer] = cross_entropy(orders[here.layer], sentence_order_label, sop_count)
-            if labels is None or (self.is_last(here, exits) and not self.training and mlm_count is None):
+            if labels is None or (here.is_last and not self.training and mlm_count is None):
                 predictions[here.layer] = self.predictions(here.flow.all_tokens(), here.layer)
         loss = distillation = None
         if mlm or sop:

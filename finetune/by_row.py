@@ -59,7 +59,7 @@ def explore_by_row(
     for rows, batch in batches_of(model, encoded, tokenizer, batch_size, some):
         said, tokens = explore_batch_by_row(model, batch, length_config)
         observed = observed or Observed.blank(said, len(some), max(encoded.lengths))
-        observed.put(rows, said)
+        observed.put(rows, said, dict(enumerate(model.exit_layers)))
         kept[:, rows] = tokens.cpu().numpy()
     assert observed is not None
     return observed, kept

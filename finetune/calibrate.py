@@ -106,8 +106,9 @@ def read_rows(options: CalibrateOptions, config: Any, tokenizer: PreTrainedToken
             raise ValueError(f"the {options.split} split has no rows to calibrate on")
         encoded = encode_split(examples, options.split, task, labels, tokenizer, options.max_length)
         return Rows(Texts(examples.texts, examples.pairs), encoded, labels, True)
-    unread = ("task", "dataset", "train", "dev", "test", "label", "problem_type")
-    if given := [f"--{name}" for name in unread if getattr(options, name)]:
+    unread = ("task", "dataset", "dataset_config", "train", "dev", "test", "label", "problem_type", "metrics")
+    given = [f"--{name}" for name in unread if getattr(options, name)]
+    if given := given + ["--split"] * (options.split != CalibrateOptions.split):
         raise ValueError(f"--texts are calibrated on without a task and its labels: leave {', '.join(given)} away")
     problem_type = problem_type_of(config)
     if problem_type not in SEQUENCES:
@@ -147,7 +148,7 @@ def observe(options: CalibrateOptions, rows: Rows, session: ElasticSession | Non
     if rows.texts.pairs:
         texts = list(zip(rows.texts.texts, rows.texts.pairs, strict=True))
     logits, shortened = session.exit_logits(texts, length_config=lengths), lengths or session.lengths
-    check_finite(logits, "the exported file's")
+    check_finite(logits, dict(enumerate(session.exit_layers)), "the exported file's")
     if shortened == [1.0] * len(shortened):
         return Served(logits, logits[-1])
     return Served(logits, session.exit_logits(texts, length_config=[1.0] * session.layers)[-1])

@@ -78,7 +78,7 @@ def observe(
 ) -> Observed:
     """What every exit says of all rows; each process computes its share of the batches. autocast: in the precision of
     the accelerator, else as the weights are. sub_network: length_config and layer_config as `forward` takes them, by
-    default the checkpoint's own."""
+    default the checkpoint's own; exits of layers that are left out say NaN."""
     was_training = model.training
     model.eval()
     parts = []
@@ -91,8 +91,14 @@ def observe(
     model.train(was_training)
     gathered = gather_object(parts)
     observed = Observed.blank(gathered[0][1], len(encoded), max(encoded.lengths))
+    layers = sub_network.get("layer_config") or model.exit_layers
+    computed = {
+        place: layer
+        for place, layer in enumerate(model.exit_layers)
+        if layer in layers or layer == model.exit_layers[-1]
+    }
     for rows, said in gathered:
-        observed.put(rows, said)
+        observed.put(rows, said, computed)
     return observed
 
 

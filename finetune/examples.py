@@ -122,7 +122,9 @@ def check_shape(examples: Examples, problem_type: ProblemType) -> None:
             expected = "answers as SQuAD has them" if questions else "labels"
             raise ValueError(f"{place}: {problem_type} needs {expected}, got {label!r:.80}")
         one = problem_type in ("single_label_classification", "regression")  # label a row
-        if isinstance(label, list) and (one or any(cell is None or isinstance(cell, list) for cell in cells)):
+        if isinstance(label, list) and (
+            one or any(cell is None or cell != cell or isinstance(cell, list) for cell in cells)
+        ):
             raise ValueError(
                 f"{place}: {'a row has one label' if one else 'the labels of a row must be names'}, got {label!r:.80}"
             )

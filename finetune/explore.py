@@ -42,12 +42,13 @@ class Observed:
         shape = (len(logits), rows, *padded, logits.shape[-1])
         return cls(np.zeros(shape, np.float32), None if doubt is None else np.zeros(shape[:2], np.float32))
 
-    def put(self, rows: list[int], said: Said) -> None:
-        """Fill in what was said of those rows; ValueError for NaN or infinity, which no metric would show."""
+    def put(self, rows: list[int], said: Said, exits: Mapping[int, int]) -> None:
+        """Fill in what was said of those rows; exits: the place and the layer of those that were computed, the others
+        hold NaN. ValueError for NaN or infinity there, which no metric would show."""
         logits, doubt = said
         place: tuple = (slice(None), rows, *map(slice, logits.shape[2:-1]))
         values = logits.float().cpu().numpy()
-        check_finite(values, "the model's")
+        check_finite(values, exits, "the model's")
         self.logits[place] = values
         if self.uncertainty is not None and doubt is not None:
             self.uncertainty[:, rows] = doubt.float().cpu().numpy()
@@ -59,14 +60,15 @@ class Observed:
         return Observed(np.concatenate([self.logits, more.logits], axis=1), both)
 
 
-def check_finite(logits: np.ndarray, whose: str) -> None:
-    """ValueError where an exit (first axis) says NaN or infinity of a row (second axis)."""
-    wrong = ~np.isfinite(logits).all(axis=tuple(range(2, logits.ndim)))
+def check_finite(logits: np.ndarray, exits: Mapping[int, int], whose: str) -> None:
+    """ValueError where one of the exits (first axis; their place and layer) says NaN or infinity of a row (second)."""
+    wrong = ~np.isfinite(logits[list(exits)]).all(axis=tuple(range(2, logits.ndim)))
     if wrong.any():
-        exits = ", ".join(str(1 + number) for number in wrong.any(axis=1).nonzero()[0])
+        layers = [layer for layer, one in zip(exits.values(), wrong, strict=True) if one.any()]
         raise ValueError(
-            f"{whose} logits are NaN or infinite at exit {exits} (of {len(logits)}), for {wrong.any(axis=0).sum()} of "
-            f"{logits.shape[1]} rows looked at: its weights are damaged, or its training diverged"
+            f"{whose} logits are NaN or infinite at the exits {', '.join(map(str, layers))} (of "
+            f"{', '.join(map(str, exits.values()))}) for {wrong.any(axis=0).sum()} of {logits.shape[1]} rows looked "
+            "at: its weights are damaged, or its training diverged"
         )
 
 
@@ -196,7 +198,7 @@ def explore(
         for one, said in explore_batch(model, batch, lengths).items():
             if one not in found:
                 found[one] = Observed.blank(said, len(some), max(encoded.lengths))
-            found[one].put(rows, said)
+            found[one].put(rows, said, dict(enumerate(model.exit_layers)))
     return found
 
 
@@ -218,12 +220,9 @@ def observe_graph(
     for rows in sorted_batches([encoded.lengths[row] for row in some], batch_size):
         batch = [rows_read[some[row]] for row in rows]
         values = exit_values(session.run(batch, session.never, session.exit_layers[-1], lengths))
-        if values.ndim == 4:  # a graph says NaN of padding
-            real = np.arange(values.shape[2]) < np.array([len(one.ids) for one in batch])[:, None]
-            values = np.where(real[:, :, None], values, np.float32(0))
         said = torch.from_numpy(values), None
         observed = observed or Observed.blank(said, len(some), max(encoded.lengths))
-        observed.put(rows, said)
+        observed.put(rows, said, dict(enumerate(session.exit_layers)))
     assert observed is not None  # a split has rows
     return observed
 

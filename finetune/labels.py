@@ -62,7 +62,9 @@ def encode_labels(task: Task, examples: Examples, names: list[str], problem_type
 def _score(label: Any, place: str) -> float:
     number = number_of(label)
     if number is None or not abs(number) <= LARGEST_NUMBER:  # which NaN is not either
-        raise ValueError(f"{place}: a regression label must be a finite number, got {label!r}")
+        raise ValueError(
+            f"{place}: a regression label must be a finite number (at most {LARGEST_NUMBER:.1e}), got {label!r}"
+        )
     return number
 
 

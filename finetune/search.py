@@ -312,10 +312,14 @@ def write(search: Search, folder: Path, history: list[dict[str, Any]], points: O
     lines = {name: [(one["cost"], one["quality"]) for one in result[name]] for name in ("constant_ratio", "front")}
     plot_front(folder / "front.png", lines, result["full"]["cost"], result["metric"])
     plot_points(folder / "points.png", points)
-    for place in (search.options.model, search.options.latency, search.options.graph):
-        if place is not None:  # a guarantee is of what was calibrated there: PyTorch or the file
-            kept = points.points + guaranteed(Path(place), points)
-            replace(points, points=kept).save(Path(place))
+    for place in served_places(search.options):  # a guarantee is of what was calibrated there: PyTorch or the file
+        kept = points.points + guaranteed(Path(place), points)
+        replace(points, points=kept).save(Path(place))
+
+
+def served_places(options: SearchOptions) -> list[str]:
+    """The folders that get the points: the checkpoint's, and those of exported files that were searched or timed."""
+    return list(dict.fromkeys(filter(None, (options.model, options.latency, options.graph))))
 
 
 def show_two_points(search: Search) -> str:
@@ -406,4 +410,5 @@ def search(options: SearchOptions) -> None:
     if accelerator.is_main_process:
         print("", f"on the {len(work.examples)} rows searched:", show_two_points(work), sep="\n")
         print("", f"measured on all {len(every)} rows of {options.split}:", show(points), sep="\n")
-        print(f"\nwritten to {Path(options.model) / FILE}; curves and figures in {folder}")
+        places = ", ".join(str(Path(place) / FILE) for place in served_places(options))
+        print(f"\nwritten to {places}; curves and figures in {folder}")

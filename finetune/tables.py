@@ -67,25 +67,32 @@ def _json_lines(lines: IO[str], file: Path) -> Iterator[Row]:
 def _conll(lines: IO[str], file: Path) -> Iterator[Row]:
     """A row a sentence: columns 1, 2, ... hold one cell a word. A blank line or -DOCSTART- ends a sentence."""
     words: list[list[str]] = []
-    commented = False
+    commented, first = False, 0
     for number, line in enumerate([*lines, ""], start=1):
         cells = [cell.strip() for cell in line.split("\t")] if "\t" in line else BLANKS.split(line.strip(" \r\n"))
         comment = not words and COMMENT.match(line)
         commented = commented or bool(comment)
         if not any(cells) or cells[0] == "-DOCSTART-" or comment:
             if words:
-                columns = {str(column): list(cells) for column, cells in enumerate(zip(*words, strict=True), start=1)}
-                yield Row(columns, f"{file}, sentence from line {number - len(words)}")
+                written = enumerate(zip(*(_of_conllu(words) if commented else words), strict=True), start=1)
+                yield Row(
+                    {str(column): list(cells) for column, cells in written}, f"{file}, sentence from line {first}"
+                )
             words = []
         elif len(cells) < 2 or (words and len(cells) != len(words[0])):
             expected = len(words[0]) if words else "at least 2"
             raise ValueError(
                 f"{file}, line {number}: {len(cells)} columns, expected {expected}: {line.strip()[:60]!r}"
             )
-        elif commented and CONLLU_PART.fullmatch(cells[0]):
-            continue  # of CoNLL-U: a word written together, whose parts follow, or one that is not written
         else:
+            first = first if words else number
             words.append(cells)
+
+
+def _of_conllu(words: list[list[str]]) -> list[list[str]]:
+    """Where words are numbered, without those written together, whose parts follow (3-4), or not written (5.1)."""
+    numbered = [cells for cells in words if not CONLLU_PART.fullmatch(cells[0])]
+    return numbered if numbered and all(cells[0].isdecimal() for cells in numbered) else words
 
 
 def _answers(question: dict[str, Any]) -> dict[str, list[Any]]:

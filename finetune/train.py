@@ -190,7 +190,7 @@ def fit(run: Run, progress: Progress) -> bool:
         for number, end in enumerate(ends):
             if progress.update < end and not fit_phase(run, number, progress, asked, bar):
                 return False
-    return True
+        return not _anyone(asked.is_set(), run.accelerator)  # asked while the last phase was saved: all is kept
 
 
 def start(run: Run) -> Progress:

@@ -17,7 +17,7 @@ from elastic_model.processor import available_cores
 from pretrain.config import PretrainConfig
 from pretrain.shards import Shard, processes, write_shard
 from pretrain.sources import DatasetRows, TextFile, parts_of
-from pretrain.tokenizer import load_tokenizer, train_wordpiece
+from pretrain.tokenizer import ALPHABET, COVERED, load_tokenizer, train_wordpiece
 
 FORMAT = "4"  # of the shards and of what is done to the text: a new number makes every cached shard stale
 CHUNK_CHARACTERS = 4_000_000  # text of a shard, or one longer document: bounds the memory, and what a kill costs
@@ -157,7 +157,8 @@ def _tokenizer(config: PretrainConfig, parts: list[Part], quiet: bool) -> PreTra
     if existing := config.tokenizer or config.init_from:
         return load_tokenizer(existing)
     keys = [part.key for part in parts]
-    folder = config.cache / "tokenizers" / _address(*keys, str(config.vocab_size), str(config.lowercase))
+    how = map(str, (config.vocab_size, config.lowercase, ALPHABET, COVERED))
+    folder = config.cache / "tokenizers" / _address(*keys, *how)
     if not folder.exists():
         documents = (_documents(part, f"tokenizer: {part.name}", quiet) for part in parts)
         chosen = sample(itertools.chain.from_iterable(documents), SAMPLE_CHARACTERS)

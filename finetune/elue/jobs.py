@@ -28,6 +28,7 @@ from finetune.prepare import (
     chosen_task,
     encode_split,
     labels_of_model,
+    labels_of_training,
     load_classifier,
     load_tokenizer,
     some_rows,
@@ -192,7 +193,10 @@ def _test_rows(task: Task, count: int | None) -> Examples:
             f"{task.name}: all {len(rows)} test rows have the label {rows.labels[0]!r}, as where labels are hidden; "
             "give a folder with labels (--data)"
         )
-    return some_rows(rows, count, seed=0)
+    drawn = some_rows(rows, count, seed=0)
+    if len(set(map(str, drawn.labels))) == 1:
+        raise ValueError(f"{task.name}: the {len(drawn)} test rows drawn have one label only; give more --test-rows")
+    return drawn
 
 
 def layers_of(folder: str) -> int:
@@ -267,9 +271,11 @@ def check_jobs(options: SizeOptions, jobs: list[Job]) -> None:
                 check_length(AutoConfig.from_pretrained(job.start, local_files_only=True), job.max_length)
             except ValueError as error:
                 raise ValueError(f"{job.name}: {error}") from None
-        rows = len(some_rows(read_examples(job.task, "train"), job.train_rows, seed=0)) if job.trains else None
-        if rows is not None and rows < options.batch_size:
-            raise ValueError(f"{job.name}: {rows} train rows are fewer than a batch ({options.batch_size})")
+        if job.trains:
+            train = read_examples(job.task, "train")
+            labels_of_training(TrainOptions(model=str(job.start), output="", task=job.name), job.task, train)
+            if (rows := len(some_rows(train, job.train_rows, seed=0))) < options.batch_size:
+                raise ValueError(f"{job.name}: {rows} train rows are fewer than a batch ({options.batch_size})")
 
 
 def check_answers(job: Job, config: ElasticBertConfig, checkpoint: Path) -> None:

@@ -78,10 +78,11 @@ class Method:
         """Whether the method can be run on a task of this problem type."""
         return self.settings is not None or self.policy_for(problem_type) is not None
 
-    def describe(self) -> str:
-        """The method in a line: paper, training, what its points are."""
+    def describe(self, trained: bool = True) -> str:
+        """The method in a line: paper, training (or that a checkpoint was taken as it is), what its points are."""
         training = ", ".join(f"{name} {value}" for name, value in self.training.items())
-        after = f"after {self.after}, its teacher" if self.after else ""
+        training = training if trained else "a checkpoint as it was given"
+        after = f"after {self.after}, its teacher" if self.after and trained else ""
         static = "static" if self.settings is not None else ""
         policies = ", ".join(dict.fromkeys(filter(None, (self.policy, self.regression_policy)))) or static
         return "; ".join(filter(None, (self.paper, training, after, policies, self.note)))
@@ -104,7 +105,10 @@ METHODS: dict[str, Method] = {
     ),
     "deebert": Method("Xin et al. 2020", {"recipe": "two_stage"}, policy="entropy"),
     "fastbert": Method(
-        "Liu et al. 2020", {"recipe": "self_distillation"}, policy="entropy", note="linear exits, no branch attention"
+        "Liu et al. 2020",
+        {"recipe": "self_distillation"},
+        policy="entropy",
+        note="linear exits, no branch attention; KL(last exit || exit) as in their code, not their equation 6",
     ),
     "pabee": Method(
         "Zhou et al. 2020",

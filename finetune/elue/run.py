@@ -112,7 +112,7 @@ def _points(
 
 def _result(name: str, method: Method, jobs: list[Job], folder: Path) -> Result:
     fitting = [job for job in jobs if method.fits(job.kind.problem_type)]
-    return result_of(name, method.describe(), fitting, folder)
+    return result_of(name, method.describe(any(job.trains for job in fitting)), fitting, folder)
 
 
 def run(options: RunOptions) -> int:

@@ -243,6 +243,8 @@ def read_result(path: Path) -> Result:
         for name, task in content["tasks"].items():
             if task_called(name) in tasks:
                 raise ValueError(f"task {task_called(name)} is there twice")
+            if task["metric"] != answers_to(name).metric:
+                raise ValueError(f"the metric of {name} is {answers_to(name).metric}, not {task['metric']!r}")
             seeds = [[Point(**point) for point in points] for points in task["seeds"]]
             tasks[task_called(name)] = TaskResult(task["metric"], task["rows"], seeds)
         note, settings = content.get("note", ""), content.get("settings", {})
@@ -267,9 +269,6 @@ def read_reference(path: Path, rows: Mapping[str, int]) -> dict[str, list[Point]
                     f"reference {path} has {tasks[name].rows} test rows of {name}, not {rows[name]}: "
                     "they do not compare"
                 )
-            metric = answers_to(name).metric
-            if tasks[name].metric != metric:
-                raise ValueError(f"reference {path} has {tasks[name].metric} of {name}, not {metric}")
         curves = {name: task.reference for name, task in tasks.items()}
         check_reference(curves, path)
         return curves

@@ -110,7 +110,16 @@ def files_of(folder: Path) -> dict[str, dict[str, Path]]:
         there |= files
     if not found:
         raise ValueError(f"submission {folder} has no test files; expected TASK.tsv or TASK/POINT.tsv")
+    _check_all_read(folder, {file for points in found.values() for file in points.values()})
     return {task: found[task] for task in ELUE_TASKS if task in found}
+
+
+def _check_all_read(folder: Path, read: set[Path]) -> None:
+    """ValueError for a test file in another place, or whose name ends otherwise: it would be left out of the score."""
+    for file in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.suffix.lower() == ".tsv" and file.name != MODULES_FILE and not hidden and file not in read:
+            raise ValueError(f"{file}: would not be read; test files are TASK.tsv or TASK/POINT.tsv, in {folder}")
 
 
 def _task_of(path: Path) -> str:

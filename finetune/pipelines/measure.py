@@ -33,6 +33,7 @@ from finetune.prune import one_thread
 
 TURNS = 5  # the fastest counts: whatever else runs only adds
 EVERY = 4  # of the settings of a policy a curve shows one in so many
+SLACK = 1.01  # of times that are means of others
 PADDED = 10  # rows timed where all have the same number of tokens
 
 
@@ -85,6 +86,13 @@ class Measurement:
         )
         if not numbers or min(times) <= 0 or not all(-1 <= value <= 1 for value in shares):
             raise ValueError(f"{one.pipeline}: times must be above 0 and qualities shares of 1, got {times}, {shares}")
+        limits = [point.threshold for point in one.curve if point.threshold is not None]
+        if not all(isinstance(limit, int | float) and math.isfinite(limit) for limit in limits):
+            raise ValueError(f"{one.pipeline}: thresholds must be numbers, or null at full depth, got {limits}")
+        if one.exit_ms and one.curve and one.exit_ms[0] > SLACK * min(point.ms for point in one.curve):
+            raise ValueError(
+                f"{one.pipeline}: leaving at the first exit takes {one.exit_ms[0]} ms, more than a point of its curve"
+            )
         if not one.exit_ms or not one.curve or not isinstance(one.seed, int) or not isinstance(one.settings, dict):
             raise ValueError(f"{one.pipeline}: exit_ms and curve must hold points, seed a number, settings names")
         return one

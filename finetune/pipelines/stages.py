@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from accelerate import Accelerator
@@ -207,6 +208,11 @@ def read_record(work: Work, stage: str) -> dict[str, Any] | None:
             raise ValueError(
                 f"stage {folder} was made from other data: its {split} rows differ from those given now; {remedy}"
             )
+    if record.get("labels", work.labels.names) != work.labels.names:  # noted only since
+        raise ValueError(
+            f"stage {folder} was made from data with the labels {record['labels']}, those given now have "
+            f"{work.labels.names}; {remedy}"
+        )
     for name, value in settings_of(work, stage).items():
         if found.get(name) != value and not (name == "metrics" and name not in found):  # noted only since
             raise ValueError(f"stage {folder} was made with {name} = {found.get(name)!r}, not {value!r}; {remedy}")
@@ -240,9 +246,13 @@ def answer(work: Work, stage: str) -> ExitMetrics:
 
 
 def read_answers(work: Work, stage: str) -> np.ndarray:
-    """The logits of every exit on dev, (exits, rows, ..., labels)."""
-    with np.load(work.folder(stage) / ANSWERS, allow_pickle=False) as kept:
-        logits: np.ndarray = kept["logits"]
+    """The logits of every exit on dev, (exits, rows, ..., labels); ValueError for a damaged file."""
+    file = work.folder(stage) / ANSWERS
+    try:
+        with np.load(file, allow_pickle=False) as kept:
+            logits: np.ndarray = kept["logits"]
+    except (ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise ValueError(f"{file} is damaged ({error}); remove {file.parent} to make the stage anew") from error
     return logits
 
 
@@ -277,6 +287,7 @@ def carry_out(work: Work, stage: str) -> int:
         "parent": {"name": name_of(stage[:-1]) if stage else parent.name, "sha256": stage_hash(parent)},
         "checkpoint": stage_hash(folder),
         "data": work.data,
+        "labels": work.labels.names,
         "task": work.options.task,
         "seed": work.options.seed,
         "metrics": answer(work, stage),

@@ -104,7 +104,9 @@ def student_layers(options: OperatorOptions, layers: int) -> int:
 def pruned_widths(options: OperatorOptions, before: Widths) -> dict[str, int]:
     """P: heads and FFN neurons kept of what a layer has on average, and what the neurons are a multiple of."""
     heads, neurons = (sum(one) // len(one) for one in (before.heads, before.neurons))
-    multiple = min(options.multiple_of, max(1, min(before.neurons) // 2))
+    multiple = options.multiple_of
+    if multiple == OperatorOptions.multiple_of:  # which a small model may not have
+        multiple = min(multiple, max(1, min(before.neurons) // 2))
     half = neurons // 2 // multiple * multiple or multiple
     return {
         "heads": max(1, round(heads * 2 / 3)) if options.heads is None else options.heads,

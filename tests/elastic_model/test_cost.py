@@ -75,6 +75,8 @@ def test_a_measured_distribution_of_exits():
     assert mean_flops(config, [9, 9]) == four
     fewer = [flops(config, count, exit_layer=3, layer_config=[1, 3], asked=[3]) for count in (5, 9)]
     assert mean_flops(config, [5, 9], [3, 3], layer_config=[1, 3], asked=[3]) == sum(fewer) / 2
+    with pytest.raises(ValueError, match="tokens must be a list of at least one count"):
+        mean_flops(config, [], layer_config=[1, 2])
 
 
 def test_modules_name_the_path():

@@ -209,6 +209,25 @@ def test_a_model_of_one_label_trained_on_numbers_says_that_it_is_a_regression(ti
     assert model.config.problem_type == "regression"
 
 
+def test_a_number_of_exits_counts_whichever_the_checkpoint_has(model, tmp_path):
+    model.config.exit_layers = [2, 4]
+    model.save_pretrained(tmp_path)
+    loaded = ElasticBertForSequenceClassification.from_pretrained
+    assert loaded(tmp_path).config.exit_layers == [2, 4]
+    assert loaded(tmp_path, num_output_layers=2).config.exit_layers == [3, 4]
+
+
+@pytest.mark.parametrize("kind", [ElasticBertForMaskedLM, ElasticBertForPreTraining])
+def test_masked_models_answer_where_the_last_exit_asked_for_is_left_out(kind, tiny_config, batch):
+    """They answered nothing."""
+    model = kind(tiny_config).eval()
+    name = "logits" if kind is ElasticBertForMaskedLM else "prediction_logits"
+    found, first = (model(**batch, exits=exits, layer_config=[1, 2, 4])[name] for exits in ([1, 3], [1]))
+    assert torch.equal(found, first)
+    trained = model(**batch, labels=batch["input_ids"], exits=[1, 3], layer_config=[1, 2, 4])
+    assert torch.equal(trained[name], first)
+
+
 @pytest.mark.parametrize("kind", [ElasticBertForMaskedLM, ElasticBertForPreTraining])
 def test_masked_models_answer_from_the_highest_exit_asked_for(kind, tiny_config, batch):
     model = kind(tiny_config).eval()

@@ -17,7 +17,7 @@ from elastic_model.arguments import dispatch, run
 from elastic_model.operating_points import FILE, OperatingPoints
 from export.__main__ import COMMANDS
 from finetune.__main__ import _command
-from finetune.calibrate import _check, calibrate, chosen_on
+from finetune.calibrate import _check, calibrate, chosen_on, differing
 from finetune.config import CalibrateOptions
 from tests.export.graphs import lively
 
@@ -296,10 +296,21 @@ def test_what_answers_nan_is_not_certified(tiny_config, tiny_tokenizer, small_ta
         with torch.no_grad():
             model.elasticbert.encoder.layer[2].output.dense.weight[0, 0] = float("nan")
     given = {"dev": None, "label": None, "text": None, "texts": str(texts), "tolerance": 0.5}
-    with pytest.raises(ValueError, match="logits are NaN or infinite at exit 3, 4 .of 4., for 64 of 64 rows"):
+    with pytest.raises(
+        ValueError, match="logits are NaN or infinite at the exits 3, 4 .of 1, 2, 3, 4. for 64 of 64 rows"
+    ):
         calibrate(options_of(tmp_path / "broken", small_task, **given))
     with pytest.raises(ValueError, match="broken answers NaN or infinity to row"):
         calibrate(options_of(tmp_path / "sound", small_task, reference=str(tmp_path / "broken"), **given))
+    answers, truth = np.array([1.0, np.nan, np.nan]), np.array([1.0, 1.0, np.nan])
+    assert differing(answers, truth, 0.5).tolist() == [False, True, True]
+
+
+def test_options_of_a_task_are_refused_beside_texts(checkpoint, small_task, texts):
+    given = {"dev": None, "label": None, "text": None, "texts": str(texts)}
+    for name, value in (("split", "test"), ("metrics", ["macro_f1"]), ("dataset_config", "x")):
+        with pytest.raises(ValueError, match=f"calibrated on without a task and its labels: leave --{name} away"):
+            calibrate(options_of(checkpoint, small_task, **given, **{name: value}))
 
 
 @pytest.mark.parametrize(

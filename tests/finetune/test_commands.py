@@ -170,7 +170,7 @@ def test_a_bad_regression_label_is_one_line(trained, tmp_path, capsys, value):
     run = dataclasses.replace(trained, train=file, dev=file, problem_type="regression", output=str(tmp_path / "out"))
     line = error_of(capsys, "train", *flags_of(run))
     assert (
-        f"row 14: a regression label must be a finite number, got '{value}'" in line
+        f"row 14: a regression label must be a finite number (at most 3.4e+38), got '{value}'" in line
         and not (tmp_path / "out").exists()
     )
 

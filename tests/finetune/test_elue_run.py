@@ -75,10 +75,24 @@ def test_from_checkpoint_to_leaderboard(elue_data, elue_start, capsys):
 
     # a checkpoint instead of fine-tuning, under any policy
     taken = str(elue_data / "run/checkpoints/elasticbert/sst2/seed-0")
-    flags = ["--tasks", "sst2", "--test-rows", "20", "--checkpoints", f"sst2={taken}", "--methods", "elasticbert"]
+    flags = [
+        "--tasks",
+        "sst2",
+        "--test-rows",
+        "20",
+        "--checkpoints",
+        f"sst2={taken}",
+        "--methods",
+        "elasticbert",
+        "deebert",
+        "layerdrop",
+    ]
     assert run(lambda: _command(["elue", "--output", str(elue_data / "taken"), "--max-length", "32", *flags])) == 0
     again = read_result(elue_data / "taken" / "results" / "elasticbert.json").tasks["sst2"].points
     assert again == reference
+    note = read_result(elue_data / "taken" / "results" / "deebert.json").note
+    assert note == "Xin et al. 2020; a checkpoint as it was given; entropy"  # it was said to be trained in two stages
+    assert len(read_result(elue_data / "taken" / "results" / "layerdrop.json").tasks["sst2"].points) == 3
 
     # another task, later, into the same folder: the leaderboard has both; at other sizes the earlier ones are left out
     other = elue_data / "run" / "results" / "elastic.json"
@@ -147,6 +161,7 @@ def test_every_method(elue_data, elue_start):
         (["--points", "0"], "points must be at least 1, got 0"),
         (["--max-length", "sst2=9999"], "sst2: max_length must be 3 to "),
         (["--train-rows", "sst2=5"], r"sst2: 5 train rows are fewer than a batch"),
+        (["--test-rows", "1"], "sst2: the 1 test rows drawn have one label only; give more --test-rows"),
     ],
 )
 def test_bad_input_is_named_before_any_work(elue_data, elue_start, capsys, flags, message):
@@ -183,6 +198,8 @@ def test_one_exit_leaves_nothing_to_choose(elue_data, elue_start, tmp_path, caps
     single = ElasticBertForSequenceClassification.from_pretrained(elue_start, exit_layers=[3], **labels)
     single.save_pretrained(tmp_path / "single")
     AutoTokenizer.from_pretrained(elue_start).save_pretrained(tmp_path / "single")
+    assert elue(elue_data, tmp_path / "single", "--tasks", "stsb", "--methods", "elasticbert") == 2
+    assert "has a head for single_label_classification, the task is regression" in capsys.readouterr().err
     flags = ["--tasks", "sst2", "--checkpoints", f"sst2={tmp_path / 'single'}", "--methods", "elasticbert-entropy"]
     assert elue(elue_data, elue_start, *flags) == 2
     assert "method elasticbert-entropy: the checkpoint of sst2 has one exit" in capsys.readouterr().err

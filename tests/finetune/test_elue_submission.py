@@ -315,6 +315,12 @@ def test_files_of_a_submission(tmp_path):
         (tmp_path / name).touch()
     found = files_of(tmp_path)
     assert {task: sorted(points) for task, points in found.items()} == {"sst2": ["a", "b"], "mrpc": ["mrpc"]}
+    for stray in ("SST-2/more/c.tsv", "STSB.TSV"):
+        (tmp_path / stray).parent.mkdir(exist_ok=True)
+        (tmp_path / stray).touch()
+        with pytest.raises(ValueError, match=f"{stray}: would not be read; test files are TASK.tsv or TASK/POINT.tsv"):
+            files_of(tmp_path)
+        (tmp_path / stray).unlink()
     (tmp_path / "cola.tsv").touch()
     with pytest.raises(ValueError, match="'cola' is not a task of ELUE; its tasks: sst2, imdb"):
         files_of(tmp_path)

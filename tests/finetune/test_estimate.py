@@ -31,7 +31,7 @@ def measurement(pipeline, *points, seed=0, first_exit=None, **settings):
         1,
         1,
         1,
-        [first_exit or ms],
+        [first_exit or min(ms for ms, _ in points)],
         None,
         curve,
         settings,
@@ -196,6 +196,7 @@ def test_files_of_several_seeds_combine_where_they_fit(tmp_path, capsys):
     [
         {"curve": []},
         {"exit_ms": []},
+        {"exit_ms": [1e6]},
         {"ms": "5"},
         {"ms": -5.0},
         {"ms": 0.0},

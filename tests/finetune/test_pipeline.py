@@ -157,6 +157,17 @@ def test_a_pipeline_and_its_second_run(flags, tmp_path, capsys):
     assert "measuring O D DE E, seed 0, in turns" in capsys.readouterr().out
     assert set(measured_in(out)) == {"O", "D", "DE", "E"} and measured_in(out)["D"]["settings"]["layers"] == 2
     assert measured_in(out)["D"]["ms"] != measured["D"]["ms"]
+    rows = (Path(next(one for one in flags() if "--dev" in one).partition("=")[2])).read_text()
+    (tmp_path / "renamed.tsv").write_text("\n".join(f"{row}s" for row in rows.splitlines()).replace("labels", "label"))
+    file = next(one for one in flags() if "--train" in one).partition("=")[2]
+    (tmp_path / "train.tsv").write_text(
+        "\n".join(f"{row}s" for row in Path(file).read_text().splitlines()).replace("labels", "label")
+    )
+    with pytest.raises(ValueError, match="was made from data with the labels .*'early'.*have .*'earlys'"):
+        _command(["pipeline", "D", *flags(f"--dev={tmp_path / 'renamed.tsv'}", f"--train={tmp_path / 'train.tsv'}")])
+    (out / "D" / "dev.npz").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="dev.npz is damaged .*; remove .*D to make the stage anew"):
+        _command(["pipeline", "D", *flags("--layers=2", "--again")])
     with pytest.raises(ValueError, match="stage .*D was made with layers = 2, not 1"):
         _command(["pipeline", "DE", *flags("--layers=1")])
     with pytest.raises(ValueError, match="was made from other data: its train rows differ"):
@@ -239,6 +250,7 @@ def test_a_fine_tuned_model_is_taken_as_it_is(flags, trained, tmp_path):
         ("P", ["--heads=0"], "heads must be 1 to 4, what a layer of the model has at most, got 0"),
         ("P", ["--intermediate=100"], "intermediate must be 1 to 64"),
         ("P", ["--intermediate=30"], "intermediate must be a multiple of multiple_of 8"),
+        ("P", ["--multiple_of=80"], "multiple_of must be at most 64, the FFN neurons of a layer, got 80"),
         ("P", ["--heads=4", "--intermediate=64"], "the target leaves all that the model has: 4 heads and 64 FFN"),
         ("O", ["--max_length=1000"], "max_length must be 3 to"),
         ("D", ["--temperature=0"], "temperature must be above 0"),

@@ -285,7 +285,7 @@ def test_latency_as_the_cost(checkpoint, small_task, tmp_path):
         search(options)
 
 
-def test_answers_of_the_exported_graph_can_be_searched(checkpoint, small_task, tmp_path):
+def test_answers_of_the_exported_graph_can_be_searched(checkpoint, small_task, tmp_path, capsys):
     exported = tmp_path / "exported"
     assert not run(lambda: dispatch(COMMANDS, [str(checkpoint), str(exported)], "export"))
     options = options_of(checkpoint, small_task, tmp_path / "out", graph=str(exported), iterations=1)
@@ -298,10 +298,19 @@ def test_answers_of_the_exported_graph_can_be_searched(checkpoint, small_task, t
     search(options)
     served = work.graph.exit_logits(work.examples.texts)[-1].argmax(1)  # of the int8 file
     assert result_of(tmp_path / "out")["full"]["quality"] == (served == work.encoded.labels).mean()
+    assert OperatingPoints.load(exported) == OperatingPoints.load(checkpoint)
+    assert str(exported / "operating_points.json") in capsys.readouterr().out
     with pytest.raises(ValueError, match="holds a search with graph = "):
         search(replace(options, graph=None, resume=True))
     with pytest.raises(ValueError, match="PyTorch's costs: leave it or --graph away"):
         search(replace(options, by_row=True))
+    with pytest.raises(ValueError, match="precision bf16 would do nothing: the exported file computes as it was"):
+        search(replace(options, precision="bf16"))
+
+
+def test_timing_without_a_file_to_time_is_refused(checkpoint, small_task, tmp_path):
+    with pytest.raises(ValueError, match="latency_rows 5 would do nothing: no --latency is given"):
+        search(options_of(checkpoint, small_task, tmp_path / "out", latency_rows=5))
 
 
 def test_a_file_that_stops_early_is_searched_to_its_last_exit(checkpoint, small_task, tmp_path):

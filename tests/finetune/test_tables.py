@@ -93,3 +93,17 @@ def test_words_of_conllu_that_are_none_are_left_out(tmp_path):
     assert cells(tmp_path / "a.conll") == [{"1": ["1", "2"], "2": ["can", "not"], "3": ["AUX", "PART"]}]
     (tmp_path / "a.conll").write_text("\n".join(lines[1:]))  # not CoNLL-U: 1-2 may be a word
     assert len(cells(tmp_path / "a.conll")[0]["1"]) == 4
+
+
+def test_words_that_only_look_like_numbers_of_conllu_stay(tmp_path):
+    """A score and a share were left out of a file with one comment, an entity among them."""
+    lines = ["# id = 5", "Arsenal\tB-ORG", "won\tO", "2-1\tO", "", "3.5\tB-NUM", "million\tO", ""]
+    (tmp_path / "a.conll").write_text("\n".join(lines))
+    assert [row["1"] for row in cells(tmp_path / "a.conll")] == [["Arsenal", "won", "2-1"], ["3.5", "million"]]
+
+
+def test_a_sentence_is_named_by_its_first_line(tmp_path):
+    lines = ["# sent_id = 1", "1-2\tcannot\t_", "1\tcan\tAUX", "2\tnot\tPART", "", "", "# sent_id = 2", "1\ta\tDET"]
+    (tmp_path / "a.conll").write_text("\n".join(lines))
+    places = [row.place for row in read_table(tmp_path / "a.conll")]
+    assert [place.rpartition(" ")[2] for place in places] == ["2", "8"]

@@ -122,7 +122,7 @@ def test_blanks_around_a_label_are_none_of_its_name(tmp_path):
 @pytest.mark.parametrize("value", ["nan", "inf", "", "high"])
 def test_a_regression_label_that_is_no_number_is_named_with_its_row(tmp_path, value):
     task, examples = examples_of(tmp_path, "a\t1.5", f"b\t{value}", problem_type="regression")
-    with pytest.raises(ValueError, match=f"row 3: a regression label must be a finite number, got '{value}'"):
+    with pytest.raises(ValueError, match=f"row 3: a regression label must be a finite number .*, got '{value}'"):
         encode_labels(task, examples, ["score"], "regression")
 
 
@@ -178,6 +178,7 @@ def test_no_speaker_is_on_two_sides():
         ("labels", {"a": 1}, "single_label_classification", "row 2: .* needs labels, got {'a': 1}"),
         ("labels", ["x"], "single_label_classification", "row 2: a row has one label"),
         ("labels", [None], "multi_label_classification", "row 2: the labels of a row must be names"),
+        ("labels", [float("nan"), "x"], "multi_label_classification", "row 2: the labels of a row must be names"),
         ("labels", [["x"]], "multi_label_classification", "row 2: the labels of a row must be names"),
         ("labels", [{"text": "x"}], "multi_label_classification", "row 2: .* needs labels"),
     ],
@@ -203,5 +204,7 @@ def test_one_label_as_text_and_several_as_a_list_are_labels_of_one_task(tmp_path
 
 def test_a_number_that_float32_does_not_hold_is_no_label():
     examples = Examples(["a", "b"], None, [1.0, 1e39], ["row 1", "row 2"])
-    with pytest.raises(ValueError, match="row 2: a regression label must be a finite number, got 1e\\+39"):
+    with pytest.raises(
+        ValueError, match="row 2: a regression label must be a finite number .at most 3.4e.38., got 1e.39"
+    ):
         encode_labels(None, examples, ["score"], "regression")

@@ -147,6 +147,20 @@ def test_what_a_checkpoint_says_does_not_depend_on_the_precision_of_its_training
     assert (exact == plain).all() and (mixed != plain).any()
 
 
+def test_the_report_of_a_run_in_bf16_is_of_the_weights_as_they_are_read(options, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "finetune.checkpoint.observe", lambda *how, **more: seen.append(observe(*how, **more)) or seen[-1]
+    )
+    AcceleratorState._reset_state(True)
+    assert train(options(precision="bf16", epochs=1)) == 0
+    AcceleratorState._reset_state(True)
+    run = prepare(options(output=f"{options().output}-other"), Accelerator())
+    model = ElasticBertForSequenceClassification.from_pretrained(options().output)
+    how = (run.splits["dev"], run.tokenizer, run.options.eval_batch_size, Accelerator())
+    assert np.array_equal(seen[0].logits, observe(model, *how).logits)
+
+
 @pytest.mark.parametrize("recipe", ["two_stage", "self_distillation"])
 def test_a_weighting_that_leaves_out_what_a_phase_trains_is_refused(options, recipe):
     """A whole phase trained nothing, and a threshold was chosen over exits of random weights."""
@@ -273,6 +287,20 @@ def test_sigterm_saves_and_exits_143(options, monkeypatch, tmp_path, capsys):
     assert train(options(resume=True)) == 0
     assert "resuming at update 5" in capsys.readouterr().out
     assert_same_weights(weights_of(tmp_path / "whole"), weights_of(options().output))
+
+
+def test_sigterm_while_the_last_phase_is_saved_ends_the_run(options, monkeypatch, capsys):
+    """A pipeline went on to its next stages, with exit code 0."""
+
+    def terminated(run, progress, stop, bar):
+        signal.raise_signal(signal.SIGTERM)
+        end(run, progress, stop, bar)
+
+    end = finetune.train._end
+    monkeypatch.setattr(finetune.train, "_end", terminated)
+    assert train(options()) == INTERRUPTED
+    monkeypatch.undo()
+    assert train(options(resume=True)) == 0 and Path(options().output).is_dir()
 
 
 def test_a_finished_run_ends_at_once(trained, monkeypatch, capsys):
