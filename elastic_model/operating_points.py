@@ -5,15 +5,17 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from elastic_model.checks import LengthConfig, check_length_config
+from elastic_model.checks import POLICY_SETTINGS, LengthConfig, check_exit_policy, check_length_config
 from elastic_model.folders import write_text
 
 FILE = "operating_points.json"
 FORMAT = 1
 FULL = "full"  # the point at which every row goes through every layer, with all its tokens
+DECIDING = [name for name in POLICY_SETTINGS if name not in ("never", "constant")]  # by what the exits say
 BUDGETS = ("speedup", "latency_ms", "flops", "max_drop")
 
 
@@ -60,7 +62,13 @@ class OperatingPoint:
                 raise ValueError(f"operating point {self.name!r}: {name} must be finite, with a value, got {measured}")
         if self.length_config is not None:
             shares = self.length_config
-            check_length_config(shares, len(shares.get("mass", ()) if isinstance(shares, dict) else shares))
+            given = shares.get("mass") if isinstance(shares, dict) else shares
+            if not isinstance(given, list | tuple) or not given:
+                raise ValueError(
+                    f'operating point {self.name!r}: length_config must be a list with a share per layer, {{"mass": '
+                    f"such a list}} or null, got {shares!r}"
+                )
+            check_length_config(shares, len(given))
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,17 @@ class OperatingPoints:
             raise ValueError(f"operating points must have names of their own, got {names}")
         if len({len(point.thresholds) for point in self.points}) > 1:
             raise ValueError("operating points must all have one threshold per exit, got lists of different lengths")
+        name = self.policy.get("name") if isinstance(self.policy, dict) else None
+        if name not in DECIDING:
+            raise ValueError(
+                f"the policy of operating points must be a mapping whose name is one of {', '.join(DECIDING)}, got "
+                f"{self.policy!r}"
+            )
+        for point in self.points:
+            try:
+                check_exit_policy(self.policy_of(point), len(point.thresholds))
+            except ValueError as error:
+                raise ValueError(f"operating point {point.name!r}: {error}") from None
 
     @classmethod
     def read(cls, folder: Path | str) -> "OperatingPoints":
@@ -218,7 +237,8 @@ class OperatingPoints:
             )
         name, limit = next(iter(budget.items()))
         if (
-            not isinstance(limit, int | float)
+            not isinstance(limit, Real)
+            or isinstance(limit, bool)
             or not math.isfinite(limit)
             or limit < 0
             or (name == "speedup" and limit == 0)

@@ -386,7 +386,7 @@ class ElasticSession:
         return values
 
     def _checked_lengths(self, lengths: LengthConfig) -> dict[str, np.ndarray]:
-        given = lengths if isinstance(lengths, dict) else [float(one) for one in lengths]
+        given = [float(one) for one in lengths] if isinstance(lengths, Sequence | np.ndarray) else lengths
         shares, mass = shares_and_mass(given, self.layers)
         for name, values in (("length_config", shares), ("length_mass", mass)):
             if name not in self.inputs and min(values) < 1:

@@ -252,6 +252,12 @@ def check_against_float32(
         "exit_layer_agreement": float((ours.layers == float32.layers).mean()),
     }
     file, full = session.file.name, float(same[-1].mean())
+    if not np.isfinite(error).all():  # whose argmax is class 0
+        first = names[int(np.argmin(np.isfinite(error)))]
+        raise ValueError(
+            f"check failed: {file} says NaN or infinity; the exit after layer {first} is the first to. Its arithmetic "
+            "cannot hold these weights or states"
+        )
     if real_rows and not min(full, default) >= least:
         first = next((name for name, one in agreement.items() if one < least), names[-1])
         where = f"the exit after layer {first} is the first below it" if full < least else "as the file runs by itself"

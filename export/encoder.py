@@ -79,8 +79,9 @@ def starts_of(graph: GraphBuilder, lengths: str) -> str:
 
 def slots_of(graph: GraphBuilder, lengths: str) -> tuple[str, str, str, str]:
     """The first three of `Layout`, and (rows, longest) the place of the token of each slot, 0 where there is none; of
-    rows with these lengths (at least one row)."""
-    longest = graph.op("ReduceMax", lengths, keepdims=0)
+    rows with these lengths. Without rows a slot stays: onnxruntime's product of matrices without columns divides by
+    their number, which ends the process."""
+    longest = graph.op("ReduceMax", graph.op("Concat", lengths, graph.integers(1), axis=0), keepdims=0)
     columns = graph.op("Range", graph.constant(0, np.int64), longest, graph.constant(1, np.int64))
     inside = graph.op("Less", columns, graph.op("Unsqueeze", lengths, graph.integers(1)))  # (rows, longest)
     places = graph.op("Add", columns, graph.op("Unsqueeze", starts_of(graph, lengths), graph.integers(1)))
@@ -88,7 +89,7 @@ def slots_of(graph: GraphBuilder, lengths: str) -> tuple[str, str, str, str]:
 
 
 def layout_of(graph: GraphBuilder, lengths: str) -> Layout:
-    """The layout of rows with these lengths (at least one row)."""
+    """The layout of rows with these lengths."""
     longest, columns, inside, slots = slots_of(graph, lengths)
     flat = graph.op("NonZero", graph.op("Reshape", inside, graph.integers(-1)))
     tokens = graph.op("Squeeze", flat, graph.integers(0))

@@ -48,8 +48,9 @@ def _lines(file: Path) -> list[str]:
 def _columns(file: Path, lines: list[str], text: str, pair: str | None) -> list[Text]:
     header = lines[0].split("\t") if lines else []
     for name in (text, pair):
-        if name is not None and name not in header:
-            raise ValueError(f"{file}: no column {name!r}; its columns are {', '.join(header) or 'none'}")
+        if name is not None and header.count(name) != 1:
+            wrong = "is there twice" if name in header else "is missing"
+            raise ValueError(f"{file}: the column {name!r} {wrong}; its columns are {', '.join(header) or 'none'}")
     texts: list[Text] = []
     for number, line in enumerate(lines[1:], start=2):
         cells = line.split("\t")

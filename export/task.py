@@ -92,6 +92,9 @@ def _policy_of(config, measured: dict[str, Any] | None, problem_type: str) -> tu
     """The policy built in, its thresholds, and the layer that no row goes above."""
     exits = config.exit_layers
     policy, max_layer = check_exit_policy(config.exit_policy, len(exits), problem_type), exits[-1]
+    names = {(one or {}).get("name") for one in (policy, measured)}
+    if "learned" in names and not config.learned_exit_head:
+        raise ValueError("exit_policy 'learned' needs a model with learned_exit_head=true in its config.json")
     if policy is not None and policy["name"] == "constant":
         max_layer, policy = _constant_layer(policy, exits), None
     if policy is None:

@@ -137,7 +137,16 @@ def chosen_files(options: ExportOptions) -> list[str]:
     best = options.files or [name for name in fitting_files(cpu_flags()) if name in INT8][:1]
     if options.activations != "token" and not set(best) & set(INT8):
         raise ValueError(f"--activations {options.activations} is of int8 files; --files names {' '.join(best)}")
-    return list(dict.fromkeys([FLOAT32, *best]))
+    files = list(dict.fromkeys([FLOAT32, *best]))
+    if options.emulator is not None and not any(map(_missing, files)):
+        raise ValueError(f"--emulator {options.emulator} would do nothing: this CPU runs {' and '.join(files)} itself")
+    return files
+
+
+def _missing(file: str) -> frozenset[str]:
+    """The features of which a file needs one, where this CPU has none of them."""
+    needed = frozenset(ONNX_FILES[file])
+    return frozenset() if needed & cpu_flags() else needed
 
 
 def read_sample(options: ExportOptions) -> Sample | None:
@@ -278,9 +287,9 @@ def check_files(
     for name in files:
         path = folder / "onnx" / f"{name}.onnx"
         onnx.checker.check_model(path)  # first: it takes twice the file's size
-        missing = ONNX_FILES[name] and not ONNX_FILES[name] & cpu_flags()
+        missing = _missing(name)
         if missing and options.emulator is None:
-            checks[name] = {"unchecked": f"this CPU has none of {', '.join(sorted(ONNX_FILES[name]))}"}
+            checks[name] = {"unchecked": f"this CPU has none of {', '.join(sorted(missing))}"}
         else:
             session = open_session(path, folder / "tokenizer.json", options.emulator if missing else None)
             if name == FLOAT32:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from elastic_model.checks import check_exit_policy
@@ -157,6 +158,16 @@ def test_points_must_make_sense():
         OperatingPoints("", {}, [OperatingPoint("same", [0.1], 1.0)] * 2)
     with pytest.raises(ValueError, match="one threshold per exit"):
         OperatingPoints("", {}, [OperatingPoint("a", [0.1], 1.0), OperatingPoint("b", [0.1, 0.2], 1.0)])
+
+
+@pytest.mark.parametrize("lengths", [1.0, {"foo": [0.5]}, {"mass": 0.5}, {"mass": []}, [], "all"])
+def test_lengths_of_another_form_are_refused(lengths):
+    with pytest.raises(ValueError, match="operating point 'a': length_config must be a list with a share per layer"):
+        OperatingPoint("a", [0.1], 1.0, length_config=lengths)
+
+
+def test_a_budget_may_be_a_number_of_numpy(points):
+    assert points.at(speedup=np.float32(2)) == points.at(speedup=2) == points.at(speedup=np.int64(2))
 
 
 def test_equals_are_decided_by_the_other_measure(points):

@@ -355,7 +355,7 @@ def test_points_of_another_checkpoint_are_not_served(exported, tmp_path):
 def test_an_artefact_without_its_tokenizer_or_with_other_points(exported, tmp_path):
     shutil.copytree(exported, tmp_path / "out")
     (tmp_path / "out/model.safetensors").unlink()  # a session reads no weights but the ONNX file's
-    OperatingPoints("", {}, [OperatingPoint("two exits", [0.1, 0.1], 1.0)]).save(tmp_path / "out")
+    OperatingPoints("", {"name": "entropy"}, [OperatingPoint("two exits", [0.1, 0.1], 1.0)]).save(tmp_path / "out")
     with pytest.raises(ValueError, match="2 thresholds per point for the 4 exits"):
         ElasticSession.from_pretrained(tmp_path / "out")
     of_tokens = [OperatingPoint("tokens", [0.1] * 4, 1.0, [8, 8, 4, 4])]  # another share for every text

@@ -2,11 +2,13 @@
 
 import json
 import platform
+import subprocess
 import sys
 
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from elastic_model import ElasticBertForSequenceClassification
@@ -152,6 +154,54 @@ def test_an_emulator_that_cannot_check_is_named(lively_checkpoint, tmp_path, emu
     assert not (tmp_path / "out").exists()
 
 
+def test_an_emulator_that_nothing_needs_is_refused(lively_checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="emulator nope would do nothing: this CPU runs model and model_fp16 itself"):
+        export_to(tmp_path / "out", lively_checkpoint, files=["model_fp16"], emulator="nope")
+
+
+def test_a_file_that_says_nan_is_refused_on_real_rows_too(lively_checkpoint, tmp_path):
+    """Its argmax was class 0, and so was the other's: 100 % like float32."""
+    model = ElasticBertForSequenceClassification.from_pretrained(lively_checkpoint)
+    layer = model.elasticbert.encoder.layer[1]
+    with torch.no_grad():
+        layer.intermediate.dense.weight *= 1e6  # beyond float16
+        layer.output.dense.weight *= 1e-6
+        for head in model.classifiers:
+            model.classifiers[head].bias[0] = 1e3
+    model.save_pretrained(lively_checkpoint)
+    (tmp_path / "rows.txt").write_text("the army\nof the ships\n")
+    with pytest.raises(ValueError, match="model_fp16.onnx says NaN or infinity; the exit after layer 2 is the first"):
+        export_to(tmp_path / "out", lively_checkpoint, files=["model_fp16"], rows=tmp_path / "rows.txt")
+
+
+@pytest.mark.parametrize(
+    "policy", [None, "entropy", {}, {"name": "foo"}, {"name": "never"}, {"name": "learned"}, {"name": "confidence"}]
+)
+def test_a_table_of_points_that_no_file_can_follow_is_refused(lively_checkpoint, tmp_path, policy):
+    points = [
+        {"name": "full", "thresholds": [0.0 if policy == {"name": "learned"} else 5.0] * 4, "mean_exit_layer": 4.0}
+    ]
+    table = {"format": 1, "checkpoint": checkpoint_hash(lively_checkpoint), "policy": policy, "points": points}
+    (lively_checkpoint / "operating_points.json").write_text(json.dumps(table))
+    with pytest.raises(ValueError, match="the policy of operating points must be|learned_exit_head=true|threshold"):
+        export_to(tmp_path / "out", lively_checkpoint)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_rows_end_no_process(lively_checkpoint, tmp_path):
+    """onnxruntime divided by the number of columns of a matrix without any."""
+    export_to(tmp_path / "plain", lively_checkpoint, exit=2)
+    code = (
+        "import sys, numpy as np, onnxruntime\n"
+        "session = onnxruntime.InferenceSession(sys.argv[1])\n"
+        "none = {one.name: np.zeros((0, 5), np.int64) for one in session.get_inputs() if one.type == 'tensor(int64)'}\n"
+        "print(session.run(None, none)[0].shape)"
+    )
+    file = tmp_path / "plain" / "onnx" / "model.onnx"
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "(0, 3)", (done.returncode, done.stderr)
+
+
 def test_an_emulator_that_ends_amid_a_batch_is_named(lively_checkpoint, tmp_path, monkeypatch):
     export_to(tmp_path / "out", lively_checkpoint)
     session = EmulatedSession(
@@ -250,7 +300,8 @@ def test_the_commands_end_to_end(tiny_checkpoint, tmp_path, run_export):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("rows.tsv", b"body\tlabel\nx\ty\n", "no column 'text'; its columns are body, label"),
+        ("rows.tsv", b"body\tlabel\nx\ty\n", "the column 'text' is missing; its columns are body, label"),
+        ("rows.tsv", b"text\ttext\nx\ty\n", "the column 'text' is there twice; its columns are text, text"),
         ("rows.tsv", b"text\tlabel\nx\n", "line 2: 1 cells under 2 columns"),
         ("rows.tsv", b"text\tlabel\nx\ty\n \ty\n", "line 3: nothing in the column 'text'"),
         ("rows.txt", b"\xff\xfe\n", "not a readable text file in UTF-8"),
