@@ -359,7 +359,7 @@ def test_an_artefact_without_its_tokenizer_or_with_other_points(exported, tmp_pa
     with pytest.raises(ValueError, match="2 thresholds per point for the 4 exits"):
         ElasticSession.from_pretrained(tmp_path / "out")
     of_tokens = [OperatingPoint("tokens", [0.1] * 4, 1.0, [8, 8, 4, 4])]  # another share for every text
-    OperatingPoints("", {}, of_tokens).save(tmp_path / "out")
+    OperatingPoints("", {"name": "entropy"}, of_tokens).save(tmp_path / "out")
     with pytest.raises(ValueError, match="operating_points.json: point 'tokens': .*shares"):
         ElasticSession.from_pretrained(tmp_path / "out")
     (tmp_path / "out/operating_points.json").unlink()

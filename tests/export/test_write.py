@@ -194,7 +194,8 @@ def test_no_rows_end_no_process(lively_checkpoint, tmp_path):
     code = (
         "import sys, numpy as np, onnxruntime\n"
         "session = onnxruntime.InferenceSession(sys.argv[1])\n"
-        "none = {one.name: np.zeros((0, 5), np.int64) for one in session.get_inputs() if one.type == 'tensor(int64)'}\n"
+        "named = [one.name for one in session.get_inputs() if one.type == 'tensor(int64)']\n"
+        "none = dict.fromkeys(named, np.zeros((0, 5), np.int64))\n"
         "print(session.run(None, none)[0].shape)"
     )
     file = tmp_path / "plain" / "onnx" / "model.onnx"
