@@ -95,6 +95,9 @@ class OperatingPoints:
             raise ValueError(f"operating points must have names of their own, got {names}")
         if len({len(point.thresholds) for point in self.points}) > 1:
             raise ValueError("operating points must all have one threshold per exit, got lists of different lengths")
+
+    def check_policy(self) -> None:
+        """ValueError where the policy is not one by which rows leave, or a point's thresholds are none of it."""
         name = self.policy.get("name") if isinstance(self.policy, dict) else None
         if name not in DECIDING:
             raise ValueError(
@@ -144,7 +147,9 @@ class OperatingPoints:
             raise ValueError(f"format {content.get('format')!r}, this version reads format {FORMAT}")
         known = {one.name for one in fields(OperatingPoint)}
         points = [OperatingPoint(**{key: point[key] for key in point if key in known}) for point in content["points"]]
-        return cls(content["checkpoint"], content["policy"], points)
+        table = cls(content["checkpoint"], content["policy"], points)
+        table.check_policy()
+        return table
 
     def to_dict(self) -> dict[str, Any]:
         """As the file holds it."""

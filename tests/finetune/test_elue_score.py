@@ -32,6 +32,7 @@ from finetune.elue.scoring import (
     size_class,
     write_result,
 )
+from finetune.elue.tasks import answers_to
 
 REFERENCE = [Point("exit_1", 100.0, 60.0), Point("exit_2", 200.0, 80.0), Point("exit_3", 400.0, 82.0)]
 
@@ -43,7 +44,7 @@ TWICE = f'{{"format": 1, "name": "a", "tasks": {{"sst2": {ONE}, "SST-2": {ONE}}}
 
 
 def result_of(name, points, task="mrpc", rows=1725, seeds=1):
-    return Result(name, {task: TaskResult("accuracy+f1", rows, [list(points)] * seeds)})
+    return Result(name, {task: TaskResult(answers_to(task).metric, rows, [list(points)] * seeds)})
 
 
 def test_the_score_is_the_mean_distance_from_the_reference():
@@ -169,7 +170,7 @@ def test_a_result_survives_its_file_and_serves_as_reference(tmp_path):
         ("scores.json", SCORES % ('"accuracy"', "4", "[]"), "seeds must be lists of points, at least one of each"),
         ("scores.json", SCORES % ('"accuracy"', "4", "[[]]"), "seeds must be lists of points, at least one of each"),
         ("scores.json", SCORES % ('"accuracy"', '"4"', POINTS), "rows must be a whole number above 0, got '4'"),
-        ("scores.json", SCORES % ('"f1"', "4", POINTS), "has f1 of sst2, not accuracy"),
+        ("scores.json", SCORES % ('"f1"', "4", POINTS), "the metric of sst2 is accuracy, not 'f1'"),
         ("scores.json", TWICE, "task sst2 is there twice"),
         ("curve.tsv", "task\tflops\tquality\nmrpc\t1\t2\nmrpc\t1\t3\n", "curve.tsv, mrpc: .* two qualities at 1"),
     ],
