@@ -82,3 +82,8 @@ def test_an_empty_histogram_is_named():
 def test_a_p_value_is_never_zero():
     """Of as many permutations as are drawn none may be as far apart: the drawn rows themselves are one."""
     assert 0 < drift({1: 500}, {2: 500}).p_value < 0.01
+
+
+def test_the_permutations_are_those_of_the_seed():
+    near = {1: 52, 2: 48}, {1: 45, 2: 55}
+    assert drift(*near, seed=1) == drift(*near, seed=1) and drift(*near, seed=1) != drift(*near, seed=2)

@@ -305,3 +305,30 @@ def test_a_question_is_as_uncertain_as_its_least_certain_choice():
     model, ids = elastic_model.ElasticBertForMultipleChoice(config).eval(), torch.randint(1, 60, (6, 3, 8))
     alone = model(ids.view(18, 1, 8)).exit_uncertainty.view(5, 6, 3)
     torch.testing.assert_close(model(ids).exit_uncertainty, alone.amax(-1))
+
+
+@torch.no_grad()
+def test_where_the_constant_layer_is_left_out_the_next_exit_answers():
+    model = model_of("classification")
+    policy = {"name": "constant", "layer": 3}
+    output = model(rows_of([9, 5], seed=0)[0], exit_policy=policy, layer_config=[1, 2, 4, 5, 6])
+    assert output.exit_layers.tolist() == [4, 4]
+
+
+def test_votes_are_of_real_tokens():
+    """Padding, on which exits need not agree, kept its row inside."""
+    logits = torch.zeros(3, 1, 3, 2)
+    logits[:, 0, :2, 1], logits[1, 0, 2, 0], logits[0, 0, 2, 1] = 1.0, 5.0, 5.0
+    mask = torch.tensor([[True, True, False]])
+    for policy in ({"name": "voting", "votes": 2}, {"name": "patience", "patience": 1}):
+        assert simulate(policy, logits, [1, 2, 3], "token_classification", mask)[1].tolist() == [2]
+        assert simulate(policy, logits, [1, 2, 3], "token_classification")[1].tolist() == [3]
+
+
+def test_each_row_is_measured_by_its_own_number_of_classes():
+    """Of a question with few tokens the entropy is a larger share: rows that stay must keep their number."""
+    torch.manual_seed(0)
+    mask = torch.arange(6) < torch.tensor([6, 2, 4])[:, None]
+    prediction = predict(torch.randn(3, 6, 2), "question_answering", mask)
+    stay = torch.tensor([False, True, True])
+    torch.testing.assert_close(normalised_entropy(prediction.select(stay)), normalised_entropy(prediction)[stay])

@@ -10,7 +10,7 @@ import elastic_model
 from elastic_model import ElasticBertConfig
 from elastic_model.checks import check_length_config
 from elastic_model.cost import exit_flops
-from elastic_model.length_drop import most_significant, restore, tokens_to_cover, tokens_to_keep
+from elastic_model.length_drop import most_significant, restore, significance, tokens_to_cover, tokens_to_keep
 
 SHARES = [0.9, 0.6, 0.6, 0.3]
 COUNTS = [9, 7, 4, 4]
@@ -257,3 +257,16 @@ def test_the_first_real_token_is_kept_wherever_the_padding_is():
 def test_of_equals_the_first_stay():
     kept, _ = most_significant(torch.ones(1, 6), torch.ones(1, 6).bool(), torch.tensor([3]), keep_cls=False)
     assert kept.tolist() == [[0, 1, 2]]
+
+
+def test_a_mass_that_is_met_exactly_is_met():
+    equal, real = torch.ones(1, 8), torch.ones(1, 8, dtype=torch.bool)
+    assert [tokens_to_cover(mass, equal, real, True).item() for mass in (0.5, 0.625, 1.0)] == [4, 5, 8]
+
+
+def test_significance_is_summed_in_float32():
+    """Summed in bfloat16 over heads, 256 shares of 1/256 and their neighbours were one."""
+    probabilities = torch.full((1, 12, 4, 4), 1 / 256 + 1 / 32768, dtype=torch.bfloat16)
+    scores = significance(probabilities, torch.ones(1, 4, dtype=torch.bool))
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, probabilities.float().sum((1, 2)), atol=1e-7, rtol=0)

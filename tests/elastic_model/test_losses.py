@@ -14,6 +14,7 @@ from elastic_model.losses import (
     exit_weights,
     gradient_equilibrium,
     inplace_distillation,
+    uncertainty_loss,
     weighted_loss,
     wrong_answers,
 )
@@ -339,3 +340,67 @@ def test_heads_have_a_dropout_of_their_own():
     model.dropout.p = 0.5
     first, second = (model(ids()).sop_logits for _ in range(2))
     assert not torch.allclose(first, second)
+
+
+def test_evaluation_leaves_gradients_as_they_are():
+    """Equilibrium is the training's: importance is measured in evaluation mode."""
+    found = []
+    for on in (True, False):
+        model = model_of(gradient_equilibrium=on).eval()
+        model(ids(), labels=torch.tensor([0, 2, 1])).loss.backward()
+        found.append(gradients(model))
+    for name, gradient in found[1].items():
+        torch.testing.assert_close(found[0][name], gradient)
+
+
+def test_every_place_with_a_dropout_draws():
+    config = model_of(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2, classifier_dropout=0.3)
+    assert {one.p for one in config.elasticbert.modules() if isinstance(one, torch.nn.Dropout)} == {0.1}
+    model = model_of()
+    places = [one for one in model.modules() if isinstance(one, torch.nn.Dropout)]
+    places += [layer.attention.self for layer in model.elasticbert.encoder.layer]
+    assert len(places) == 2 + 3 * 4  # embeddings, head; attention, its output and the feed-forward's of each layer
+    for place in places:
+        rate = "p" if hasattr(place, "p") else "attention_dropout"
+        setattr(place, rate, 0.5)
+        for lengths in (None, [1.0, 0.9, 0.9, 0.9]) if rate == "attention_dropout" else (None,):
+            first, second = (torch.stack(model(ids(), length_config=lengths).exit_logits) for _ in range(2))
+            assert not torch.equal(first, second), (place, lengths)
+        setattr(place, rate, 0.0)
+
+
+def test_padding_learns_nothing():
+    model = model_of(pad_token_id=0)
+    padded = torch.cat([ids(), torch.zeros(3, 2, dtype=torch.long)], dim=1)
+    model(padded, labels=torch.tensor([0, 2, 1])).loss.backward()
+    rows = model.get_input_embeddings().weight.grad.abs().sum(1)
+    assert rows[0] == 0 and rows[padded[0, 0]] > 0
+
+
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification", "single_label_classification"])
+def test_parts_of_a_batch_add_up_to_its_mean(problem):
+    torch.manual_seed(0)
+    logits = torch.randn(6, 1 if problem == "regression" else 3)
+    labels = torch.randint(3, (6,)) if problem.startswith("single") else torch.rand(logits.shape)
+    whole = exit_task_loss(logits, labels, problem)
+    parts = [exit_task_loss(logits[part], labels[part], problem, labels.numel()) for part in (slice(2), slice(2, 6))]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_what_is_wrong_is_no_function_of_the_weights():
+    """In regression it is made of the answer itself: without that the answers would learn to look certain."""
+    answer = torch.tensor([[0.5], [2.0]], requires_grad=True)
+    doubt = torch.tensor([0.1, 0.2], requires_grad=True)
+    uncertainty_loss(doubt, wrong_answers(answer, torch.zeros(2), "regression")).backward()
+    assert answer.grad is None and doubt.grad is not None
+
+
+def test_ignored_tokens_are_not_wrong():
+    logits = torch.tensor([[[2.0, 0.0], [0.0, 2.0]]])
+    assert wrong_answers(logits, torch.tensor([[0, -100]]), "token_classification").tolist() == [False]
+    assert wrong_answers(logits, torch.tensor([[-100, 0]]), "token_classification").tolist() == [True]
+
+
+def test_no_number_of_items_scales_two_losses():
+    """The Trainer's one number, of masked tokens, must not divide the order of sentences, too."""
+    assert not elastic_model.ElasticBertForPreTraining.accepts_loss_kwargs

@@ -216,3 +216,17 @@ def test_bad_labels_of_other_tasks_get_a_clear_error():
 def test_impossible_configurations_are_named(fields, message):
     with pytest.raises(Exception, match=message):
         ElasticBertConfig(**{**SIZES, **fields})
+
+
+@torch.no_grad()
+def test_own_positions_may_count_anew():
+    """As of several texts packed in a row: the table need not hold as many."""
+    model, longer = model_of(), torch.randint(1, 60, (2, 30))
+    positions = (torch.arange(30) % 15)[None].expand(2, -1)
+    assert model(longer, position_ids=positions).logits.isfinite().all()
+
+
+def test_orders_that_do_not_exist_are_named():
+    model = model_of("ElasticBertForPreTraining")
+    with pytest.raises(ValueError, match=r"labels must lie within 0..1 .*got \[2\]"):
+        model(ONE_ROW, labels=ONE_ROW, sentence_order_label=torch.tensor([2]))

@@ -176,3 +176,53 @@ def test_equals_are_decided_by_the_other_measure(points):
     dear = replace(points, points=[point("dear", 3, 0.896), *points.points])
     assert dear.at(flops=3.5e6).name == "half"
     assert replace(points, points=[full, bad, half]).at(max_drop=50).name == "half"
+
+
+def test_every_shard_belongs_to_the_weights(tmp_path):
+    for name in ("model-00001-of-00002", "model-00002-of-00002"):
+        (tmp_path / f"{name}.safetensors").write_bytes(name.encode())
+    before = checkpoint_hash(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"other")
+    assert checkpoint_hash(tmp_path) != before
+
+
+def test_points_without_weights_beside_them_are_found(points, tmp_path):
+    """In the folder of an exported file there are none to compare with."""
+    points.save(tmp_path)
+    assert OperatingPoints.find(tmp_path) == points == OperatingPoints.load(tmp_path)
+
+
+def test_what_a_later_version_adds_to_a_point_is_read_past(points, tmp_path):
+    content = points.to_dict()
+    content["points"][0]["energy_mj"] = 3.0
+    assert OperatingPoints.from_dict(content) == points
+
+
+@pytest.mark.parametrize("name", ["speedup", "latency_ms", "flops", "max_drop"])
+def test_a_negative_budget_is_refused(points, name):
+    with pytest.raises(ValueError, match=f"budget {name}: expected a positive number, got -1"):
+        points.at({name: -1})
+
+
+def test_full_depth_is_the_dearest_in_flops(points):
+    """Among points without a name for it: all tokens through half the layers may cost less than few through all."""
+    deep, dear = replace(points.points[0], name="deep", flops=1e6), replace(points.points[1], name="dear", flops=9e6)
+    assert replace(points, points=[deep, dear]).full().name == "dear"
+
+
+def test_a_cost_that_equals_its_budget_is_within(points):
+    third = replace(points.points[1], flops=4e6 / 3)
+    assert replace(points, points=[points.points[0], third]).at(speedup=3).name == "half"
+    assert replace(points, points=[points.points[0], third]).at(flops=4e6 / 3 * (1 - 1e-12)).name == "half"
+
+
+def test_a_point_without_a_quality_is_no_worse_than_known_to_be(points):
+    """It is taken only where nothing measured fits, also beside a quality that is negative (a correlation)."""
+    unknown = replace(points.points[1], name="unknown", quality=None)
+    bad = replace(points.points[1], name="bad", quality={**points.points[1].quality, "value": -0.1})
+    assert replace(points, points=[points.points[0], unknown, bad]).at(flops=3e6).name == "bad"
+
+
+def test_an_interval_must_be_finite():
+    with pytest.raises(ValueError, match="quality must be finite"):
+        OperatingPoint("wide", [0.1], 1.0, quality={"metric": "accuracy", "value": 0.5, "low": float("-inf")})

@@ -321,3 +321,28 @@ def test_warm_start_from_real_weights():
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     assert_equal_answers(stock, elastic.eval(), batch)
     assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_distilberts_own_dropouts_come_along(tmp_path):
+    rates = {"dropout": 0.11, "attention_dropout": 0.12, "seq_classif_dropout": 0.13}
+    stock_model("DistilBert", "ForSequenceClassification", **rates).save_pretrained(tmp_path)
+    config = elastic_model.ElasticBertForSequenceClassification.from_pretrained(tmp_path).config
+    rates = (config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.classifier_dropout)
+    assert rates == (0.11, 0.12, 0.13)
+
+
+def test_a_type_that_is_asked_for_is_that_of_the_weights(tmp_path):
+    stock_model("Bert", "ForSequenceClassification").save_pretrained(tmp_path)
+    ours = elastic_model.ElasticBertForSequenceClassification
+    types = {asked: ours.from_pretrained(tmp_path, dtype=asked).dtype for asked in ("auto", torch.bfloat16)}
+    assert types == {"auto": torch.float32, torch.bfloat16: torch.bfloat16}
+
+
+def test_the_stock_models_class_is_not_taken_along(tmp_path):
+    """AutoModel would look for its code, and the card would name it."""
+    stock = stock_model("Bert", "ForSequenceClassification")
+    stock.config.auto_map = {"AutoModel": "modeling_other.Other"}
+    stock.save_pretrained(tmp_path)
+    config = elastic_model.ElasticBertModel.from_pretrained(tmp_path).config
+    assert getattr(config, "auto_map", None) is None
+    assert config.architectures != ["BertForSequenceClassification"]

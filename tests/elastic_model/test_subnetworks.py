@@ -50,3 +50,16 @@ def test_without_the_sandwich_rule_all_are_sampled():
 def test_the_samples_of_a_sandwich_are_drawn_one_by_one():
     students = sandwich(12, 2, random.Random(1))
     assert len({tuple(one.layer_config) for one in students}) == 3
+
+
+def test_lengths_are_drawn_from_the_whole_range():
+    """r_(l+1) / r_l is uniform over (1 - p, 1)."""
+    draw = random.Random(3)
+    ratios = [after / before for _ in range(500) for before, after in _steps(sample_lengths(6, draw, 0.4))]
+    assert min(ratios) < 0.605 and max(ratios) > 0.995 and sum(ratios) / len(ratios) == pytest.approx(0.8, abs=0.01)
+    drawn = [after / before for one in sandwich(6, 300, draw)[1:] for before, after in _steps(one.length_config)]
+    assert sum(drawn) / len(drawn) == pytest.approx(0.9, abs=0.005)
+
+
+def _steps(lengths):
+    return zip([1.0, *lengths], lengths, strict=False)
