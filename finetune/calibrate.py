@@ -16,7 +16,6 @@ from elastic_model.checks import check_length_config, policy_kind
 from elastic_model.cost import mean_flops
 from elastic_model.exit_policies import sweep
 from elastic_model.folders import check_file, is_file, write_json
-from elastic_model.modeling_elasticbert import ElasticBertExitModel
 from elastic_model.operating_points import FILE, FULL, OperatingPoint, OperatingPoints, checkpoint_hash
 from elastic_model.provenance import read_provenance
 from elastic_model.session import ElasticSession
@@ -164,8 +163,6 @@ def reference_answers(options: CalibrateOptions, rows: Rows, full: np.ndarray) -
     order = label_order(options.reference, labels.names, labels.problem_type)
     tokenizer = AutoTokenizer.from_pretrained(options.reference)
     model = load_stock(options.reference, labels.problem_type)
-    if isinstance(model, ElasticBertExitModel):  # its full depth counts, whatever its own default
-        model.config.exit_policy = model.config.length_config = None
     length = length_for(model.config, tokenizer, options.max_length)
     encoding = tokenizer(rows.texts.texts, rows.texts.pairs, truncation=True, max_length=length)
     encoded = replace(rows.encoded, rows=rows_of(encoding))

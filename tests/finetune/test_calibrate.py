@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,23 +15,33 @@ from transformers import AutoConfig, AutoTokenizer
 
 from elastic_model import ElasticBertForSequenceClassification, ElasticSession
 from elastic_model.arguments import dispatch, run
+from elastic_model.calibration import allowed_failures, upper_bound
+from elastic_model.exit_policies import normalised_entropy, predict
 from elastic_model.operating_points import FILE, OperatingPoints
 from export.__main__ import COMMANDS
 from finetune.__main__ import _command
-from finetune.calibrate import _check, calibrate, chosen_on, differing
+from finetune.calibrate import Served, _check, calibrate, certify, chosen_on, differing
 from finetune.config import CalibrateOptions
+from finetune.policies import candidates
 from tests.export.graphs import lively
 
 
 @pytest.fixture
-def checkpoint(tiny_config, tiny_tokenizer, tmp_path):
-    """A classifier of random weights whose exits grow surer and more alike from layer to layer."""
+def checkpoint(tiny_config, tiny_tokenizer, small_task, tmp_path):
+    """A classifier of random weights that answers all three classes, and whose exits answer more and more as the last
+    one: the first differs in an eighth of the rows."""
     torch.manual_seed(0)
+    tiny_config.initializer_range, tiny_config.exit_pooling = 0.05, ["mean"] * 4
     model = ElasticBertForSequenceClassification(tiny_config).eval()
-    torch.nn.init.normal_(model.classifiers.at(4).weight, std=3.0)
+    heads, poolers = model.classifiers, model.elasticbert.encoder.pooler
+    for weight, std in ((model.get_input_embeddings(), 1.0), (poolers.at(4).dense, 0.3), (heads.at(4), 2.0)):
+        torch.nn.init.normal_(weight.weight, std=std)
+    lines = [line.split("\t")[0] for line in (small_task / "more.tsv").read_text().splitlines()[1:]]
+    with torch.no_grad():
+        heads.at(4).bias -= model(**tiny_tokenizer(lines, padding=True, return_tensors="pt")).logits.mean(0)
     for layer in (1, 2, 3):
-        model.elasticbert.encoder.pooler.at(layer).load_state_dict(model.elasticbert.encoder.pooler.at(4).state_dict())
-        model.classifiers.at(layer).load_state_dict(model.classifiers.at(4).state_dict())
+        poolers.at(layer).load_state_dict(poolers.at(4).state_dict())
+        heads.at(layer).load_state_dict(heads.at(4).state_dict())
     model.save_pretrained(tmp_path / "checkpoint")
     tiny_tokenizer.save_pretrained(tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
@@ -344,3 +355,90 @@ def test_a_single_class_and_hyphens(checkpoint, small_task, tmp_path, capsys):
     assert re.search("the dev split has one class only", capsys.readouterr().err)
     argv[3] = str(small_task / "more.tsv")
     assert run(lambda: _command(argv)) == 0 and np.isfinite(OperatingPoints.load(checkpoint).at("calibrated").flops)
+
+
+def test_the_confidence_asked_for_is_that_of_the_promise(checkpoint, small_task, tmp_path, capsys):
+    found = {}
+    for confidence in (0.55, 0.999):
+        output = tmp_path / f"{confidence}.json"
+        calibrate(options_of(checkpoint, small_task, confidence=confidence, output=str(output), max_disagreement=0.12))
+        found[confidence] = json.loads(output.read_text())
+        report = found[confidence]
+        assert report["failures"] <= allowed_failures(240, 0.12, confidence)
+        assert report["upper_bound"] == upper_bound(report["failures"], 240, confidence) <= 0.12
+        assert all(
+            one["upper_bound"] is None or one["upper_bound"] == upper_bound(one["failures"], one["rows"], confidence)
+            for one in report["classes"]
+        )
+    assert found[0.55]["failures"] > found[0.999]["failures"]
+
+
+def test_what_the_reference_gets_wrong_cannot_be_lost(checkpoint, small_task, texts, tiny_tokenizer):
+    calibrate(options_of(checkpoint, small_task, max_disagreement=None, max_accuracy_loss=0.2))
+    point = OperatingPoints.load(checkpoint).at("calibrated")
+    model = ElasticBertForSequenceClassification.from_pretrained(checkpoint).eval()
+    lines = texts.read_text().splitlines()
+    truth = [line.split("\t")[1] for line in (small_task / "more.tsv").read_text().splitlines()[1:]]
+    early, _ = answers(model, tiny_tokenizer, lines)
+    full, _ = answers(model, tiny_tokenizer, lines, exit_policy={"name": "never"})
+    right = full == torch.tensor([model.config.label2id[label] for label in truth])
+    lost = (right & (early != full)).sum()
+    assert point.calibration["failures"] == lost < (early != full).sum()
+
+
+def test_a_reference_answers_in_our_order_and_at_its_full_depth(checkpoint, small_task, texts, tmp_path, capsys):
+    """Whatever the order of its labels and its own default policy."""
+    own = {"dev": None, "text": None, "label": None, "texts": str(texts)}
+    calibrate(options_of(checkpoint, small_task, **own))
+    expected = OperatingPoints.load(checkpoint).at("calibrated")
+    (checkpoint / FILE).unlink()
+    other = ElasticBertForSequenceClassification.from_pretrained(checkpoint)
+    order = [2, 0, 1]
+    for layer in range(1, 5):
+        head = other.classifiers.at(layer)
+        head.weight.data, head.bias.data = head.weight.data[order], head.bias.data[order]
+    names = [other.config.id2label[number] for number in order]
+    other.config.id2label, other.config.label2id = dict(enumerate(names)), {name: n for n, name in enumerate(names)}
+    other.config.exit_policy, other.config.length_config = {"name": "constant", "layer": 1}, [0.3] * 4
+    other.save_pretrained(tmp_path / "other")
+    for file in checkpoint.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "other")
+    calibrate(options_of(checkpoint, small_task, **own, reference=str(tmp_path / "other")))
+    found = OperatingPoints.load(checkpoint).at("calibrated")
+    assert found.thresholds == expected.thresholds
+    assert found.calibration["failures"] == expected.calibration["failures"]
+
+
+def test_of_settings_that_do_the_same_the_strictest_is_kept(tiny_config):
+    """What lies between two rows' certainties was not seen: a looser threshold promises nothing more."""
+    logits = np.zeros((4, 100, 3), dtype=np.float32)
+    logits[:, :50, 0], logits[:, 50:, 1] = 9.0, 0.1  # sure rows and unsure ones, none in between
+    logits[3, 50:, 2] = 5.0  # where the unsure ones are wrong
+    rows = SimpleNamespace(
+        encoded=SimpleNamespace(mask=None, labels=None),
+        labels=SimpleNamespace(problem_type="single_label_classification", names=["a", "b", "c"]),
+    )
+    options = CalibrateOptions(model="", max_disagreement=0.1)
+    tiny_config.exit_layers = [1, 2, 3, 4]
+    found = certify(options, rows, Served(logits, logits[-1]), logits[-1].argmax(-1), tiny_config)
+    grid = [one["threshold"] for one in candidates("entropy", logits, "single_label_classification")]
+    doubt = normalised_entropy(predict(torch.from_numpy(logits[0, :1]), "single_label_classification")).item()
+    assert found.policy["threshold"] == min(one for one in grid if one > doubt) < 0.5
+    assert found.places.tolist() == [0] * 50 + [3] * 50 and not found.failing.any()
+
+
+def test_a_tolerance_that_is_just_met_is_met():
+    assert differing(np.array([0.5, 0.75]), np.zeros(2), 0.5).tolist() == [False, True]
+
+
+def test_rows_of_a_split_that_chose_are_told_however_they_were_cut(checkpoint, monkeypatch):
+    """As of a run on some of its rows: their hash is another one."""
+    stage = SimpleNamespace(
+        stage="search", settings={}, data=[SimpleNamespace(name="sst2", split="dev", sha256="of some of them")]
+    )
+    monkeypatch.setattr("finetune.calibrate.read_provenance", lambda folder: [stage])
+    monkeypatch.setattr("finetune.calibrate.read_rows", lambda *how: SimpleNamespace(encoded=None))
+    monkeypatch.setattr("finetune.calibrate.rows_hash", lambda encoded: "of all of them")
+    told = {split: chosen_on(checkpoint, CalibrateOptions(model="", task="sst2", split=split), None, None, True)
+            for split in ("dev", "test")}  # fmt: skip
+    assert "the stage 'search' of this checkpoint was trained or chosen on" in told["dev"] and told["test"] is None

@@ -66,3 +66,11 @@ def test_a_batch_is_padded_to_its_longest_row(tiny_tokenizer):
 def test_pairs_carry_token_types(tiny_tokenizer):
     encoded = encode(examples_of(["the army"], ["the revenue"]), tiny_tokenizer, 32, np.zeros(1))
     assert set(encoded.rows[0]["token_type_ids"]) == {0, 1}
+
+
+def test_batches_are_padded_on_the_right_whatever_the_tokenizer_does(tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(tiny_tokenizer, "padding_side", "left")
+    encoded = encode(examples_of(["the harvest of this year", "the"]), tiny_tokenizer, 12, np.zeros(2))
+    batch = collate(encoded, [0, 1], tiny_tokenizer, torch.device("cpu"))
+    assert batch["attention_mask"][1].tolist() == sorted(batch["attention_mask"][1].tolist(), reverse=True)
+    assert batch["input_ids"][1, 0] == tiny_tokenizer.cls_token_id

@@ -431,3 +431,10 @@ def test_a_result_is_as_large_as_its_largest_point_and_scored_by_size_over_seeds
     assert Result("x", {"mrpc": TaskResult("f1", 9, [points])}).parameters == 120
     seeds = [[Point("a", 100.0, 61.0, 5)], [Point("b", 100.0, 63.0, 5)]]
     assert TaskResult("f1", 9, seeds).scores_by_size(REFERENCE)[40] == 2.0
+
+
+def test_the_size_of_a_submission_is_known_only_where_all_its_points_have_one():
+    known = Point("a", 1e6, 50.0, parameters=5)
+    for other, expected in ((known, 5), (replace(known, parameters=None), None), (replace(known, parameters=9), 9)):
+        result = Result("x", {"sst2": TaskResult("accuracy", 10, [[known, replace(other, name="b", flops=2e6)]])})
+        assert result.parameters == expected

@@ -70,3 +70,12 @@ def test_regression_calibrates_patience_only():
         policy_name("entropy", "regression")
     with pytest.raises(ValueError, match="allowed: entropy, confidence, margin, patience, voting, learned"):
         policy_name("constant", "single_label_classification")
+
+
+def test_thresholds_are_finest_where_rows_stay_longest():
+    """Squares of even steps: most rows of a good model are sure, and thresholds near 0 tell them apart."""
+    steps = np.array(
+        [one["threshold"] for one in candidates("entropy", np.zeros((3, 5, 2)), "multi_label_classification")]
+    )
+    assert steps[-1] == 1.0 and (np.diff(np.diff(steps)) > 0).all()
+    np.testing.assert_allclose(steps**0.5, np.arange(1, len(steps) + 1) / len(steps), atol=1e-4)

@@ -322,3 +322,16 @@ def test_the_probe_sees_real_tokens_and_every_exit(tiny_model, batches):
     with torch.no_grad():
         tiny_model.classifiers.at(1).weight.mul_(5)
     assert loss_without_labels(tiny_model, batches[0]).item() != before
+
+
+def test_importance_is_that_of_the_whole_model_without_dropout(tiny_model, batches):
+    """Whatever mode it is in, and whatever lengths it answers with by default."""
+    expected = importance(tiny_model, batches)
+    for module in tiny_model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    tiny_model.train().config.length_config = [0.5, 0.4, 0.3, 0.3]
+    for kind, found in zip(expected, importance(tiny_model, batches), strict=True):
+        for one, other in zip(kind, found, strict=True):
+            assert torch.equal(one, other)
+    assert tiny_model.training

@@ -232,3 +232,39 @@ def test_from_a_squad_file_to_answers(tmp_path, tiny_config, tiny_tokenizer):
     assert pipeline(PipelineOptions(**given, **files)) == 0
     (stage,) = json.loads((tmp_path / "pipeline/measured.json").read_text())["measurements"]
     assert stage["quality"] == 1 / 3 != exits["4"][0]["value"]
+
+
+def test_an_answer_that_a_window_does_not_hold_whole_is_not_in_it(tiny_tokenizer):
+    """Neither cut on the left nor on the right: its window teaches that there is none."""
+    answer = FILLER[4:60].strip()
+    whole = encoded(examples_of(("what ?", FILLER * 3, [(answer, 4)])), tiny_tokenizer, 64)
+    cut = encoded(examples_of(("what ?", FILLER * 3, [(answer, 4)])), tiny_tokenizer, 20)
+    assert whole.targets["end_positions"][0] > 0
+    assert not cut.targets["start_positions"].any() and not cut.targets["end_positions"].any()
+
+
+def test_no_answer_scores_as_in_its_lowest_window(tiny_tokenizer):
+    """SQuAD v2's rule: a window that rules an answer out says nothing of the others."""
+    rows = encoded(examples_of(("what ?", LONG, [at("Two", LONG)])), tiny_tokenizer)
+    logits = logits_for(rows)
+    holding = int(rows.targets["start_positions"].argmax())
+    logits[:, 0], logits[0, 0] = 0.0, -10.0
+    assert holding > 0 and len(rows) > 2
+    given = {
+        threshold: read_answers(logits, rows, replace(LABELS, no_answer_threshold=threshold))[0]
+        for threshold in (29.0, 31.0)
+    }
+    assert given == {29.0: "Two", 31.0: ""}
+
+
+def test_questions_of_one_margin_are_answered_together(tiny_tokenizer):
+    """A threshold between them does not exist: what was gained by it was not."""
+    sure, wrong, less = ("what ?", FILLER, [at("army", FILLER)]), ("what ?", FILLER, []), ("what ?", FILLER, None)
+    rows = encoded(examples_of(sure, wrong, (*less[:2], sure[2])), tiny_tokenizer, 64)
+    start, end = rows.targets["start_positions"][0], rows.targets["end_positions"][0]
+    logits = np.zeros((len(rows), max(rows.lengths), 2))
+    for row, height in enumerate((5.0, 5.0, 3.0)):
+        logits[row, start, 0] = logits[row, end, 1] = height
+    chosen = choose_no_answer(logits, rows)
+    answers = read_answers(logits, rows, replace(LABELS, no_answer_threshold=chosen))
+    assert answers.tolist() == ["army"] * 3

@@ -2,18 +2,21 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import BertConfig
+from transformers import AutoTokenizer, BertConfig
 
+from elastic_model import ElasticBertConfig
 from elastic_model.losses import inplace_distillation
 from finetune.config import TrainOptions
-from finetune.data import collate, inputs_of
+from finetune.data import collate, encode, inputs_of
+from finetune.examples import Examples
 from finetune.prepare import exit_pooling_of
-from finetune.recipe import RECIPES, SANDWICH, Update, as_labels, find_recipe
+from finetune.recipe import RECIPES, SANDWICH, Update, as_labels, exits_of, find_recipe
 from finetune.run import prepare
 from finetune.train import backward, engine_of
 
@@ -303,3 +306,47 @@ def test_the_learned_head_beside_a_teacher_learns_the_mean_over_exits(options, t
     wrong = torch.stack(output.exit_logits[:-1]).argmax(-1) != teacher.argmax(-1)
     doubt = ((output.exit_uncertainty[:-1] - wrong.float()) ** 2).mean()
     assert loss.item() == pytest.approx((soft + doubt).item(), rel=1e-5)
+
+
+def test_the_inner_exits_alone_learn_from_the_last(options):
+    """Weighted among themselves: the last exit, which differs from itself by nothing, took a share of the mean."""
+    run = prepare(options(recipe="self_distillation", exit_loss="mean"), Accelerator())
+    batch = collate(run.splits["train"], [0, 1, 2], run.tokenizer, CPU)
+    (loss,) = (
+        RECIPES["self_distillation"]
+        .phases[1]
+        .objective(run.model, run.model.config, batch, Update(0, random.Random(0), run.options))
+    )
+    with torch.no_grad():
+        exits = run.model(**inputs_of(batch)).exit_logits
+    apart = [inplace_distillation(one, exits[-1], "single_label_classification") for one in exits[:-1]]
+    torch.testing.assert_close(loss.detach(), sum(apart) / 3)
+
+
+def test_one_label_without_a_problem_type_is_a_number():
+    config = ElasticBertConfig(num_labels=1, num_hidden_layers=2)
+    output = SimpleNamespace(exit_logits=[torch.zeros(3, 1)] * 2, exit_uncertainty=None)
+    batch = {"attention_mask": torch.ones(3, 4)}
+    one = Class(output)
+    assert exits_of(one, config, batch, [1, 2]).problem_type == "regression"
+
+
+class Class(dict):
+    """A model's output: a mapping with attributes."""
+
+    def __init__(self, fields):
+        super().__init__(vars(fields))
+        self.__dict__.update(vars(fields))
+
+
+def test_a_teacher_with_exits_answers_at_full_depth(tiny_checkpoint):
+    from elastic_model import ElasticBertForSequenceClassification
+    from finetune.teacher import ask, final_logits
+
+    model = ElasticBertForSequenceClassification.from_pretrained(tiny_checkpoint).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    rows = encode(Examples(["the army", "a treaty"], None, [0, 0], ["", ""]), tokenizer, 16)
+    expected = ask(model, rows, tokenizer, 2, Accelerator(), final_logits)
+    model.config.exit_policy, model.config.length_config = {"name": "constant", "layer": 1}, [0.5] * 4
+    for one, other in zip(ask(model, rows, tokenizer, 2, Accelerator(), final_logits), expected, strict=True):
+        np.testing.assert_array_equal(one, other)

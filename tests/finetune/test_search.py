@@ -31,7 +31,7 @@ from finetune.by_row import by_row, explore_batch_by_row, explore_by_row, fit_sh
 from finetune.candidates import STEPS, constant_ratio, crossover, initial, mutate, offspring, shares
 from finetune.config import EvaluateOptions, SearchOptions
 from finetune.evaluate import evaluate
-from finetune.evolution import JOURNAL, Found, read_journal
+from finetune.evolution import JOURNAL, Found, next_generation, read_journal
 from finetune.examples import read_examples
 from finetune.explore import explore, explore_batch, explore_graph
 from finetune.prepare import chosen_task
@@ -448,3 +448,20 @@ def test_the_better_of_two_goes_on(checkpoint, small_task, tmp_path):
     work.generations, work.found = [[work.whole]], {work.whole: [found(work.whole, 0.8, 10.0)] * len(work.rungs)}
     work.found |= {good: [found(good, 0.75, 5.0)], bad: [found(bad, 0.5, 5.0)]}
     assert work.promising([good, bad], 0) == {good}
+
+
+def test_a_search_draws_by_its_seed(checkpoint, small_task, tmp_path):
+    """Its rows' order, of which each rung takes the first, and its children."""
+    searches = [
+        prepare(options_of(checkpoint, small_task, tmp_path / "out", seed=seed, rows=240))[0] for seed in (0, 0, 1)
+    ]
+    first, again, other = (one.examples.texts for one in searches)
+    read = [line.split("\t")[0] for line in (small_task / "more.tsv").read_text().splitlines()[1:]]
+    assert first == again and len({tuple(first), tuple(other), tuple(read)}) == 3
+    assert sorted(first) == sorted(other) == sorted(read)
+    children = []
+    for one in searches:
+        one.found[one.whole] = [[Found(one.whole, 0, 0.5, 1.0, 1.0, 1.0, 4.0)]] * len(one.rungs)
+        one.generations = [[one.whole]]
+        children.append(next_generation(one, 1))
+    assert children[0] == children[1] != children[2]

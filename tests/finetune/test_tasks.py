@@ -208,3 +208,12 @@ def test_a_number_that_float32_does_not_hold_is_no_label():
         ValueError, match="row 2: a regression label must be a finite number .at most 3.4e.38., got 1e.39"
     ):
         encode_labels(None, examples, ["score"], "regression")
+
+
+def test_labels_that_are_numbers_are_not_places():
+    """Of a task whose file says 1 for its first class."""
+    task = replace(TASKS["sst2"], labels={"1": "first", "0": "second"})
+    examples = Examples(["a", "b"], None, ["0", "1"], ["", ""])
+    assert encode_labels(task, examples, ["first", "second"], "single_label_classification").tolist() == [1, 0]
+    named = replace(task, labels={"entailment": "yes", "neutral": "no"})
+    assert encode_labels(named, examples, ["yes", "no"], "single_label_classification").tolist() == [0, 1]

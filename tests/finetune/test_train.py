@@ -1,5 +1,6 @@
 """The loop: it learns, resumes where it was, sums gradients rightly, and writes a whole checkpoint or nothing."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -8,6 +9,7 @@ import re
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,7 +33,8 @@ from finetune.evaluate import observe
 from finetune.figures import plot_confusion
 from finetune.recipe import RECIPES, Update
 from finetune.run import prepare
-from finetune.train import INTERRUPTED, _save, backward, engine_of, learning_rate, train
+from finetune.state import Progress
+from finetune.train import INTERRUPTED, _save, _step, backward, engine_of, learning_rate, train
 
 SHIPPED = sorted((Path(finetune.train.__file__).parent / "recipes").glob("*.yaml"))
 
@@ -621,3 +624,24 @@ def no_head(folder, tokenizer, sizes):
     BertModel(BertConfig(vocab_size=300, **sizes, **labels)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def test_a_phase_that_ends_early_hands_on_its_best_weights(options, monkeypatch):
+    """And every update is trained in training mode, also behind an evaluation."""
+    qualities, seen = iter([0.9, 0.8, *[0.5] * 50]), []
+    monkeypatch.setattr("finetune.run._quality_on_dev", lambda run: {4: {"accuracy": next(qualities)}})
+
+    def watched(run, phase, engine, number):
+        seen.append((number, engine.model.training, copy.deepcopy(run.model.state_dict())))
+        return backward(run, phase, engine, number)
+
+    monkeypatch.setattr(finetune.train, "backward", watched)
+    assert train(options(recipe="two_stage", phase_epochs=[1, 1], patience=1, eval_steps=1)) == 0
+    numbers = [number for number, _, _ in seen]
+    assert numbers[:3] == [0, 1, 6] and all(training for _, training, _ in seen)
+    assert_same_weights(seen[2][2], seen[1][2])  # phase 2 begins with what update 1 left, not update 2
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(options):
+    with pytest.raises(ValueError, match="the gradient of update 8 is nan; a lower learning_rate may help"):
+        _step(SimpleNamespace(step=lambda rate: float("nan")), 0.1, Progress(update=7))
