@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -404,3 +405,39 @@ def test_without_onnxruntime_a_session_says_what_to_install(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.getcwd())
     assert 'pip install "elastic-model[serve]"' in done.stdout, done.stderr
+
+
+def test_the_last_threshold_does_not_tell_points_apart(session):
+    """Nobody is asked there."""
+    usual = session.points.at("usual")
+    session.points = OperatingPoints(
+        "", session.points.policy, [replace(usual, thresholds=[*usual.thresholds[:-1], 0.9])]
+    )
+    assert session.default_point == "usual"
+    session.__dict__.pop("default_point")
+    session.points = OperatingPoints(
+        "", session.points.policy, [replace(usual, thresholds=[0.9, *usual.thresholds[1:]])]
+    )
+    assert session.default_point == "default"
+
+
+def test_texts_that_are_all_there_are_checked_before_any_is_answered(session, monkeypatch):
+    answered = []
+    monkeypatch.setattr("elastic_model.session.CHUNK", 2)
+    monkeypatch.setattr(session, "run", lambda *given, **named: answered.append(given))
+    with pytest.raises(ValueError, match="text 3 is empty"):
+        session([*TEXTS[:3], " "])
+    assert not answered
+
+
+def test_points_with_chosen_lengths_have_one_a_layer(exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "out")
+    table = OperatingPoints.read(folder)
+    for lengths in ([0.9] * 3, {"mass": [0.9] * 3}):
+        replace(table, points=[replace(table.points[0], length_config=lengths)]).save(folder)
+        with pytest.raises(ValueError, match="point 'full' has 3 lengths for the 4 layers"):
+            ElasticSession.from_pretrained(folder)
+    confident = replace(table, policy={"name": "confidence", "threshold": 0.5})
+    confident.save(folder)
+    with pytest.raises(ValueError, match="was measured with the exit policy .*'confidence'"):
+        ElasticSession.from_pretrained(folder)

@@ -176,6 +176,9 @@ def test_points_of_a_policy_that_counts_are_exported_without_a_default(checkpoin
     session = ElasticSession.from_pretrained(exported(checkpoint)[0], "model", threads=1)
     assert [one["exit_layer"] for one in session(TEXTS)] == [4] * 3
     assert min(one["exit_layer"] for one in session(TEXTS, budget="fast")) < 4
+    assert session.exit_logits(TEXTS).shape == (4, 3, 3) and np.isfinite(session.exit_logits(TEXTS)).all()
+    nobody = session.run(session.encode(TEXTS), thresholds=session.never)
+    assert nobody["exit_layer"].tolist() == [4] * 3
 
 
 @pytest.mark.parametrize("kind", [ElasticBertModel, ElasticBertForSequenceClassification])
@@ -456,6 +459,9 @@ def test_dropped_tokens_cost_what_the_configuration_says(checkpoint_of):
 def test_the_range_of_rows_is_that_of_all_of_them(checkpoint_of):
     checkpoint = load_checkpoint(checkpoint_of()[1])
     rows = [Encoding([2, *ids, 3], [0] * (len(ids) + 2)) for ids in ([9, 8, 7], [40, 50, 60, 70])]
+    whole = input_ranges(checkpoint, rows)
+    checkpoint.model.config.length_config = [0.5, 0.4, 0.3, 0.3]  # every token counts, whatever the default
+    assert input_ranges(checkpoint, rows) == whole
     (first, second), both = (input_ranges(checkpoint, [row]) for row in rows), input_ranges(checkpoint, rows)
     for name, (low, high) in both.items():
         assert (low, high) == (min(first[name][0], second[name][0]), max(first[name][1], second[name][1]))

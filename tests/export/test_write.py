@@ -349,3 +349,32 @@ def test_predict_does_not_replace_its_input(tmp_path):
                           ({"seconds": float("nan")}, "seconds must be above 0, got nan")):  # fmt: skip
         with pytest.raises(ValueError, match=says):
             benchmark_folder(BenchmarkOptions(folder=tmp_path, input=texts, **changes))
+
+
+def test_rows_must_agree_also_as_the_file_runs_by_itself(lively_checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "rows.tsv").write_text("text\tother\n" + "".join(f"{text}\tx\n" for text in TEXTS * 9))
+    # all exits agree; the answers by default, of one exit alone, do not
+    agreeing = lambda ours, *_: np.arange(20) < ([[20]] * 4 if len(ours[0]) > 1 else [[18]])  # noqa: E731
+    monkeypatch.setattr(check, "same_answers", agreeing)
+    with pytest.raises(ValueError, match="answers 0.900 of 20 rows like float32, expected 0.95; as the file runs by"):
+        export_to(tmp_path / "out", lively_checkpoint, rows=tmp_path / "rows.tsv", max_rows=20)
+
+
+def test_weights_that_are_not_finite_are_named(lively_checkpoint, tmp_path):
+    model = ElasticBertForSequenceClassification.from_pretrained(lively_checkpoint)
+    model.elasticbert.encoder.layer[1].output.dense.bias.data[3] = float("nan")
+    model.save_pretrained(lively_checkpoint)
+    with pytest.raises(ValueError, match="weights that are not finite: elasticbert.encoder.layer.1.output.dense.bias"):
+        export_to(tmp_path / "out", lively_checkpoint)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_answer_is_the_whole_answer():
+    """All labels of a row, both ends of a span."""
+    ours, theirs = [np.array([[1.0, -1.0]]), np.array([[1.0, 1.0]])], [np.array([[1.0, 1.0]]), np.array([[2.0, 3.0]])]
+    assert check.same_answers(ours, theirs, "multi_label_classification").tolist() == [[False, True]]
+    spans = np.zeros((2, 1, 4, 2))  # rows, exits, tokens, start and end
+    spans[:, 0, 1, 0] = spans[:, 0, 2, 1] = 1.0
+    other = spans.copy()
+    other[0, 0, 3, 1] = 2.0
+    assert check.same_answers(list(spans), list(other), "question_answering").tolist() == [[False, True]]

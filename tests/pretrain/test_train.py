@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 from elastic_model import ElasticBertConfig, ElasticBertForPreTraining, ElasticBertForSequenceClassification
 from elastic_model.distributed import start_accelerator
@@ -455,3 +455,61 @@ def test_means_of_a_window_are_over_the_updates_that_computed_an_exit():
     means = window.means(Accelerator())
     assert means["mlm_loss"] == {1: 1.0, 2: 1.0, 3: 1.0} and means["distillation_loss"] == 3.0
     assert peak_flops(2.0, "fp32", 4) == 8e12
+
+
+def test_dropout_is_that_of_seed_and_step(options):
+    """Drawn anew at every update, and by the seed: a resumed run draws what the first would have."""
+
+    def losses(seed, step):
+        config = options(dropout=0.3, exit_groups=1, seed=seed)
+        torch.manual_seed(7)
+        run = Run(config, start_accelerator(config.precision, config.tracker, config.output), prepare(options()))
+        run.plain_model.load_state_dict(start)
+        run.progress.step = step
+        return run._backward(batches, *run._global_counts(batches)[:2]).per_exit.tolist()
+
+    config = options(dropout=0.3, exit_groups=1)
+    first = Run(config, start_accelerator(config.precision, config.tracker, config.output), prepare(config))
+    batches = first.batches[0]
+    start = {name: value.clone() for name, value in first.plain_model.state_dict().items()}
+    assert losses(0, 0) == losses(0, 0) and losses(0, 0) != losses(0, 1) and losses(0, 0) != losses(1, 0)
+
+
+def test_a_batch_without_pairs_learns_its_tokens(options):
+    """A mean over no pair at all was NaN, and its update skipped; its tokens were seen all the same."""
+    config = options(exit_groups=1)
+    run = Run(config, start_accelerator(config.precision, config.tracker, config.output), prepare(config))
+    batches = [{**batch, "sentence_order_label": batch["sentence_order_label"] * 0 - 100} for batch in run.batches[0]]
+    assert run._backward(batches, *run._global_counts(batches)[:2]).per_exit.isfinite().all()
+    run.update(batches)
+    assert run.progress.skipped == 0 and math.isfinite(run.norm) and run.norm > 0
+    tokens = run.progress.tokens
+    run.plain_model.elasticbert.embeddings.LayerNorm.bias.data.fill_(math.nan)
+    run.update(run.batches[1])
+    seen = sum(int(batch["attention_mask"].sum()) for batch in run.batches[1])
+    assert run.progress.skipped == 1 and run.progress.tokens == tokens + seen
+
+
+def test_the_optimizer_is_berts(options):
+    config = options(adam_beta2=0.97, weight_decay=0.02)
+    model = ElasticBertForPreTraining(ElasticBertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=1))
+    for group in build_optimizer(model, config).param_groups:
+        assert (group["betas"], group["eps"]) == ((0.9, 0.97), 1e-6)
+
+
+def test_new_exits_of_a_warm_start_read_the_mean_and_a_new_decoder_begins_at_the_unigrams(options, tmp_path):
+    """Of an encoder without a head for masked tokens."""
+    first = options(output=tmp_path / "first")
+    train(first)
+    stock = BertModel(
+        BertConfig(vocab_size=160, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+                   max_position_embeddings=32)
+    )  # fmt: skip
+    stock.save_pretrained(tmp_path / "stock")
+    AutoTokenizer.from_pretrained(first.output).save_pretrained(tmp_path / "stock")
+    config = options(output=tmp_path / "second", init_from=tmp_path / "stock")
+    run = Run(config, start_accelerator(config.precision, config.tracker, config.output), prepare(config))
+    counts = run.train_examples.token_counts() + 1
+    decoder = run.plain_model.predictions.decoder.bias.detach().exp().numpy()[: len(counts)]
+    assert decoder == pytest.approx(counts / counts.sum(), rel=1e-4)
+    assert run.plain_model.config.exit_pooling == ["mean", "cls"]
