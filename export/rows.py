@@ -46,7 +46,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _columns(file: Path, lines: list[str], text: str, pair: str | None) -> list[Text]:
-    header = lines[0].split("\t") if lines else []
+    header = [name.strip() for name in lines[0].split("\t")] if lines else []
     for name in (text, pair):
         if name is not None and header.count(name) != 1:
             wrong = "is there twice" if name in header else "is missing"

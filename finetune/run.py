@@ -316,7 +316,9 @@ def prepare(
     labels = labels_of_training(options, task, every)
     train = some_rows(every, options.train_rows, options.seed)
     if len(train) < options.batch_size:
-        raise ValueError(f"the train split has {len(train)} rows, fewer than a batch ({options.batch_size})")
+        raise ValueError(
+            f"the train split has {len(train)} rows, fewer than a batch ({options.batch_size}); lower batch_size"
+        )
     check_policy(options, labels)
     _check_of_numbers(options, labels)
     if options.metric:

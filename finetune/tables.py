@@ -37,7 +37,7 @@ def _tab_separated(lines: IO[str]) -> Iterator[list[str]]:
 
 def _separated(cells: Iterator[list[str]], columns: tuple[str, ...] | None, file: Path) -> Iterator[Row]:
     """Rows under the file's own header, or under `columns` where it has none (further cells are then ignored)."""
-    header = list(columns) if columns else next(cells, [])
+    header = list(columns) if columns else [name.strip() for name in next(cells, [])]
     doubled = next((name for name in header if header.count(name) > 1), None)
     if doubled is not None:
         raise ValueError(f"{file}: the column {doubled!r} is there twice ({', '.join(header)}); name each once")
@@ -114,7 +114,7 @@ def _squad(lines: IO[str], file: Path) -> Iterator[Row]:
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file}: not SQuAD's JSON (data > paragraphs > context, qas > id, question, answers > text, "
-            f"answer_start): {type(error).__name__} at {error}"
+            f"answer_start): {type(error).__name__} at {error}; rows of columns are one object a line in a .jsonl"
         ) from error
 
 

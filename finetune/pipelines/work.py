@@ -86,7 +86,9 @@ def begin(options: OperatorOptions, root: Path, letters: str) -> Work:
     labels = labels_of_training(training, task, every)
     train = some_rows(every, options.train_rows, options.seed)
     if len(train) < options.batch_size:
-        raise ValueError(f"the train split has {len(train)} rows, fewer than a batch ({options.batch_size})")
+        raise ValueError(
+            f"the train split has {len(train)} rows, fewer than a batch ({options.batch_size}); lower batch_size"
+        )
     examples = {"train": train, "dev": read_examples(task, "dev")}
     encoded = {
         split: encode_split(rows, split, task, labels, tokenizer, options.max_length)

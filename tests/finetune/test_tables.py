@@ -6,6 +6,7 @@ import lzma
 
 import pytest
 
+from export.rows import read_column, read_texts
 from finetune.tables import read_table
 
 
@@ -107,3 +108,14 @@ def test_a_sentence_is_named_by_its_first_line(tmp_path):
     (tmp_path / "a.conll").write_text("\n".join(lines))
     places = [row.place for row in read_table(tmp_path / "a.conll")]
     assert [place.rpartition(" ")[2] for place in places] == ["2", "8"]
+
+
+def test_blanks_around_a_columns_name_are_not_part_of_it(tmp_path):
+    """The error said that there is no column 'text' among them: ' text'."""
+    for ending, between in (("tsv", "\t"), ("csv", ",")):
+        file = tmp_path / f"rows.{ending}"
+        file.write_text(f" text{between}label \nthe army{between}1\n")
+        (row,) = read_table(file)
+        assert (row["text"], row["label"]) == ("the army", "1")
+    assert read_texts(tmp_path / "rows.tsv", "text") == ["the army"]
+    assert read_column(tmp_path / "rows.tsv", "label") == ["1"]
