@@ -24,7 +24,15 @@ from finetune.data import Encoded, encode
 from finetune.evaluate import stacked_exits, table
 from finetune.figures import plot_exits
 from finetune.kinds import KINDS, problem_type_of
-from finetune.prepare import FAMILIES, check_length, configured, pooling_setting, rows_hash, weight_files
+from finetune.prepare import (
+    FAMILIES,
+    check_fills_a_batch,
+    check_length,
+    configured,
+    pooling_setting,
+    rows_hash,
+    weight_files,
+)
 from finetune.recipe import INNER_EXITS, SANDWICH, Phase
 from finetune.run import Run, check_numbers, check_read, phases_that_run, start_accelerator
 from finetune.state import Progress
@@ -154,10 +162,7 @@ def _read_splits(options: ElastifyOptions) -> dict[str, Texts]:
         held_out = min(MOST_HELD_OUT, max(1, round(HELD_OUT * len(texts))))
         order = random.Random(options.seed).sample(range(len(texts)), len(texts))
         splits = {"train": texts.select(sorted(order[held_out:])), "dev": texts.select(sorted(order[:held_out]))}
-    if len(splits["train"]) < options.batch_size:
-        raise ValueError(
-            f"there are {len(splits['train'])} texts to train on, fewer than a batch ({options.batch_size})"
-        )
+    check_fills_a_batch(len(splits["train"]), options.batch_size, "texts to train on")
     return splits
 
 

@@ -171,6 +171,12 @@ def encode_split(
     return kind_of(labels).encode(task, examples, split, labels, tokenizer, max_length)
 
 
+def check_fills_a_batch(rows: int, batch_size: int, what: str) -> None:
+    """ValueError for fewer rows to train on than a batch has; what: how the message calls them."""
+    if rows < batch_size:
+        raise ValueError(f"there are {rows} {what}, fewer than a batch ({batch_size}); lower batch_size")
+
+
 def check_length(config: Any, max_length: int) -> None:
     """ValueError where rows of `max_length` tokens exceed the model's positions, or are too short for any text."""
     longest = longest_input(config)

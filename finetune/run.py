@@ -28,6 +28,7 @@ from finetune.kinds import answers_of
 from finetune.labels import Labels
 from finetune.policies import policy_name
 from finetune.prepare import (
+    check_fills_a_batch,
     check_metric,
     chosen_task,
     encode_split,
@@ -315,10 +316,7 @@ def prepare(
     every = read_examples(task, "train")
     labels = labels_of_training(options, task, every)
     train = some_rows(every, options.train_rows, options.seed)
-    if len(train) < options.batch_size:
-        raise ValueError(
-            f"the train split has {len(train)} rows, fewer than a batch ({options.batch_size}); lower batch_size"
-        )
+    check_fills_a_batch(len(train), options.batch_size, "rows in the train split")
     check_policy(options, labels)
     _check_of_numbers(options, labels)
     if options.metric:

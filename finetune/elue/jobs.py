@@ -24,6 +24,7 @@ from finetune.elue.tasks import ELUE_TASKS, Answers, answers_to, task_called
 from finetune.examples import Examples, read_examples
 from finetune.labels import encode_labels
 from finetune.prepare import (
+    check_fills_a_batch,
     check_length,
     chosen_task,
     encode_split,
@@ -274,8 +275,8 @@ def check_jobs(options: SizeOptions, jobs: list[Job]) -> None:
         if job.trains:
             train = read_examples(job.task, "train")
             labels_of_training(TrainOptions(model=str(job.start), output="", task=job.name), job.task, train)
-            if (rows := len(some_rows(train, job.train_rows, seed=0))) < options.batch_size:
-                raise ValueError(f"{job.name}: {rows} train rows are fewer than a batch ({options.batch_size})")
+            rows = some_rows(train, job.train_rows, seed=0)
+            check_fills_a_batch(len(rows), options.batch_size, f"train rows of {job.name}")
 
 
 def check_answers(job: Job, config: ElasticBertConfig, checkpoint: Path) -> None:

@@ -17,6 +17,7 @@ from finetune.labels import Labels
 from finetune.pipelines.config import OperatorOptions, StudyOptions
 from finetune.pipelines.letters import name_of
 from finetune.prepare import (
+    check_fills_a_batch,
     check_length,
     chosen_task,
     encode_split,
@@ -85,10 +86,7 @@ def begin(options: OperatorOptions, root: Path, letters: str) -> Work:
     every = read_examples(task, "train")
     labels = labels_of_training(training, task, every)
     train = some_rows(every, options.train_rows, options.seed)
-    if len(train) < options.batch_size:
-        raise ValueError(
-            f"the train split has {len(train)} rows, fewer than a batch ({options.batch_size}); lower batch_size"
-        )
+    check_fills_a_batch(len(train), options.batch_size, "rows in the train split")
     examples = {"train": train, "dev": read_examples(task, "dev")}
     encoded = {
         split: encode_split(rows, split, task, labels, tokenizer, options.max_length)

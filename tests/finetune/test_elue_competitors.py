@@ -159,7 +159,7 @@ def test_what_fails_later_is_told_before_training(elue_data, elue_start, tmp_pat
     (tmp_path / "curve.tsv").write_text("task\tflops\tquality\nsst2\t5\t1\nsst2\t5\t2\n")
     for flags, message in (
         (["--max-length", "sst2=24", "stsb=999"], "stsb: max_length must be 3 to 64"),
-        (["--max-length", "32", "--train-rows", "stsb=3"], "stsb: 3 train rows are fewer than a batch"),
+        (["--max-length", "32", "--train-rows", "stsb=3"], "3 train rows of stsb, fewer than a batch"),
         (["--max-length", "32", "--reference", str(tmp_path / "curve.tsv")], "sst2: the reference has two qualities"),
         (["--epochs", "sst2="], "--epochs: expected TASK=VALUE, got 'sst2='"),
         (["--epochs", "sst2=1", "sst2=2"], "--epochs: sst2 is there twice, with 1 and 2"),

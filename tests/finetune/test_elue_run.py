@@ -160,7 +160,7 @@ def test_every_method(elue_data, elue_start):
         (["--reference", "nowhere.json"], "nowhere.json: No such file"),
         (["--points", "0"], "points must be at least 1, got 0"),
         (["--max-length", "sst2=9999"], "sst2: max_length must be 3 to "),
-        (["--train-rows", "sst2=5"], r"sst2: 5 train rows are fewer than a batch"),
+        (["--train-rows", "sst2=5"], r"5 train rows of sst2, fewer than a batch"),
         (["--test-rows", "1"], "sst2: the 1 test rows drawn have one label only; give more --test-rows"),
     ],
 )
