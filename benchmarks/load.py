@@ -127,7 +127,9 @@ def main() -> None:
     """Measure what is missing, print it, keep each part in the JSON as soon as it exists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("exported", type=Path)
-    parser.add_argument("--input", type=Path, required=True, help="texts (.tsv with a header, .txt; .gz, .xz, .bz2)")
+    parser.add_argument(
+        "--input", type=Path, required=True, help="texts (.tsv or .csv with a header, .txt; also compressed)"
+    )
     parser.add_argument("--text", default="text", help="column that holds the text")
     parser.add_argument("--rows", type=int, default=10_000, help="texts that are read")
     parser.add_argument("--minutes", type=float, default=1.0, help="of the mixed load")

@@ -1,5 +1,6 @@
 """The command: what the folder holds, what its checks stop, what it says of bad input."""
 
+import csv
 import json
 import platform
 import subprocess
@@ -19,7 +20,7 @@ from export.benchmark import benchmark_folder
 from export.config import BenchmarkOptions, ExportOptions, PredictOptions
 from export.emulated import EmulatedSession
 from export.predict import predict_file
-from export.rows import read_texts
+from export.rows import read_column, read_texts
 from export.write import export_checkpoint
 
 TEXTS = ["A treaty of commerce was signed in the spring.", "Our people are strong.", "The debt has been reduced."]
@@ -310,9 +311,13 @@ def test_the_commands_end_to_end(tiny_checkpoint, tmp_path, run_export):
         ("rows.txt", b"one\n\ntwo\n", "line 2: an empty text; leave such lines out"),  # answers were shifted
         ("rows.txt.xz", b"not xz", "not a readable text file"),
         ("rows.txt.gz", b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\xff\xff\xff\xff\xff", "not a readable text file"),
-        ("rows.csv", b"text,label\nx,y\n", "a .txt .* or a .tsv"),
-        ("rows.conll", b"one B-x\n", "a .txt .* or a .tsv"),  # each line was a text, with its tag
-        ("rows", b"one\n", "a .txt .* or a .tsv"),
+        ("rows.csv", b"text,label\nx\n", "line 2: 1 cells under 2 columns"),
+        ("rows.csv", b"text,label\n\nx,y\n", "line 2: 0 cells under 2 columns"),  # answers would be shifted
+        ("rows.csv", b"\xff\xfe\n", "not a readable text file in UTF-8"),
+        ("rows.csv", b"", "the column 'text' is missing; its columns are none"),
+        ("rows.jsonl", b"{}\n", "a .txt .* a .tsv or a .csv .columns under a header. is read"),
+        ("rows.conll", b"one B-x\n", "a .txt .* or a .csv"),  # each line was a text, with its tag
+        ("rows", b"one\n", "a .txt .* or a .csv"),
         ("rows.txt", b"text\tlabel\nx\ty\n", "a .txt is read as a text a line, this looks like a table"),
         ("rows.txt.bz2", b"not bz2", "not a readable text file"),
     ],
@@ -324,8 +329,21 @@ def test_a_file_of_texts_that_is_not_one(tmp_path, name, content, says):
 
 
 def test_a_blank_last_line_is_no_row(tmp_path):
-    (tmp_path / "t.tsv").write_text("text\tlabel\none\ta\ntwo\tb\n\n")
-    assert read_texts(tmp_path / "t.tsv", "text") == ["one", "two"]
+    for ending, between in (("tsv", "\t"), ("csv", ",")):
+        file = tmp_path / f"t.{ending}"
+        file.write_text(f"text{between}label\none{between}a\ntwo{between}b\n\n")
+        assert read_texts(file, "text") == ["one", "two"] and read_column(file, "label") == ["a", "b"]
+
+
+def test_quoted_cells_are_those_of_a_csv(tmp_path):
+    """Of a .tsv a quotation mark is a character, as in training."""
+    rows = [("text", "pair"), ('she said "no", twice', "one\ntwo"), ("x" * 200_000, "y")]
+    with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8") as content:
+        csv.writer(content).writerows(rows)
+    assert read_texts(tmp_path / "rows.csv", "text", "pair") == rows[1:]
+    assert read_texts(tmp_path / "rows.csv", "pair", limit=1) == ["one\ntwo"]
+    (tmp_path / "rows.tsv").write_text('text\tpair\n"no\ta\rb\n', newline="")
+    assert read_texts(tmp_path / "rows.tsv", "text", "pair") == [('"no', "a\rb")]
 
 
 def test_tables_are_read_as_in_training(tmp_path):
