@@ -438,3 +438,56 @@ def test_the_size_of_a_submission_is_known_only_where_all_its_points_have_one():
     for other, expected in ((known, 5), (replace(known, parameters=None), None), (replace(known, parameters=9), 9)):
         result = Result("x", {"sst2": TaskResult("accuracy", 10, [[known, replace(other, name="b", flops=2e6)]])})
         assert result.parameters == expected
+
+
+def test_points_at_nearly_one_cost_are_points_of_their_own():
+    seeds = [[Point("a", 1000.0, 60.0, 7)], [Point("a", 1001.0, 70.0, 7)]]
+    assert TaskResult("f1", 9, seeds).curves == seeds
+    (mean,) = TaskResult("f1", 9, [seeds[0], [replace(seeds[1][0], flops=1000.0)]]).points
+    assert mean == Point("a", 1000.0, 65.0, 7)
+
+
+def test_the_deviation_of_a_reference_of_one_curve_is_told():
+    seeds = [[Point("a", 100.0, 61.0)], [Point("a", 100.0, 63.0)]]
+    result = Result("exits", {"mrpc": TaskResult("f1", 1725, seeds)})
+    (entry,) = leaderboard_of([result], {"mrpc": result.tasks["mrpc"].reference}, "exits").entries
+    assert (entry.tasks["mrpc"].score, entry.tasks["mrpc"].deviation) == (0.0, pytest.approx(2**0.5))
+
+
+def test_a_note_and_sizes_survive_their_file(tmp_path):
+    result = replace(result_of("ours", REFERENCE), note="a paper", settings={"mrpc": "MRPC: 3 epochs"})
+    write_result(result, tmp_path / "scores.json")
+    assert read_result(tmp_path) == result
+
+
+def test_the_best_is_first_and_what_has_no_score_last():
+    better, worse = ([replace(point, quality=point.quality + more) for point in REFERENCE] for more in (2, -2))
+    results = [result_of("worse", worse), result_of("better", better), result_of("elsewhere", REFERENCE, "stsb")]
+    board = leaderboard_of(results[:2], {"mrpc": REFERENCE}, "ours")
+    assert [entry.name for entry in board.entries] == ["better", "worse"]
+    board = leaderboard_of(results, {"mrpc": REFERENCE}, "ours")
+    assert all(entry.macro is None for entry in board.entries)  # a task without a score leaves no average
+
+
+def test_a_size_class_needs_a_score_on_every_task():
+    points = [Point("a", 100.0, 61.0, 39_000_000), Point("b", 200.0, 83.0, 60_000_000)]
+    tasks = {"mrpc": TaskResult("f1", 9, [points]), "stsb": TaskResult("f1", 9, [points[1:]])}
+    (entry,) = leaderboard_of([Result("x", tasks)], dict.fromkeys(tasks, REFERENCE), "ours").entries
+    assert entry.macro_by_size == {70: pytest.approx(2.5), 110: pytest.approx(2.5)}
+
+
+def test_points_behind_the_front_are_told_apart(tmp_path):
+    """In the text and on the page, where a better point is higher and a dearer one further right."""
+    points = [Point("dear", 400.0, 70.0), Point("cheap", 100.0, 60.0), Point("good", 200.0, 80.0)]
+    board = leaderboard_of([result_of("x", points)], {}, None)
+    assert board.entries[0].tasks["mrpc"].front == ["cheap", "good"]
+    lines = [line.split() for line in text(board).splitlines() if line.startswith("MRPC") and " x " in line]
+    assert [(line[2], line[-1] == "front") for line in lines] == [("cheap", True), ("good", True), ("dear", False)]
+    write_board(board, tmp_path)
+    html = (tmp_path / "leaderboard.html").read_text()
+    found = re.findall(r'class="(on-front|point)" cx="([0-9.]+)" cy="([0-9.]+)".*?<title>x, (\w+):', html)
+    assert {name: kind for kind, _, _, name in found} == {"cheap": "on-front", "good": "on-front", "dear": "point"}
+    (cheap, good, dear) = ((float(x), float(y)) for _, x, y, _ in found)
+    assert cheap[0] < good[0] < dear[0] and good[1] < dear[1] < cheap[1]
+    (line,) = re.findall(r'class="front" points="([^"]*)"', html)
+    assert line == " ".join(f"{x},{y}" for x, y in (cheap, good))

@@ -343,3 +343,51 @@ def test_a_tied_module_has_its_parameters_once(tmp_path):
     (tmp_path / "model.py").write_text(code)
     costs = load_costs(tmp_path / "model.py", answers_to("sst2"), trust_model_code=True)
     assert costs.parameters(["emb", "exit_1", "emb"]) == 12
+
+
+def test_a_module_of_a_fixed_shape_counts_as_one_token():
+    assert ModuleCost(1, 5, 2, "(24)").on(Step("exit_1", (24,))) == 8
+
+
+def test_lengths_of_the_configuration_itself():
+    """A table is of all tokens whatever they are; a row without lengths of its own runs at the configuration's."""
+    config = config_of(length_config=[0.8, 0.5, 0.3])
+    table = table_of(config, outputs=2)
+    assert table == table_of(config_of(), outputs=2)
+    assert sum(map(table.flops, steps_of(config, 13))) == cost.flops(config, 13) < cost.flops(config_of(), 13)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("table.tsv", "module\tflops\nemb\t1\t2\n", "line 2: expected 2 cells and a module's name"),
+        ("table.json", '{"emb": 2.5}', "flops of module 'emb' must be a whole number from 0, got 2.5"),
+    ],
+)
+def test_cells_and_counts_of_a_table(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_costs(tmp_path / name, answers_to("sst2"))
+
+
+def test_large_counts_keep_their_last_digit(tmp_path):
+    (tmp_path / "table.tsv").write_text("module\tflops\nemb\t9007199254740993\n")
+    assert load_costs(tmp_path / "table.tsv", answers_to("sst2")).flops(Step("emb", (3,))) == 2**53 + 1
+
+
+def test_the_nearest_table_of_a_folder_counts(tmp_path):
+    """The task's own, then the one in the task's folder, then the folder's, then the configuration's."""
+    names = ("config.json", "modules.tsv", "sst2/modules.tsv", "sst2.json", "sst2.tsv")
+    (tmp_path / "sst2").mkdir()
+    for flops, name in enumerate(names[1:], start=1):
+        table = f"module\tflops\nemb\t{flops}\n"
+        (tmp_path / name).write_text(json.dumps({"emb": flops}) if "json" in name else table)
+    (tmp_path / names[0]).write_text(json.dumps(config_of().to_dict()))
+    for flops, name in reversed(list(enumerate(names))):
+        assert load_costs(tmp_path, answers_to("sst2")).flops(Step("emb", (3,))) == flops
+        (tmp_path / name).unlink()
+
+
+def test_numbers_keep_six_digits(tmp_path):
+    write_predictions(tmp_path / "point.tsv", [4.18754], ["(1),emb"])
+    assert read_predictions(tmp_path / "point.tsv", 1, answers_to("stsb")).answers.tolist() == [4.18754]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from finetune.__main__ import _command
-from finetune.pipelines.estimate import curve_distance, errors, estimate_of, parts_needed
+from finetune.pipelines.estimate import curve_distance, errors, estimate_of, parts_needed, read_parts
 from finetune.pipelines.measure import Measurement, Point
-from finetune.pipelines.study import answers
+from finetune.pipelines.study import answers, interval
 
 
 def measurement(pipeline, *points, seed=0, first_exit=None, **settings):
@@ -251,3 +251,88 @@ def test_under_d_the_time_of_the_first_exit_stays():
 def test_one_point_that_is_far_off_does_not_move_a_median():
     first, second = (np.array([[10.0, a], [10.0, b], [10.0, 0.8]]) for a, b in ((0.9, 0.85), (0.6, 0.84)))
     assert errors(first, second)["quality"] == pytest.approx(0.01)
+
+
+def test_the_tables_of_a_study():
+    """Distances of one order's seeds and of two orders, without those of curves that have no time in common."""
+    off = {("DE", 0): 0.0, ("DE", 1): 0.01, ("ED", 0): 0.03, ("ED", 1): 0.05}
+    curves = [measurement(name, (100.0, 0.9 - by), (50.0, 0.8 - by), seed=seed) for (name, seed), by in off.items()]
+    curves += [measurement("DE", (9000.0, 0.9), (8000.0, 0.8), seed=2), measurement("DES", (100.0, 0.5))]
+    found = answers(measured(*curves))
+    assert list(found["table_1"]) == ["D+E"] and found["table_1"]["D+E"]["orders"] == ["DE", "ED"]
+    same, different = (found["table_1"]["D+E"][name] for name in ("same", "different"))
+    assert same == {"mean": pytest.approx(1.5), "std": pytest.approx(0.5), "pairs": 2}
+    assert different["mean"] == pytest.approx((3 + 5 + 2 + 4) / 4) and different["pairs"] == 4
+    assert found["commutative"]["different_to_same"] == pytest.approx(3.5 / 1.5)
+
+
+def test_what_l_and_q_save():
+    """Of the time of the pipeline that they are put on; the difference of quality is paired over seeds."""
+    times = {"O": 100.0, "D": 50.0, "L": 40.0, "Q": 60.0, "LQ": 20.0, "DL": 25.0, "DQ": 30.0, "DLQ": 10.0}
+    quality = {"O": 0.8, "D": 0.7, "Q": 0.78, "DQ": 0.63}
+    parts = [
+        replace(measurement(name, (ms, quality.get(name, 0.75) + 0.1 * seed), seed=seed), doubled_ms=200.0)
+        for name, ms in times.items()
+        for seed in range(2)
+    ]
+    parts.append(measurement("Q", (60.0, 0.1), seed=2))  # a seed that O has not
+    found = answers(measured(*parts))
+    with_d, against = found["table_2"]["D"], found["against_O"]["LQ"]
+    assert [with_d[f"saved_{top}"] for top in ("Q", "L", "LQ")] == pytest.approx([0.4, 0.5, 0.8])
+    assert with_d["estimated_LQ"] == pytest.approx(1 - 0.4 * 0.6)
+    assert with_d["relative_change_with_Q"] == pytest.approx(-0.07 / 0.75)
+    assert with_d["difference_to_O"]["mean"] == pytest.approx(-0.1)
+    assert with_d["difference_with_Q"]["mean"] == pytest.approx(-0.07)
+    assert found["table_2"]["O"]["difference_with_Q"] == pytest.approx(
+        {"mean": -0.02, "seeds": 2, "low": -0.02, "high": -0.02}
+    )
+    assert (against["saved"], against["saved_of_doubled"]) == (pytest.approx(0.8), pytest.approx(0.9))
+    assert "L" not in found["figure_4"] and "DL" in found["figure_4"]
+
+
+def test_an_interval_over_seeds_is_students():
+    found = interval([1.0, 2.0, 3.0])
+    assert (found["mean"], found["seeds"]) == (2.0, 3)
+    assert (found["low"], found["high"]) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-3)
+    assert interval([1.0]) == {"mean": 1.0, "seeds": 1}
+
+
+def test_of_points_at_one_time_the_best_counts():
+    steps = np.array([[0.0, 0.0], [5.0, 0.5], [5.0, 0.2], [10.0, 1.0]])
+    line = np.array([[0.0, 0.0], [10.0, 1.0]])
+    assert curve_distance(line, steps) == pytest.approx(0.0)
+
+
+def test_what_does_not_combine_is_named(tmp_path):
+    """Curves of other thresholds over the seeds; files of other settings, machines or metrics."""
+    first = measurement("E", (100.0, 0.9), (50.0, 0.8))
+    other = replace(first, seed=1, curve=[first.curve[0], replace(first.curve[1], threshold=0.5)])
+    with pytest.raises(ValueError, match="curves of E were measured at different thresholds"):
+        estimate_of("E", measured(measurement("O", (100.0, 0.9)), first, other))
+    one = written(tmp_path / "one.json", measurement("O", (100.0, 0.9)))
+    for name, value in (("settings", {"max_length": 9}), ("machine", "another"), ("metric", "f1")):
+        more = replace(measurement("D", (50.0, 0.8)), metric="f1" if name == "metric" else "accuracy")
+        with pytest.raises(ValueError, match=f"were measured on different {name}"):
+            read_parts([one, written(tmp_path / "more.json", more, **{name: value})])
+
+
+def test_the_seed_of_the_resampling_counts():
+    seeds = [measurement("O", (100.0, 0.9), seed=seed) for seed in range(4)]
+    seeds += [measurement("D", (40.0 + seed**2, 0.8), seed=seed) for seed in range(4)]
+    first, again, other = (estimate_of("D", measured(*seeds), draws=9, seed=seed) for seed in (0, 0, 1))
+    assert first.low[0, 0] == again.low[0, 0] != other.low[0, 0]
+    assert estimate_of("DP", measured(*seeds, PARTS[2]), draws=9).low is None  # P has one seed
+
+
+def test_an_estimate_keeps_what_was_measured_too(tmp_path):
+    file = written(tmp_path / "measured.json", *PARTS, measurement("DP", (40.0, 0.7)))
+    _command(["estimate", "DP", "--from", file, "--output", str(tmp_path / "e.json")])
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert found["measured"] == [{"ms": 40.0, "quality": 0.7}]
+    with pytest.raises(ValueError, match="measured.json would replace that file, which is read"):
+        _command(["estimate", "DP", "--from", file, "--output", file])
+
+
+def test_a_figure_tells_distances_in_points():
+    parts = [*PARTS, measurement("DE", (61.5, 0.8), (39.0, 0.88 * 0.8 / 0.9 - 0.02), (19.0, 0.7 * 0.8 / 0.9))]
+    assert answers(measured(*parts))["figure_4"]["DE"]["distance"] == pytest.approx(2.0)
