@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -285,7 +286,7 @@ def _write(run: ElastifyRun, progress: Progress) -> None:
         _record(run, folder, exits)
     rows = "--dev FILE (labelled)" if run.problem_type == "token_classification" else "--texts FILE"
     bound = "--max_disagreement 0.05" + (" --tolerance 0.1" if run.problem_type == "regression" else "")
-    print(f"next, exit thresholds: python -m finetune calibrate {options.output} {rows} {bound}")
+    print(f"next, exit thresholds: python -m finetune calibrate {quote(options.output)} {rows} {bound}")
 
 
 def _record(run: ElastifyRun, folder: Path, exits: dict[int, dict[str, float]]) -> None:
