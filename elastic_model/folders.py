@@ -61,6 +61,8 @@ def check_replaceable(path: Path, *read: Path | str | None) -> None:
     """As `check_output`, of what `new_folder` will replace: ValueError also for a folder of ours that holds the
     folders of other jobs, or what this one reads."""
     path = Path(path)
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise ValueError(f"output {path} is the working folder, or holds it, and cannot be replaced; name one in it")
     for source in (Path(one) for one in read if one is not None):
         if source.exists() and path.resolve() in (source.resolve(), *source.resolve().parents):
             raise ValueError(f"output {path} would replace {source}, which is read; choose another output")
@@ -185,6 +187,10 @@ def new_file(path: Path) -> Iterator[Path]:
         yield temporary
         sync_path(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a write to a full disk names none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync_path(path.parent)

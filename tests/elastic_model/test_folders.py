@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -233,3 +234,24 @@ def test_shipped_names_mean_the_same_everywhere(tmp_path, monkeypatch):
     os.mkdir("elastic_model")
     Path("elastic_model/folders.py").write_text("my own")
     assert shipped(Path("elastic_model/folders.py")).read_text() == "my own"
+
+
+def test_the_working_folder_is_not_replaced(tmp_path, monkeypatch):
+    """The error was of an empty name."""
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    for output in (".", "..", str(tmp_path / "run")):
+        with pytest.raises(ValueError, match="is the working folder, or holds it, and cannot be replaced"):
+            check_replaceable(Path(output))
+    check_replaceable(Path("inner"))
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    (tmp_path / "answers.tsv").write_text("before")
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        with new_file(tmp_path / "answers.tsv") as temporary:
+            temporary.write_text("half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as of a write, which knows no name
+    assert caught.value.filename == str(tmp_path / "answers.tsv")
+    assert [path.name for path in tmp_path.iterdir()] == ["answers.tsv"]
+    assert (tmp_path / "answers.tsv").read_text() == "before"

@@ -9,17 +9,21 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from elastic_model import ElasticBertForSequenceClassification, ElasticBertModel
+from elastic_model import ElasticBertConfig, ElasticBertForSequenceClassification, ElasticBertModel
 from elastic_model.arguments import run
 from elastic_model.folders import MARKER
 from elastic_model.provenance import read_provenance
 from finetune.__main__ import _command
+from finetune.data import Encoded
+from finetune.elue import points
 from finetune.elue import run as elue_run
 from finetune.elue.config import RunOptions
 from finetune.elue.jobs import jobs_of
-from finetune.elue.methods import METHODS
+from finetune.elue.methods import METHODS, Setting
+from finetune.elue.points import Subject, write_point
 from finetune.elue.scoring import Point, Result, TaskResult, elue_score, read_result, write_result
-from finetune.labels import encode_labels
+from finetune.explore import Observed
+from finetune.labels import Labels, encode_labels
 
 SHORT = ["--epochs", "1", "--max-length", "32", "--batch_size", "16", "--learning-rate", "3e-3", "--points", "4"]
 
@@ -273,3 +277,90 @@ def test_a_task_is_read_from_a_folder(tmp_path):
     assert (job.max_length, job.train_rows, job.seeds) == (128, 10_000, [0])
     with pytest.raises(ValueError, match="task imdb is no data set of the hub"):
         jobs_of(SizeOptions(**flags | {"tasks": ["imdb"], "data": ["imdb=somewhere"]}))
+
+
+def subject_with(names, layers=3):
+    """What a method's points are made of, without a model."""
+    config = ElasticBertConfig(hidden_size=24, num_hidden_layers=layers, num_attention_heads=4)
+    labels = Labels("single_label_classification", names, ("accuracy",))
+    return Subject(SimpleNamespace(config=config), None, labels, 8)
+
+
+def encoded_rows(lengths, labels):
+    return Encoded([{"input_ids": [5] * length} for length in lengths], {}, np.array(labels), 0)
+
+
+def test_a_test_file_has_elues_classes_and_what_a_row_ran_through(tmp_path):
+    """A checkpoint may have the labels in another order; a static exit asks no exit before it."""
+    logits = np.array([[[0, 1], [0, 1]], [[1, 0], [0, 1]], [[0, 1], [0, 1]]], np.float32)
+    outputs, subject = Observed(logits, np.array([[0.9, 0.1]] * 3, np.float32)), subject_with(["positive", "negative"])
+    rows = encoded_rows([5, 4], [0, 1])
+    for setting in (Setting("exit_2", 2), Setting("learned", policy={"name": "learned", "threshold": 0.5})):
+        write_point(subject, setting, outputs, rows, tmp_path, ("negative", "positive"))
+    lines = (tmp_path / "exit_2.tsv").read_text().splitlines()
+    assert lines[1:] == [
+        "0\t1\t(5),emb; (5,24),layer_1; (5,24),layer_2; (24),exit_2",
+        "1\t0\t(4),emb; (4,24),layer_1; (4,24),layer_2; (24),exit_2",
+    ]
+    lines = (tmp_path / "learned.tsv").read_text().splitlines()
+    assert lines[2] == "1\t0\t(4),emb; (4,24),layer_1; (24),exit_1" and lines[1].count("exit_") == 3
+
+
+def test_points_lie_on_the_front_of_lengths_and_depths(monkeypatch):
+    """At half the tokens the answers are the same: every point has them, and one of them leaves at the middle exit."""
+    labels, shown = np.arange(10) % 2, []
+    right = [np.arange(10) < count for count in (5, 8, 10)]  # of each exit
+    logits = np.stack([np.eye(2, dtype=np.float32)[np.where(one, labels, 1 - labels)] for one in right])
+    monkeypatch.setattr(points, "outputs_of", lambda *given: shown.append(given[2]) or Observed(logits, None))
+    short = [0.5, 0.5, 0.5]
+    given = (subject_with(["negative", "positive"]), "entropy", [None, short], encoded_rows([20] * 10, labels), 3)
+    found = points.choose_settings(*given, True)
+    assert [one.length_config for one in found] == [short] * 3
+    assert [one.name for one in found] == ["point_1", "point_2", "point_3"]
+    left = [set(points.leave(given[0], one, Observed(logits, None))[1].tolist()) for one in found]
+    assert left == [{1}, {2}, {3}]
+    assert len(points.choose_settings(*given, False)) == 2
+    assert [one.length_config for one in shown[:2]] == [None, short]
+
+
+def test_a_submission_is_made_again_where_anything_it_is_made_of_has_changed(elue_start, tmp_path):
+    other = shutil.copytree(elue_start, tmp_path / "other")
+    model = ElasticBertModel.from_pretrained(other)
+    model.embeddings.word_embeddings.weight.data += 1
+    model.save_pretrained(other)
+    kind = SimpleNamespace(problem_type="single_label_classification")
+    job = SimpleNamespace(kind=kind, max_length=32, rows_hash=lambda split: split)
+
+    def settings(method="elastic", checkpoint=elue_start, of=job, **changes):
+        options = RunOptions(model="m", output="o", **changes)
+        return json.dumps(elue_run._settings(options, of, METHODS[method], [checkpoint]))
+
+    changed = [settings(checkpoint=other), settings(points=3), settings(shares=[1.0]), settings("voting")]
+    changed.append(settings(of=SimpleNamespace(**vars(job) | {"max_length": 64})))
+    changed.append(settings(of=SimpleNamespace(**vars(job) | {"rows_hash": lambda split: "other" + split})))
+    assert settings() == settings() and len({settings(), *changed}) == 7
+
+
+def test_every_sub_network_has_a_pass_of_its_own(monkeypatch):
+    """And a policy without lengths is swept at all tokens alone."""
+    passes, chosen = [], []
+    monkeypatch.setattr(elue_run, "outputs_of", lambda subject, rows, one: passes.append(one) or one.sub_network)
+    monkeypatch.setattr(elue_run, "choose_settings", lambda *given: chosen.append(given) or [])
+    job = SimpleNamespace(kind=SimpleNamespace(problem_type="single_label_classification"))
+    options, subject = RunOptions(model="m", output="o"), subject_with(["a", "b"], layers=12)
+    for name, count in (("lengthdrop", 5), ("layerdrop", 7), ("elasticbert", 1)):
+        found = list(elue_run._points(options, job, METHODS[name], subject, {"test": None}))
+        assert all(outputs == setting.sub_network for setting, outputs in found)
+        assert len(passes) == count and not passes.clear()
+    assert found[0][0].sub_network == {"length_config": 1.0, "layer_config": None}
+    assert not list(elue_run._points(options, job, METHODS["deebert"], subject, {"dev": None}))
+    assert chosen[0][2] == [[1.0] * 12] and chosen[0][5] is False
+
+
+def test_methods_and_depths(elue_start):
+    config = ElasticBertConfig(num_hidden_layers=12)
+    runs = {one.name: one.layer_config for one in METHODS["layerdrop"].settings(config, None)}
+    assert list(runs) == [f"layers_{kept}" for kept in range(12, 5, -1)]
+    assert runs["layers_9"] == [1, 3, 4, 5, 7, 8, 9, 11, 12] and runs["layers_6"] == [2, 4, 6, 8, 10, 12]
+    assert elue_run._depths(RunOptions(model=str(elue_start), output="o")) == [1, 2, 3]
+    assert not METHODS["deebert"].fits("regression") and METHODS["berxit"].fits("regression")

@@ -9,15 +9,18 @@ import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
 
 from elastic_model.arguments import run
 from finetune.__main__ import _command
+from finetune.elue.config import SizeOptions
+from finetune.elue.costs import ModuleCost
 from finetune.elue.leaderboard import leaderboard_of, text, write_board
 from finetune.elue.published import TABLES, published, split_warnings
-from finetune.elue.results import publish
+from finetune.elue.results import is_made, make, publish, reference_of
 from finetune.elue.scoring import (
     Point,
     Result,
@@ -491,3 +494,54 @@ def test_points_behind_the_front_are_told_apart(tmp_path):
     assert cheap[0] < good[0] < dear[0] and good[1] < dear[1] < cheap[1]
     (line,) = re.findall(r'class="front" points="([^"]*)"', html)
     assert line == " ".join(f"{x},{y}" for x, y in (cheap, good))
+
+
+def test_a_point_that_one_seed_alone_has_is_kept():
+    one, more = [Point("a", 100.0, 60.0)], [Point("a", 100.0, 62.0), Point("b", 200.0, 80.0)]
+    assert TaskResult("f1", 9, [one, more]).curves == [one, more]
+
+
+def test_runs_at_two_sizes_are_named_beside_their_size():
+    results = [replace(result_of(name, REFERENCE), settings={"mrpc": f"MRPC: {name}"}) for name in ("a", "b")]
+    assert leaderboard_of(results, {}, None).notes == ["MRPC: a (a)", "MRPC: b (b)"]
+    assert leaderboard_of(results[:1], {}, None).notes == ["MRPC: a"]
+
+
+def test_a_later_run_replaces_its_own_numbers_and_keeps_what_else_is_there(tmp_path, capsys):
+    """Of its tasks; an earlier method's note stays, and the reference that was given."""
+    jobs = [SimpleNamespace(name="mrpc", sizes="MRPC: 3 epochs")]
+    sizes = {"settings": {"mrpc": "MRPC: 3 epochs", "stsb": "STS-B: 1 epoch"}}
+    old = Result(
+        "ours", {**result_of("", REFERENCE[:1]).tasks, **result_of("", REFERENCE, "stsb").tasks}, "old", **sizes
+    )
+    other = replace(result_of("theirs", REFERENCE), note="a paper")
+    (tmp_path / "results").mkdir()
+    for one in (old, other):
+        write_result(one, tmp_path / "results" / f"{one.name}.json")
+    new = replace(result_of("ours", REFERENCE), note="new", settings={"mrpc": "MRPC: 3 epochs"})
+    publish([new], jobs, tmp_path, ("curve.tsv", {"mrpc": REFERENCE}))
+    found = read_result(tmp_path / "results" / "ours.json")
+    assert found.tasks == {**old.tasks, **new.tasks} and (found.note, found.settings) == ("new", sizes["settings"])
+    board = json.loads((tmp_path / "leaderboard.json").read_text())
+    assert {entry["name"]: entry["note"] for entry in board["entries"]} == {"ours": "new", "theirs": "a paper"}
+    assert board["reference"] == "curve.tsv"
+    publish([replace(new, name="elasticbert")], jobs, tmp_path, ("curve.tsv", {"mrpc": REFERENCE}))
+    assert json.loads((tmp_path / "leaderboard.json").read_text())["reference"] == "curve.tsv"
+
+
+def test_a_reference_is_of_the_rows_of_earlier_results_too(tmp_path):
+    """Which the leaderboard scores as well; of a task of this run its own rows count."""
+    write_result(result_of("curve", REFERENCE), tmp_path / "curve.json")
+    (tmp_path / "results").mkdir()
+    write_result(result_of("before", REFERENCE, rows=9), tmp_path / "results" / "before.json")
+    options = SizeOptions(output=str(tmp_path), reference=str(tmp_path / "curve.json"))
+    with pytest.raises(ValueError, match="has 1725 test rows of mrpc, not 9"):
+        reference_of(options, [SimpleNamespace(name="sst2", test=[0])])
+    own = SimpleNamespace(name="mrpc", test=range(1725))
+    assert reference_of(options, [own]) == (options.reference, {"mrpc": REFERENCE})
+
+
+def test_a_submission_of_other_settings_is_not_taken_for_made(tmp_path):
+    make(tmp_path / "ours", {"epochs": 1}, lambda folder: {"emb": ModuleCost(5)})
+    assert is_made(tmp_path / "ours", {"epochs": 1}) and not is_made(tmp_path / "ours", {"epochs": 2})
+    assert not is_made(tmp_path / "theirs", {})
