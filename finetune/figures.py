@@ -9,6 +9,8 @@ import numpy as np
 
 from elastic_model.operating_points import OperatingPoint, OperatingPoints
 
+LONGEST_NAME = 40  # characters of a class's name that a figure shows
+
 
 @contextmanager
 def panels(image: Path, columns: int, rows: int = 1, size: tuple[float, float] = (6, 4)) -> Iterator[Any]:
@@ -62,6 +64,7 @@ def confusion(answers: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarr
 def plot_confusion(image: Path, counts: np.ndarray, names: list[str], title: str) -> None:
     """A confusion matrix, shaded by the share of the true class; counts are written in where they fit."""
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in names]
     size = min(12.0, 2.5 + 0.6 * len(names))
     with drawn(image, (size + 1, size)) as axes:
         shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)

@@ -579,6 +579,12 @@ def test_names_with_dollar_signs_are_drawn(tmp_path):
     assert (tmp_path / "confusion.png").stat().st_size
 
 
+def test_names_of_any_length_are_drawn(tmp_path):
+    """The memory that a figure of so long a name takes ended a run whose training was over."""
+    plot_confusion(tmp_path / "confusion.png", np.eye(3, dtype=int), ["a" * 15_000, "b c " * 9_000, "d"], "dev")
+    assert (tmp_path / "confusion.png").stat().st_size < 200_000
+
+
 def test_a_tracker_writes_into_the_checkpoint_also_after_a_resume(options, monkeypatch):
     settings = {"tracker": "tensorboard", "epochs": 1, "save_steps": 2}
 
