@@ -23,6 +23,7 @@ PARTS = (
     *("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "operating_points.json"),
     *("provenance.json", "export_report.json", "README.md"),
 )  # files of a folder of ours that others are read with
+TRAINER_STATE = "trainer_state.json"  # of a checkpoint from which pre-training continues
 LOCK = ".lock"  # held by the job that is adding files to a folder
 PACKAGES = ("elastic_model", "pretrain", "finetune", "export")
 RENAME_EXCHANGE = 2  # linux/fs.h
@@ -59,13 +60,20 @@ def check_output(path: Path) -> None:
 
 def check_replaceable(path: Path, *read: Path | str | None) -> None:
     """As `check_output`, of what `new_folder` will replace: ValueError also for a folder of ours that holds the
-    folders of other jobs, or what this one reads."""
+    folders of other jobs, what this one reads, or the state that a pre-training run continues from."""
     path = Path(path)
-    if Path.cwd().is_relative_to(path.resolve()):
-        raise ValueError(f"output {path} is the working folder, or holds it, and cannot be replaced; name one in it")
     for source in (Path(one) for one in read if one is not None):
         if source.exists() and path.resolve() in (source.resolve(), *source.resolve().parents):
             raise ValueError(f"output {path} would replace {source}, which is read; choose another output")
+    if is_ours(path) and (path / TRAINER_STATE).is_file():
+        raise ValueError(f"output {path} would replace the state of a pre-training run; choose another output")
+    _check_alone(path)
+
+
+def _check_alone(path: Path) -> None:
+    """ValueError where the working folder or another job's folder would go with the folder `path`."""
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise ValueError(f"output {path} is the working folder, or holds it, and cannot be replaced; name one in it")
     check_output(path)
     inner = next((one.parent for one in sorted(path.rglob(MARKER)) if one.parent != path), None)
     if inner is not None:
@@ -140,7 +148,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     On an error inside the block the temporary folder is removed and `path` stays as it was.
     """
     target = Path(os.path.realpath(path))  # of a link, what it leads to
-    check_replaceable(target)
+    _check_alone(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(target)
     temporary.mkdir()

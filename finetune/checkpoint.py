@@ -13,7 +13,7 @@ import numpy as np
 from elastic_model.arguments import to_yaml
 from elastic_model.card import write_card
 from elastic_model.cost import mean_flops
-from elastic_model.folders import new_folder
+from elastic_model.folders import is_ours, new_folder
 from elastic_model.operating_points import OperatingPoint, OperatingPoints, checkpoint_hash
 from elastic_model.provenance import Data, Metric, append_stage
 from finetune.evaluate import (
@@ -33,7 +33,7 @@ from finetune.kinds import kind_of
 from finetune.policies import candidates, choose, never, thresholds
 from finetune.prepare import rows_hash
 from finetune.run import Run, TaskRun
-from finetune.state import Progress, agrees
+from finetune.state import Progress, agrees, check_settings
 
 SETTINGS = "finetune.json"  # what makes two runs the same
 REPORT = "report.txt"
@@ -217,10 +217,15 @@ def _draw(run: TaskRun, folder: Path, scored: Scored, full: Outcome) -> None:
 
 
 def is_finished(run: Run) -> bool:
-    """Whether the output already holds the checkpoint of a run with the same settings."""
+    """Whether the output already holds the checkpoint of a run with the same settings; ValueError where it is another
+    run's, and none with these is under way that would replace it."""
     saved = Path(run.options.output) / SETTINGS
+    if not saved.is_file():
+        return False
     try:
-        found = json.loads(saved.read_text()) if saved.is_file() else {}  # of earlier versions it may say more
-        return bool(found) and all(agrees(found, name, value) for name, value in run.settings.items())
-    except (ValueError, AttributeError) as error:
+        found = dict(json.loads(saved.read_text()))  # of earlier versions it may say more
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{saved} is damaged ({error}); remove {saved.parent}, or choose another output") from error
+    if not is_ours(run.state):
+        check_settings(saved.parent, found, run.settings)
+    return all(agrees(found, name, value) for name, value in run.settings.items())

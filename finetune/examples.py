@@ -134,3 +134,9 @@ def check_shape(examples: Examples, problem_type: ProblemType) -> None:
             nothing = label is None or label != label or str(label).strip().lower() == "nan"
             if nothing or not (str(label).strip() or several):
                 raise ValueError(f"{place}: the row has no label (its value: {label!r}); remove it")
+            twice = [name for name, times in Counter(names_in(label)).items() if times > 1] if several else []
+            if twice:
+                raise ValueError(
+                    f"{place}: label {twice[0]!r} stands twice in a row: {label!r:.80}; a row has the names of its "
+                    "labels, not a 0 or 1 for each"
+                )

@@ -79,6 +79,8 @@ def check_labels(encoded: np.ndarray, split: str, problem_type: ProblemType) -> 
     if problem_type == "multi_label_classification":
         if not encoded.any():
             raise ValueError(f"the {split} split has no label in any of its {len(encoded)} rows; it needs some")
+        if (encoded == encoded[0]).all():
+            raise ValueError(f"the {split} split has the same labels in all of its {len(encoded)} rows")
     elif len(np.unique(encoded)) < 2:
         kind = "value" if problem_type == "regression" else "class"
         raise ValueError(f"the {split} split has one {kind} only ({len(encoded)} rows); it needs at least two")

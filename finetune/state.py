@@ -63,7 +63,7 @@ def check_settings(folder: Path, found: Mapping[str, Any], settings: Mapping[str
         if not agrees(found, name, value):
             raise ValueError(
                 f"{folder} holds a run with {name} = {found.get(name)!r}, not {value!r}; "
-                "resume it with its own settings, or start anew without --resume"
+                "resume it with its own settings, or start anew: without --resume, or with the folder removed"
             )
 
 

@@ -12,12 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from elastic_model.distributed import Tensors
-from elastic_model.folders import new_folder
+from elastic_model.folders import TRAINER_STATE, new_folder
 from elastic_model.sealed import read_sealed, write_sealed
 from pretrain.config import FREE_ON_RESUME, PretrainConfig
 from pretrain.prepare import Corpus
 
-STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.safetensors"
 WEIGHTS = "model.safetensors"
 NAME = re.compile(r"checkpoint-\d+")
@@ -52,7 +51,7 @@ def save_checkpoint(
         with new_folder(folder) as temporary:
             save_model(temporary, model, tokenizer, weights)
             save_file(optimizer, temporary / OPTIMIZER)
-            write_sealed(temporary / STATE, {"step": step, **state}, (WEIGHTS, OPTIMIZER))
+            write_sealed(temporary / TRAINER_STATE, {"step": step, **state}, (WEIGHTS, OPTIMIZER))
     except Exception as error:  # the libraries that write here each have an error of their own for a full disk
         raise OSError(
             f"{folder} could not be written: {error}; earlier checkpoints are intact, --resume continues"
@@ -128,8 +127,8 @@ def find_checkpoints(output: Path) -> list[Path]:
     A folder newer than all that have a state is no such rest, for it came whole into its place: it is damaged.
     """
     found = sorted((path for path in output.glob("checkpoint-*") if NAME.fullmatch(path.name)), key=_step)
-    last = max((number for number, path in enumerate(found) if (path / STATE).is_file()), default=-1)
-    return [path for number, path in enumerate(found) if number > last or (path / STATE).is_file()]
+    last = max((number for number, path in enumerate(found) if (path / TRAINER_STATE).is_file()), default=-1)
+    return [path for number, path in enumerate(found) if number > last or (path / TRAINER_STATE).is_file()]
 
 
 def checkpoint_to_resume(output: Path, previous: bool) -> Checkpoint | None:
@@ -146,7 +145,7 @@ def checkpoint_to_resume(output: Path, previous: bool) -> Checkpoint | None:
 
 def _read_state(folder: Path) -> dict[str, Any]:
     try:
-        return read_sealed(folder / STATE, (WEIGHTS, OPTIMIZER))
+        return read_sealed(folder / TRAINER_STATE, (WEIGHTS, OPTIMIZER))
     except ValueError as error:
         raise ValueError(f"{error}; {REMEDY}") from None
 

@@ -255,3 +255,12 @@ def test_a_full_disk_names_the_file(tmp_path):
     assert caught.value.filename == str(tmp_path / "answers.tsv")
     assert [path.name for path in tmp_path.iterdir()] == ["answers.tsv"]
     assert (tmp_path / "answers.tsv").read_text() == "before"
+
+
+def test_the_state_of_a_pre_training_run_is_replaced_by_the_run_alone(tmp_path):
+    state = tmp_path / "checkpoint-40"
+    for _ in range(2):
+        with new_folder(state) as folder:
+            (folder / "trainer_state.json").write_text("{}")
+    with pytest.raises(ValueError, match="checkpoint-40 would replace the state of a pre-training run; choose another"):
+        check_replaceable(state)

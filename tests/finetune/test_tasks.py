@@ -160,6 +160,16 @@ def test_one_class_is_an_error():
         check_labels(np.zeros(5, dtype=int), "dev", "single_label_classification")
 
 
+def test_rows_that_all_have_the_same_labels_are_an_error():
+    """As 0 and 1 for each of two labels are, where no row has none or both."""
+    rows = Examples(["a", "b"], None, [[1, 0], [0, 1]], ["row 1", "row 2"])
+    task = own_task({"train": "a.tsv"}, {"text": "t", "label": "l"}, None)
+    encoded = encode_labels(task, rows, ["0", "1"], "multi_label_classification")
+    with pytest.raises(ValueError, match="the train split has the same labels in all of its 2 rows"):
+        check_labels(encoded, "train", "multi_label_classification")
+    check_labels(np.array([[1, 1], [1, 0]]), "train", "multi_label_classification")
+
+
 def test_no_speaker_is_on_two_sides():
     folder = Path(TASKS["era"].folder())
     from finetune.tables import read_table
@@ -181,6 +191,8 @@ def test_no_speaker_is_on_two_sides():
         ("labels", [float("nan"), "x"], "multi_label_classification", "row 2: the labels of a row must be names"),
         ("labels", [["x"]], "multi_label_classification", "row 2: the labels of a row must be names"),
         ("labels", [{"text": "x"}], "multi_label_classification", "row 2: .* needs labels"),
+        ("labels", [1, 0, 0], "multi_label_classification", "row 2: label '0' stands twice .* not a 0 or 1 for each"),
+        ("labels", "x|y| x", "multi_label_classification", "row 2: label 'x' stands twice in a row: 'x.y. x'"),
     ],
 )
 def test_every_row_is_of_the_form_of_the_first(column, cell, problem_type, says):

@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -192,7 +193,8 @@ def test_other_names_of_the_labels_are_another_task(options, small_task, tmp_pat
     assert train(own) == 0
     other = {split: str(tmp_path / f"{split}.tsv") for split in ("train", "dev")}
     assert is_finished(prepare(own, Accelerator()))
-    assert not is_finished(prepare(dataclasses.replace(own, **other), Accelerator()))
+    with pytest.raises(ValueError, match="out holds a run with labels = "):
+        is_finished(prepare(dataclasses.replace(own, **other), Accelerator()))
     saved = Path(own.output) / "finetune.json"
     before = {name: value for name, value in json.loads(saved.read_text()).items() if name != "labels"}
     saved.write_text(json.dumps(before))  # of an earlier version
@@ -317,6 +319,22 @@ def test_a_finished_run_ends_at_once(trained, monkeypatch, capsys):
     settings.write_text(json.dumps({**json.loads(ours), "eval_batch_size": 64}))  # earlier versions noted more
     assert train(dataclasses.replace(trained, resume=True)) == 0
     settings.write_text(ours)
+
+
+def test_a_finished_run_of_other_settings_is_not_replaced_by_resuming(trained, tmp_path, monkeypatch):
+    """It was trained anew over the finished one, without a word."""
+    output = tmp_path / "checkpoint"
+    shutil.copytree(trained.output, output)
+    other = dataclasses.replace(trained, output=str(output), learning_rate=0.002)
+    before = weights_of(str(output))
+    with pytest.raises(ValueError, match="checkpoint holds a run with learning_rate = 0.001, not 0.002; resume it with"):
+        train(dataclasses.replace(other, resume=True))
+    assert_same_weights(before, weights_of(str(output)))
+    monkeypatch.setattr(finetune.train, "fit", _stop_after_one)
+    train(other)  # asked for without --resume, and interrupted
+    monkeypatch.undo()
+    assert train(dataclasses.replace(other, resume=True)) == 0
+    assert json.loads((output / "finetune.json").read_text())["learning_rate"] == 0.002
 
 
 def test_a_state_of_other_settings_is_not_continued(options, monkeypatch):
