@@ -30,7 +30,7 @@ class ExportOptions:
         "token", help="scales of int8 activations: one per token, one per tensor, or fixed ones found on --rows"
     )
     rows: Path | None = option(
-        None, help="texts to compare int8 with float32 on (.tsv or .csv with a header, .txt; .gz, .xz, .bz2)"
+        None, help="texts to compare int8 with float32 on (.txt, .tsv, .csv, .jsonl; .gz, .xz, .bz2)"
     )
     text: str = option("text", help="column of --rows that holds the text")
     pair: str | None = option(None, help="column of --rows that holds the second text")
@@ -49,7 +49,7 @@ class PredictOptions:
     """The answers of an exported folder for a file of texts, as tab-separated lines."""
 
     folder: Path = option(help="folder that `python -m export` wrote", positional=True)
-    input: Path = option(help="texts to answer (.tsv or .csv with a header, .txt; .gz, .xz, .bz2)")
+    input: Path = option(help="texts to answer (.txt, .tsv, .csv, .jsonl; .gz, .xz, .bz2)")
     output: Path | None = option(None, help="file to write (default: the terminal)")
     text: str = option("text", help="column that holds the text")
     pair: str | None = option(None, help="column that holds the second text")
@@ -65,7 +65,7 @@ class BenchmarkOptions:
     """Milliseconds and rows per second of an exported folder's files, side by side in one run."""
 
     folder: Path = option(help="folder that `python -m export` wrote", positional=True)
-    input: Path = option(help="texts to time (.tsv or .csv with a header, .txt; .gz, .xz, .bz2)")
+    input: Path = option(help="texts to time (.txt, .tsv, .csv, .jsonl; .gz, .xz, .bz2)")
     output: Path | None = option(None, help="JSON file for the numbers")
     text: str = option("text", help="column that holds the text")
     pair: str | None = option(None, help="column that holds the second text")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.sources import DatasetSource
-from finetune.tables import Row
+from elastic_model.tables import Row
 from finetune.tasks import DATA_VARIABLE, ProblemType, Task
 
 BETWEEN_LABELS = "|"  # of one cell that holds several labels
@@ -34,8 +34,8 @@ def read_examples(task: Task, split: str) -> Examples:
     if split not in task.splits:
         raise ValueError(f"task {task.name!r} has no {split} split; it has: {', '.join(task.splits)}")
     rows = _rows(task, split)
-    texts = [_text(row, task.text) for row in rows]
-    pairs = [_text(row, task.pair) for row in rows] if task.pair else None
+    texts = [row.text(task.text) for row in rows]
+    pairs = [row.text(task.pair) for row in rows] if task.pair else None
     labels = [row[task.label if task.label else list(row.cells)[-1]] for row in rows]
     return Examples(texts, pairs, labels, [row.place for row in rows])
 
@@ -51,14 +51,6 @@ def _rows(task: Task, split: str) -> list[Row]:
     if not rows:
         raise ValueError(f"task {task.name!r}: the {split} split has no rows")
     return rows
-
-
-def _text(row: Row, column: str) -> Any:
-    text = row[column]
-    words = text if isinstance(text, list) else [text]
-    if not words or not all(isinstance(word, str) and word.strip() for word in words):
-        raise ValueError(f"{row.place}: column {column!r} has no text (its value: {text!r:.80}); remove the row")
-    return text
 
 
 def find_problem_type(task: Task, examples: Examples) -> ProblemType:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_model.provenance import Data, describe_data
-from finetune.tables import Row, form_of, read_table
+from elastic_model.tables import Row, form_of, read_table
 
 
 @dataclass(frozen=True)

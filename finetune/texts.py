@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_model.text_files import ending_of, opened_text
-from finetune.tables import form_of, read_table
+from elastic_model.tables import form_of, read_table
 
 
 @dataclass(frozen=True)

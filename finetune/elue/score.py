@@ -16,7 +16,7 @@ from finetune.elue.tasks import Answers, answers_to, spelled
 from finetune.examples import read_examples
 from finetune.labels import encode_labels
 from finetune.metrics import metric
-from finetune.tables import read_table
+from elastic_model.tables import read_table
 from finetune.tasks import DATA_VARIABLE, find_task
 
 

@@ -302,22 +302,25 @@ def test_the_commands_end_to_end(tiny_checkpoint, tmp_path, run_export):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("rows.tsv", b"body\tlabel\nx\ty\n", "the column 'text' is missing; its columns are body, label"),
-        ("rows.tsv", b"text\ttext\nx\ty\n", "the column 'text' is there twice; its columns are text, text"),
-        ("rows.tsv", b"text\tlabel\nx\n", "line 2: 1 cells under 2 columns"),
-        ("rows.tsv", b"text\tlabel\nx\ty\n \ty\n", "line 3: nothing in the column 'text'"),
+        ("rows.tsv", b"body\tlabel\nx\ty\n", "row 2: there is no column 'text'; columns: body, label"),
+        ("rows.tsv", b"text\ttext\nx\ty\n", "the column 'text' is there twice .text, text."),
+        ("rows.tsv", b"text\tlabel\nx\n", "row 2: 1 cells under 2 columns"),
+        ("rows.tsv", b"text\tlabel\nx\ty\n \ty\n", "row 3: column 'text' has no text .its value: ' '."),
+        ("rows.tsv", b"text\none\n\ntwo\n", "row 3: a blank line between rows"),
+        ("rows.tsv", b"text\tlabel\rx\ty\r", "its lines end in a carriage return alone"),
         ("rows.txt", b"\xff\xfe\n", "not a readable text file in UTF-8"),
         ("rows.txt", b"\n\n", "has no texts"),
         ("rows.txt", b"one\n\ntwo\n", "line 2: an empty text; leave such lines out"),  # answers were shifted
         ("rows.txt.xz", b"not xz", "not a readable text file"),
         ("rows.txt.gz", b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\xff\xff\xff\xff\xff", "not a readable text file"),
-        ("rows.csv", b"text,label\nx\n", "line 2: 1 cells under 2 columns"),
-        ("rows.csv", b"text,label\n\nx,y\n", "line 2: 0 cells under 2 columns"),  # answers would be shifted
-        ("rows.csv", b"\xff\xfe\n", "not a readable text file in UTF-8"),
-        ("rows.csv", b"", "the column 'text' is missing; its columns are none"),
-        ("rows.jsonl", b"{}\n", "a .txt .* a .tsv or a .csv .columns under a header. is read"),
-        ("rows.conll", b"one B-x\n", "a .txt .* or a .csv"),  # each line was a text, with its tag
-        ("rows", b"one\n", "a .txt .* or a .csv"),
+        ("rows.csv", b"text,label\nx\n", "row 2: 1 cells under 2 columns"),
+        ("rows.csv", b"text,label\n\nx,y\n", "row 2: a blank line between rows"),  # answers would be shifted
+        ("rows.csv", b"\xff\xfe\n", "not a readable csv file in UTF-8"),
+        ("rows.csv", b"", "the file has no rows"),
+        ("rows.jsonl", b"{}\n", "line 1: there is no column 'text'"),
+        ("rows.jsonl", b'{"text": 3}\n', "line 1: column 'text' has no text .its value: 3."),
+        ("rows.conll", b"one B-x\n", "there is no column 'text'; columns: 1, 2"),  # each line was a text, with its tag
+        ("rows", b"one\n", "expected a .txt, .tsv, .csv or .jsonl file"),
         ("rows.txt", b"text\tlabel\nx\ty\n", "a .txt is read as a text a line, this looks like a table"),
         ("rows.txt.bz2", b"not bz2", "not a readable text file"),
     ],
@@ -344,6 +347,14 @@ def test_quoted_cells_are_those_of_a_csv(tmp_path):
     assert read_texts(tmp_path / "rows.csv", "pair", limit=1) == ["one\ntwo"]
     (tmp_path / "rows.tsv").write_text('text\tpair\n"no\ta\rb\n', newline="")
     assert read_texts(tmp_path / "rows.tsv", "text", "pair") == [('"no', "a\rb")]
+
+
+def test_every_form_that_is_trained_on_is_read(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "one", "label": 1}\n{"text": ["two", "words"], "label": 0}\n')
+    assert read_texts(tmp_path / "rows.jsonl", "text") == ["one", ["two", "words"]]
+    assert read_column(tmp_path / "rows.jsonl", "label", limit=1) == ["1"]
+    (tmp_path / "rows.conll").write_text("EU B-ORG\nagrees O\n")
+    assert read_texts(tmp_path / "rows.conll", "1") == [["EU", "agrees"]]
 
 
 def test_tables_are_read_as_in_training(tmp_path):
@@ -396,3 +407,6 @@ def test_the_same_answer_is_the_whole_answer():
     other = spans.copy()
     other[0, 0, 3, 1] = 2.0
     assert check.same_answers(list(spans), list(other), "question_answering").tolist() == [[False, True]]
+
+
+

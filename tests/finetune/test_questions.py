@@ -19,7 +19,7 @@ from finetune.metrics import metric
 from finetune.pipelines.config import PipelineOptions
 from finetune.pipelines.pipeline import pipeline
 from finetune.questions import choose_no_answer, encode_questions, read_answers
-from finetune.tables import read_table
+from elastic_model.tables import read_table
 from finetune.tasks import own_task
 from finetune.train import train
 

@@ -172,7 +172,7 @@ def test_rows_that_all_have_the_same_labels_are_an_error():
 
 def test_no_speaker_is_on_two_sides():
     folder = Path(TASKS["era"].folder())
-    from finetune.tables import read_table
+    from elastic_model.tables import read_table
 
     presidents = [
         {row["president"] for row in read_table(folder / f"era/{s}.tsv.xz")} for s in ("train", "dev", "test")

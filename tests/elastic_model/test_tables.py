@@ -7,7 +7,7 @@ import lzma
 import pytest
 
 from export.rows import read_column, read_texts
-from finetune.tables import read_table
+from elastic_model.tables import read_table
 
 
 def cells(file, **arguments):
@@ -18,6 +18,16 @@ def test_tsv_has_no_quoting(tmp_path):
     file = tmp_path / "a.tsv"
     file.write_bytes('\ufefftext\tlabel\r\nsaid "no\t1\r\n\r\n"yes" he said\t0\r\n'.encode())
     assert cells(file) == [{"text": 'said "no', "label": "1"}, {"text": '"yes" he said', "label": "0"}]
+
+
+def test_a_tsv_that_was_written_with_quoting_is_noted(tmp_path, recwarn):
+    """Its marks went into the text without a word, from who had saved a table with pandas."""
+    file = tmp_path / "a.tsv"
+    file.write_text('text\tlabel\n"yes"\t1\n""\t1\n')
+    assert cells(file)[0]["text"] == '"yes"' and not recwarn
+    file.write_text('text\tlabel\none\t1\n"said ""no"" twice"\t0\n')
+    with pytest.warns(UserWarning, match="a.tsv, row 3: a cell looks quoted, but quotation marks of a .tsv are part"):
+        assert cells(file)[1]["text"] == '"said ""no"" twice"'
 
 
 def test_csv_has_quoting(tmp_path):
@@ -64,7 +74,7 @@ def test_named_columns_leave_further_cells_out(tmp_path):
         ("a.csv", b'label,text\n0,"open\n1,two\n0,three\n', "not a readable csv file"),
         ("a.jsonl", b'{"text": "one"}\n{"text": \n', "line 2: not JSON"),
         ("a.jsonl", b'["one"]\n', "line 1: expected an object"),
-        ("a.parquet", b"PAR1", r"expected a .tsv, .csv or .jsonl file"),
+        ("a.parquet", b"PAR1", r"expected a .txt, .tsv, .csv or .jsonl file"),
     ],
 )
 def test_a_bad_table_is_named_with_its_place(tmp_path, name, content, message):
