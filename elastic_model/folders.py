@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -84,6 +84,15 @@ def check_no_checkpoint(path: Path) -> None:
     """ValueError where a folder to which jobs add folders of their own is a checkpoint or an export."""
     if (Path(path) / "config.json").is_file():
         raise ValueError(f"output {path} is a checkpoint; choose another output")
+
+
+def check_writable(folder: Path) -> None:
+    """ValueError where nothing can be put into a folder, to which the result of a long job will be added."""
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written to ({error}); work on a copy of it") from error
 
 
 def check_file(path: Path, *read: Path | str | None) -> None:

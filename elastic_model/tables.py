@@ -45,9 +45,7 @@ def _tab_separated(lines: IO[str]) -> Iterator[list[str]]:
     return (line.rstrip("\r\n").split("\t") for line in lines)  # no quoting: a quotation mark is a character
 
 
-def _separated(
-    cells: Iterator[list[str]], columns: tuple[str, ...] | None, file: Path, gaps: bool
-) -> Iterator[Row]:
+def _separated(cells: Iterator[list[str]], columns: tuple[str, ...] | None, file: Path, gaps: bool) -> Iterator[Row]:
     """Rows under the file's own header, or under `columns` where it has none (further cells are then ignored)."""
     header = list(columns) if columns else [name.strip() for name in next(cells, [])]
     if any("\r" in name for name in header):

@@ -263,13 +263,14 @@ def check_against_float32(
         where = f"the exit after layer {first} is the first below it" if full < least else "as the file runs by itself"
         raise ValueError(
             f"check failed: {file} answers {min(full, default):.3f} of {len(ours.exits)} rows like float32, expected "
-            f"{least:g}; {where}"
+            f"{least:g}; {where}. Choose another arithmetic (--files), or accept it (--min_agreement)"
         )
     if not real_rows and not error.max() <= LARGEST_ERROR:
         first = names[int(np.argmax(~(error <= LARGEST_ERROR)))]
         raise ValueError(
             f"check failed: {file} differs from float32 by {error.max():.3f} of the values, allowed is "
-            f"{LARGEST_ERROR:g}; the exit after layer {first} is the first to"
+            f"{LARGEST_ERROR:g}; the exit after layer {first} is the first to. Compare on real texts (--rows), "
+            "or choose another arithmetic (--files)"
         )
     return result
 

@@ -15,7 +15,7 @@ from elastic_model.calibration import Drift, check_rows, drift, fixed_sequence, 
 from elastic_model.checks import check_length_config, policy_kind
 from elastic_model.cost import mean_flops
 from elastic_model.exit_policies import sweep
-from elastic_model.folders import check_file, is_file, write_json
+from elastic_model.folders import check_file, check_writable, is_file, write_json
 from elastic_model.operating_points import FILE, FULL, OperatingPoint, OperatingPoints, checkpoint_hash
 from elastic_model.provenance import read_provenance
 from elastic_model.session import ElasticSession
@@ -381,6 +381,7 @@ def calibrate(options: CalibrateOptions) -> None:
     if config.model_type != "elasticbert" or problem_type is None:
         raise ValueError(f"{folder} is neither a task checkpoint of ours nor a folder that `python -m export` wrote")
     _check(options, problem_type)
+    check_writable(folder)
     if not options.length_config and isinstance(config.length_config, dict):
         raise ValueError(
             f"{folder}: rows choose their own lengths ({config.length_config}), whose cost is not known beforehand; "

@@ -284,7 +284,7 @@ def _write(run: ElastifyRun, progress: Progress) -> None:
         (folder / RESULT).write_text(json.dumps(result, indent=1))
         plot_exits(folder / "exits.png", {"held out": exits}, run.metric)
         _record(run, folder, exits)
-    rows = "--dev FILE (labelled)" if run.problem_type == "token_classification" else "--texts FILE"
+    rows = "--dev FILE --text COLUMN --label COLUMN" if run.problem_type == "token_classification" else "--texts FILE"
     bound = "--max_disagreement 0.05" + (" --tolerance 0.1" if run.problem_type == "regression" else "")
     print(f"next, exit thresholds: python -m finetune calibrate {quote(options.output)} {rows} {bound}")
 

@@ -4,8 +4,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.sources import DatasetSource
 from elastic_model.tables import Row
+from finetune.sources import DatasetSource
 from finetune.tasks import DATA_VARIABLE, ProblemType, Task
 
 BETWEEN_LABELS = "|"  # of one cell that holds several labels

@@ -211,7 +211,8 @@ def check_numbers(options: LoopOptions, phases: tuple[Phase, ...]) -> None:
     given = options.phase_epochs
     if given and (len(given) != len(phases) or min(given) < 0 or not sum(given)):
         raise ValueError(
-            f"phase_epochs must be {len(phases)} numbers of at least 0, one a phase and not all 0, got {given}"
+            f"phase_epochs must have a number of at least 0 for each phase ({len(phases)} here), not all 0, "
+            f"got {given}"
         )
 
 
@@ -237,10 +238,12 @@ def check_read(options: SubnetworkOptions, phases: Sequence[Phase]) -> None:
         given = getattr(options, one.name)
         if one.name in (*OF_SUBNETWORKS, *OF_TEACHER, *OF_DISTILLATION) and one.name not in read:
             if given != one.default:
-                needs = "sub-networks" if one.name in OF_SUBNETWORKS else "what learns from another's answers"
+                subnetworks = one.name in OF_SUBNETWORKS
+                needs = "sub-networks" if subnetworks else "what learns from another's answers"
+                ways = "--recipe sandwich" if subnetworks else "--recipe sandwich, --teacher"
                 raise ValueError(
-                    f"{one.name} {given} would do nothing: it is for {needs}, and this run has none (train: --recipe "
-                    "sandwich, --teacher; elastify: --train_backbone)"
+                    f"{one.name} {given} would do nothing: it is for {needs}, and this run has none (train: {ways}; "
+                    "elastify: --train_backbone)"
                 )
 
 

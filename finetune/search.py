@@ -20,7 +20,7 @@ from elastic_model.checks import policy_kind
 from elastic_model.cost import exit_flops, mean_flops
 from elastic_model.distributed import working_together_in
 from elastic_model.exit_policies import sweep
-from elastic_model.folders import LOCK, MARKER, check_replaceable, empty_folder, write_json
+from elastic_model.folders import LOCK, MARKER, check_replaceable, check_writable, empty_folder, write_json
 from elastic_model.operating_points import FILE, FULL, OperatingPoint, OperatingPoints, checkpoint_hash
 from elastic_model.provenance import file_hash
 from elastic_model.session import ElasticSession
@@ -387,6 +387,7 @@ def search(options: SearchOptions) -> None:
         raise ValueError(f"output {folder} holds what is not a search; choose another output")
     accelerator = start_processes()
     work, every = prepare(options)
+    check_writable(Path(options.model))
     work.model.to(accelerator.device)
     if options.latency is not None:
         work.served = load_served(options, work, folder)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elastic_model.text_files import ending_of, opened_text
 from elastic_model.tables import form_of, read_table
+from elastic_model.text_files import ending_of, opened_text
 
 
 @dataclass(frozen=True)

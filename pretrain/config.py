@@ -218,7 +218,9 @@ class EvaluateConfig:
         None, help="shares of a row's tokens that remain, one per layer (default: the checkpoint's, all of them)"
     )
     examples: int | None = option(None, help="examples, at most, drawn over the whole text (default: all)")
-    max_length: int = option(128, help="tokens per example, at most, special tokens included")
+    max_length: int | None = option(
+        None, help="tokens per example, at most, special tokens included (default: 128, or the model's longest input)"
+    )
     batch_size: int = option(32, help="examples per forward pass of a process")
     precision: Literal["no", "bf16"] = option("no", help="mixed precision")
     seed: int = option(1, help="of the masking, the swaps and of weights that the checkpoint does not hold")

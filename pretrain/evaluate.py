@@ -135,16 +135,15 @@ def evaluate_checkpoint(config: EvaluateConfig) -> int:
     accelerator = start_accelerator(config.precision, None, config.model)
     model, missing = load_for_evaluation(config)
     longest = model.config.max_position_embeddings - model.config.position_offset
-    if config.max_length > longest:
-        raise ValueError(
-            f"max_length must be at most {longest}, the longest input of the model, got {config.max_length}"
-        )
+    max_length = min(128, longest) if config.max_length is None else config.max_length
+    if max_length > longest:
+        raise ValueError(f"max_length must be at most {longest}, the longest input of the model, got {max_length}")
     data = PretrainConfig(
         text=config.text,
         output=config.model,
         tokenizer=config.model,
         cache=config.cache,
-        max_length=config.max_length,
+        max_length=max_length,
         max_position_embeddings=longest,
         validation_fraction=config.held_out or 0.05,
         seed=config.seed,
@@ -174,7 +173,8 @@ def evaluate_checkpoint(config: EvaluateConfig) -> int:
             "sha256": checkpoint_hash(config.model),
             "not_in_the_checkpoint": missing,
             "text": [{"name": part.name, "sha256": part.key} for source in corpus.sources for part in source.parts],
-            **{name: getattr(config, name) for name in ("held_out", "length_config", "max_length", "seed")},
+            **{name: getattr(config, name) for name in ("held_out", "length_config", "seed")},
+            "max_length": max_length,
             **asdict(result),
         }
         write_json(config.output, written, indent=2)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from elastic_model.folders import check_replaceable, new_folder
+from elastic_model.tables import read_table
 from finetune.elue.config import ScoreOptions
 from finetune.elue.costs import Costs, load_costs
 from finetune.elue.leaderboard import leaderboard_of, text, write_board
@@ -16,7 +17,6 @@ from finetune.elue.tasks import Answers, answers_to, spelled
 from finetune.examples import read_examples
 from finetune.labels import encode_labels
 from finetune.metrics import metric
-from elastic_model.tables import read_table
 from finetune.tasks import DATA_VARIABLE, find_task
 
 

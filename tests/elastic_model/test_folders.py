@@ -13,6 +13,7 @@ from elastic_model.folders import (
     MARKER,
     check_file,
     check_replaceable,
+    check_writable,
     claim_folder,
     empty_folder,
     is_file,
@@ -262,5 +263,15 @@ def test_the_state_of_a_pre_training_run_is_replaced_by_the_run_alone(tmp_path):
     for _ in range(2):
         with new_folder(state) as folder:
             (folder / "trainer_state.json").write_text("{}")
-    with pytest.raises(ValueError, match="checkpoint-40 would replace the state of a pre-training run; choose another"):
+    with pytest.raises(
+        ValueError, match="checkpoint-40 would replace the state of a pre-training run; choose another"
+    ):
         check_replaceable(state)
+
+
+def test_a_folder_that_nothing_can_be_added_to_is_named_beforehand(tmp_path):
+    check_writable(tmp_path)
+    assert not list(tmp_path.iterdir())
+    for folder in (Path("/proc"), tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match=f"{folder} cannot be written to .*; work on a copy of it"):
+            check_writable(folder)

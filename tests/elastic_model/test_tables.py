@@ -6,8 +6,8 @@ import lzma
 
 import pytest
 
-from export.rows import read_column, read_texts
 from elastic_model.tables import read_table
+from export.rows import read_column, read_texts
 
 
 def cells(file, **arguments):

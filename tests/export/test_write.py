@@ -407,6 +407,3 @@ def test_the_same_answer_is_the_whole_answer():
     other = spans.copy()
     other[0, 0, 3, 1] = 2.0
     assert check.same_answers(list(spans), list(other), "question_answering").tolist() == [[False, True]]
-
-
-

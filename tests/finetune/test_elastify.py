@@ -171,7 +171,7 @@ def test_agreement_on_known_answers():
         ({"max_length": 100}, "max_length must be 3 to 64"),
         ({"exit_layers": [2, 9]}, "exit_layers must be a rising list of layers within 1..3"),
         ({"backbone_learning_rate": 0.0}, "backbone_learning_rate must be above 0, got 0"),
-        ({"phase_epochs": [1, 2]}, "phase_epochs must be 1 numbers"),
+        ({"phase_epochs": [1, 2]}, "phase_epochs must have .* for each phase .1 here., not all 0, got .1, 2."),
         ({"length_drop": 0.5}, "length_drop 0.5 would do nothing: it is for sub-networks"),
         ({"train_backbone": True, "phase_epochs": [1, 0]}, "train_backbone would do nothing: --phase_epochs gives"),
         ({"backbone_learning_rate": 1e-3}, "backbone_learning_rate would do nothing: without --train_backbone"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from elastic_model import ElasticBertForQuestionAnswering
+from elastic_model.tables import read_table
 from export.write import patch_config
 from finetune.config import EvaluateOptions, TrainOptions
 from finetune.data import collate
@@ -19,7 +20,6 @@ from finetune.metrics import metric
 from finetune.pipelines.config import PipelineOptions
 from finetune.pipelines.pipeline import pipeline
 from finetune.questions import choose_no_answer, encode_questions, read_answers
-from elastic_model.tables import read_table
 from finetune.tasks import own_task
 from finetune.train import train
 

@@ -181,7 +181,9 @@ def test_a_teachers_answers_as_labels():
 def test_phases_have_epochs_of_their_own(options):
     run = prepare(options(recipe="sandwich", phase_epochs=[1, 2]), Accelerator())
     assert run.plan.ends == [6, 18]
-    with pytest.raises(ValueError, match="phase_epochs must be 2 numbers of at least 0, one a phase and not all 0"):
+    with pytest.raises(
+        ValueError, match=r"phase_epochs must have a number of at least 0 for each phase .2 here., not all 0"
+    ):
         prepare(options(recipe="sandwich", phase_epochs=[3]), Accelerator())
 
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from elastic_model import ElasticBertForTokenClassification
+from elastic_model.tables import read_table
 from finetune.config import EvaluateOptions, TrainOptions
 from finetune.data import collate
 from finetune.evaluate import evaluate
 from finetune.examples import Examples
 from finetune.labels import Labels
-from elastic_model.tables import read_table
 from finetune.tokens import encode_tags, find_tags, normalise, read_tags
 from finetune.train import train
 

@@ -327,7 +327,9 @@ def test_a_finished_run_of_other_settings_is_not_replaced_by_resuming(trained, t
     shutil.copytree(trained.output, output)
     other = dataclasses.replace(trained, output=str(output), learning_rate=0.002)
     before = weights_of(str(output))
-    with pytest.raises(ValueError, match="checkpoint holds a run with learning_rate = 0.001, not 0.002; resume it with"):
+    with pytest.raises(
+        ValueError, match="checkpoint holds a run with learning_rate = 0.001, not 0.002; resume it with"
+    ):
         train(dataclasses.replace(other, resume=True))
     assert_same_weights(before, weights_of(str(output)))
     monkeypatch.setattr(finetune.train, "fit", _stop_after_one)

@@ -102,6 +102,15 @@ def test_one_document_is_text_enough_to_evaluate_on(checkpoint, tmp_path, monkey
     assert code == 0 and "examples" in shown.out
 
 
+def test_the_length_is_the_models_where_it_reads_less_than_the_default(
+    checkpoint, corpus_file, tmp_path, monkeypatch, capsys, cache
+):
+    """It was refused: 128 tokens are more than its 32."""
+    flags = ("--model", checkpoint, "--text", corpus_file, "--cache", cache, "--output", tmp_path / "result.json")
+    assert command(monkeypatch, capsys, *flags)[0] == 0
+    assert json.loads((tmp_path / "result.json").read_text())["max_length"] == 32
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
