@@ -216,9 +216,13 @@ def _draw(run: TaskRun, folder: Path, scored: Scored, full: Outcome) -> None:
     plot_confusion(folder / "confusion.png", counts, run.labels.names, f"dev, exit after layer {run.exit_layers[-1]}")
 
 
+class FinishedOtherwiseError(ValueError):
+    """The output holds the checkpoint of a finished run with other settings."""
+
+
 def is_finished(run: Run) -> bool:
-    """Whether the output already holds the checkpoint of a run with the same settings; ValueError where it is another
-    run's, and none with these is under way that would replace it."""
+    """Whether the output already holds the checkpoint of a run with the same settings; `FinishedOtherwiseError` where
+    it is another run's, and none with these is under way that would replace it."""
     saved = Path(run.options.output) / SETTINGS
     if not saved.is_file():
         return False
@@ -227,5 +231,8 @@ def is_finished(run: Run) -> bool:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{saved} is damaged ({error}); remove {saved.parent}, or choose another output") from error
     if not is_ours(run.state):
-        check_settings(saved.parent, found, run.settings)
+        try:
+            check_settings(saved.parent, found, run.settings)
+        except ValueError as error:
+            raise FinishedOtherwiseError(str(error)) from None
     return all(agrees(found, name, value) for name, value in run.settings.items())

@@ -59,9 +59,16 @@ def compete(name: str, options: SizeOptions) -> int:
     """Fine-tune (or take a checkpoint), run the method, write its test files, a task and a seed after the other; what
     is there is not made again. Then its result, and the leaderboard of all that the folder holds."""
     from benchmarks.competitors.start import Start
-    from finetune.elue.jobs import check_jobs, encoded_train, jobs_of, subject_of, training_of, write_labels
+    from finetune.elue.jobs import (
+        check_jobs,
+        encoded_train,
+        jobs_of,
+        subject_of,
+        train_checkpoint,
+        training_of,
+        write_labels,
+    )
     from finetune.elue.results import is_made, make, publish, reference_of, result_of
-    from finetune.train import train
 
     quiet()
     about = COMPETITORS[name]
@@ -82,7 +89,7 @@ def compete(name: str, options: SizeOptions) -> int:
             checkpoint = job.checkpoint
             if checkpoint is None:
                 training = training_of(options, job, {"exit_layers": LAST_EXIT}, "single_exit", seed)
-                code = train(training)
+                code = train_checkpoint(training)
                 if code:
                     return code
                 checkpoint = training.output

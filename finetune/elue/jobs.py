@@ -16,6 +16,7 @@ from elastic_model import ElasticBertConfig, ElasticBertModel
 from elastic_model.configuration_elasticbert import pooling_with_new_exits
 from elastic_model.folders import check_no_checkpoint, check_output, new_folder, write_text
 from elastic_model.provenance import file_hash
+from finetune.checkpoint import FinishedOtherwiseError
 from finetune.config import TaskOptions, TrainOptions
 from finetune.data import Encoded
 from finetune.elue.config import LAST_EXIT, SIZES, SizeOptions
@@ -38,6 +39,7 @@ from finetune.prepare import (
 from finetune.recipe import find_recipe
 from finetune.sources import DatasetSource
 from finetune.tasks import SPLIT_NAMES, Task
+from finetune.train import train
 
 
 @dataclass(frozen=True)
@@ -255,6 +257,15 @@ def training_of(
         resume=True,
         **changes,
     )
+
+
+def train_checkpoint(training: TrainOptions) -> int:
+    """The exit code of a training of `training_of`; a finished checkpoint of other sizes is replaced, as what ELUE
+    made of it will be."""
+    try:
+        return train(training)
+    except FinishedOtherwiseError:
+        return train(replace(training, resume=False))
 
 
 def check_jobs(options: SizeOptions, jobs: list[Job]) -> None:

@@ -15,14 +15,23 @@ from elastic_model.provenance import file_hash
 from elastic_model.subnetworks import constant_rate
 from finetune.elue.config import RunOptions
 from finetune.elue.costs import ModuleCost, table_of
-from finetune.elue.jobs import Job, check_jobs, jobs_of, layers_of, subject_of, training_of, words, write_labels
+from finetune.elue.jobs import (
+    Job,
+    check_jobs,
+    jobs_of,
+    layers_of,
+    subject_of,
+    train_checkpoint,
+    training_of,
+    words,
+    write_labels,
+)
 from finetune.elue.methods import METHODS, Method, Setting, chosen_methods
 from finetune.elue.points import Subject, choose_settings, outputs_of, write_point
 from finetune.elue.results import is_made, make, publish, reference_of, result_of
 from finetune.elue.scoring import Result
 from finetune.elue.tasks import ELUE_TASKS
 from finetune.prepare import weight_files
-from finetune.train import train
 
 
 def _check(options: RunOptions, methods: Mapping[str, Method], jobs: list[Job]) -> None:
@@ -150,7 +159,7 @@ def _checkpoints(options: RunOptions, job: Job, method: Method, seed: int) -> tu
     owner = next(name for name, other in METHODS.items() if other.training == method.training)  # who share it
     trainings = [training_of(options, job, method.training, owner, seed, depth, before) for depth in depths]
     for training in trainings:
-        code = train(training)
+        code = train_checkpoint(training)
         if code:
             return code, []
     return 0, [Path(training.output) for training in trainings]

@@ -363,7 +363,7 @@ def test_quality_on_labelled_rows(checkpoint_of):
     (checkpoint / "rows.tsv").write_text("text\tlabel\n" + "".join(f"{text}\tearly\n" for text in TEXTS))
     _, report = exported(checkpoint, rows=checkpoint / "rows.tsv", label="label", min_agreement=0.3)
     assert 0 <= report["files"]["model"]["quality"]["full"] <= 1
-    with pytest.raises(ValueError, match="the column 'truth' is missing"):
+    with pytest.raises(ValueError, match="there is no column 'truth'; columns: text, label"):
         exported(checkpoint, rows=checkpoint / "rows.tsv", label="truth")
 
 
