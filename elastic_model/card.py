@@ -4,7 +4,7 @@ provenance: what none of them states is left out of the metadata, and the card s
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,10 @@ TAGS = ("elasticbert", "early-exit", "multi-exit")
 NOT_STATED = "not stated"
 TOKENS = 128  # the length that FLOPs are stated for, where the model takes as many
 TEXTS = '["A first text.", "And a second one, which is longer."]'
+PAIRS = '[("A first text.", "A second one, read together with the first.")]'
+PAIR_INPUTS = (
+    'tokenizer(["A first text."], ["A second one, read together with the first."], padding=True, return_tensors="pt")'
+)
 
 TRUST = (
     "`trust_remote_code=True` runs the `.py` files that come with the weights: read them, and fix `revision=` to"
@@ -202,7 +206,9 @@ def _read_config(folder: Path) -> tuple[ElasticBertConfig, Task]:
     if not classes or classes[0] not in TASKS:
         raise ValueError(f"{file}: architectures must name one of {', '.join(TASKS)}, got {classes}")
     labels = {"num_labels": 1} if classes[0] == "ElasticBertForMultipleChoice" else {}  # one score for each choice
-    return ElasticBertConfig.from_dict(content, **labels), TASKS[classes[0]]
+    config, task = ElasticBertConfig.from_dict(content, **labels), TASKS[classes[0]]
+    of_pairs = classes[0] == "ElasticBertForSequenceClassification" and config.text_pairs
+    return config, replace(task, inputs=PAIR_INPUTS, texts=PAIRS) if of_pairs else task
 
 
 def metadata(facts: Facts, tags: Iterable[str] = ()) -> ModelCardData:

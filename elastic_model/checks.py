@@ -2,6 +2,7 @@
 Python."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -29,6 +30,20 @@ class Mass:
     """What a layer keeps where rows choose themselves: the fewest tokens that received this share of the attention."""
 
     share: float
+
+
+def warn_of_other_texts(trained_on_pairs: bool | None, given_pairs: bool) -> None:
+    """A warning where a model trained on pairs of texts is given single ones, or the other way round; None: unknown.
+    It answers them all the same, but what it learned to compare, or to read, is not there."""
+    if trained_on_pairs is None or trained_on_pairs == given_pairs:
+        return
+    warnings.warn(
+        "the model was trained on pairs of texts, these are single ones: its answers mean little; give both texts, in "
+        "a table with --pair, the column of the second, in Python as (first, second)"
+        if trained_on_pairs
+        else "the model was trained on single texts, these are pairs: its answers mean little; give one text a row",
+        stacklevel=3,
+    )
 
 
 def check_length_config(length_config, layers: int) -> list[float] | list[int] | list[Mass | float] | None:

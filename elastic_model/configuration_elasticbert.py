@@ -23,8 +23,8 @@ class ElasticBertConfig(PreTrainedConfig):
     `exit_loss` (a key of `losses.EXIT_LOSSES`), `gradient_equilibrium`, `exit_groups` (the commands take turns with
     them; a loop of your own passes `exits=`), `learned_exit_head` (BERxiT's, which the policy "learned" asks). Default
     operating point: `exit_policy`, `length_config`; `keep_cls`: [CLS] is never dropped. `no_answer_threshold`: of
-    `spans.best_answer`, None where every question has an answer. `position_offset` and `type_vocab_size`: 2 and 1 for
-    RoBERTa, 0 and 0 for DistilBERT.
+    `spans.best_answer`, None where every question has an answer. `text_pairs`: whether the training rows were pairs of
+    texts, None where unknown. `position_offset` and `type_vocab_size`: 2 and 1 for RoBERTa, 0 and 0 for DistilBERT.
 
     Exits and per-layer lists are resolved when read: with `num_hidden_layers=k` set on a deeper model, lists are cut
     to the first k, exits above k dropped and k added.
@@ -86,6 +86,7 @@ class ElasticBertConfig(PreTrainedConfig):
     keep_cls: bool = True
     exit_policy: dict | None = None
     no_answer_threshold: float | None = None
+    text_pairs: bool | None = None
 
     def __post_init__(self, **kwargs):
         if self.max_output_layers is None:

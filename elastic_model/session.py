@@ -17,7 +17,7 @@ import onnxruntime
 from tokenizers import Tokenizer
 
 from elastic_model.answers import PER_TOKEN, best_span, label_and_score
-from elastic_model.checks import LengthConfig, policy_kind, shares_and_mass
+from elastic_model.checks import LengthConfig, policy_kind, shares_and_mass, warn_of_other_texts
 from elastic_model.operating_points import FILE, OperatingPoint, OperatingPoints
 from elastic_model.processor import ONNX_FILES, available_cores, cpu_flags, fitting_files
 from elastic_model.spans import question_tokens
@@ -72,6 +72,7 @@ class ElasticSession:
         self.max_tokens: int = metadata["max_tokens"]
         self._flops: list[dict[str, float]] = metadata["flops"]
         self.no_answer_threshold: float | None = metadata["no_answer_threshold"]
+        self.text_pairs: bool | None = metadata["text_pairs"]
         self.never = never(self.policy, self.problem_type, len(self.thresholds))
         self.points = points
         self.tokenizer = load_tokenizer(tokenizer, self.max_tokens, self.problem_type, metadata["truncation_side"])
@@ -335,6 +336,8 @@ class ElasticSession:
         else:
             if self.problem_type == "question_answering":
                 texts = with_short_questions(self._whole, texts, self.max_tokens)
+            for pairs in {not isinstance(text, str) for text in texts}:
+                warn_of_other_texts(self.text_pairs, pairs)
             encodings = self.tokenizer.encode_batch(texts)
         several = self.problem_type in ("token_classification", "question_answering")
         return [[one, *(one.overflowing if several else ())] for one in encodings]
@@ -554,8 +557,8 @@ def _metadata(session: onnxruntime.InferenceSession, model: Path) -> dict[str, A
         if written != FORMAT:
             raise ValueError(f"{model}: written in format {written}, this version reads format {FORMAT}")
         values = {name: json.loads(found[f"elastic_{name}"]) for name in (*names, "max_tokens", "flops")}
-        later = {"no_answer_threshold": None, "truncation_side": "right", "checkpoint": None}  # of files of before
-        return values | {
+        later = {"no_answer_threshold": None, "truncation_side": "right", "checkpoint": None, "text_pairs": None}
+        return values | {  # of files of before
             name: json.loads(found[f"elastic_{name}"]) if f"elastic_{name}" in found else value
             for name, value in later.items()
         }

@@ -140,6 +140,7 @@ def metadata(
         "max_layer": task.max_layer if plain is None else plain,
         **own,
         "no_answer_threshold": config.no_answer_threshold,
+        "text_pairs": config.text_pairs,
         "flops": [_flops(config, task, layer) for layer in range(1, config.num_hidden_layers + 1)],
         "requires": requires,
         "versions": versions,

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from elastic_model.calibration import Drift, check_rows, drift, fixed_sequence, upper_bound
-from elastic_model.checks import check_length_config, policy_kind
+from elastic_model.checks import check_length_config, policy_kind, warn_of_other_texts
 from elastic_model.cost import mean_flops
 from elastic_model.exit_policies import sweep
 from elastic_model.folders import check_file, check_writable, is_file, write_json
@@ -115,6 +115,7 @@ def read_rows(options: CalibrateOptions, config: Any, tokenizer: PreTrainedToken
     texts = read_texts(Path(options.texts), options.text, options.pair)
     names = [config.id2label[number] for number in range(config.num_labels)]
     encoded = encode(texts, tokenizer, options.max_length)
+    warn_of_other_texts(config.text_pairs, texts.pairs is not None)
     return Rows(texts, encoded, Labels(problem_type, names, ()), False)
 
 

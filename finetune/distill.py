@@ -76,8 +76,9 @@ def settings_of_student(options: LabelledOptions, labels: Labels, exits: list[in
     chosen = exits if options.exit_layers is None else options.exit_layers
     if not set(chosen) <= set(exits) or exits[-1] not in chosen:
         raise ValueError(f"exit_layers of this student must be some of {exits}, the last one among them, got {chosen}")
-    own = {"exit_layers": chosen, "num_output_layers": None, "learned_exit_head": False}
-    return {**configured(options, exits[-1]), **own, "no_answer_threshold": labels.no_answer_threshold}
+    own: dict[str, Any] = {"exit_layers": chosen, "num_output_layers": None, "learned_exit_head": False}
+    own |= {"no_answer_threshold": labels.no_answer_threshold, "text_pairs": labels.text_pairs}
+    return {**configured(options, exits[-1]), **own}
 
 
 def shallower(teacher: ElasticBertExitModel, layers: int, settings: dict[str, Any]) -> ElasticBertExitModel:

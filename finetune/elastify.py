@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
+from elastic_model.checks import warn_of_other_texts
 from elastic_model.configuration_elasticbert import pooling_with_new_exits
 from elastic_model.cost import mean_flops
 from elastic_model.folders import check_replaceable
@@ -138,7 +139,10 @@ def _check_original(name: str, config: Any, options: ElastifyOptions) -> Problem
 
 def _load(name: str, problem_type: ProblemType, config: Any, options: ElastifyOptions) -> Any:
     """The original as an elastic model: every inner head starts as its own, unless it has some already."""
-    settings = configured(options, config.num_hidden_layers)
+    pairs = options.pair is not None
+    known = getattr(config, "text_pairs", None)
+    warn_of_other_texts(known, pairs)
+    settings = configured(options, config.num_hidden_layers) | {"text_pairs": pairs if known is None else known}
     settings |= {"exit_pooling": pooling_with_new_exits(config, options.exit_pooling or "mean")}
     set_seed(options.seed)
     model, loading = KINDS[problem_type].model.from_pretrained(

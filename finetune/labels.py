@@ -16,13 +16,15 @@ LARGEST_NUMBER = float(np.finfo(np.float32).max)
 class Labels:
     """Problem type, names of the classes in order, metrics (the first one decides).
 
-    no_answer_threshold: question answering; see `elastic_model.spans.best_answer`.
+    no_answer_threshold: question answering; see `elastic_model.spans.best_answer`. text_pairs: whether the model is
+    trained on pairs of texts, None where its checkpoint does not say.
     """
 
     problem_type: ProblemType
     names: list[str]
     metrics: tuple[str, ...]
     no_answer_threshold: float | None = None
+    text_pairs: bool | None = None
 
 
 def _named(task: Task, label: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from elastic_model import ElasticBertConfig, ElasticBertForSequenceClassification
-from elastic_model.checks import check_exit_layers
+from elastic_model.checks import check_exit_layers, warn_of_other_texts
 from elastic_model.configuration_elasticbert import pooling_with_new_exits
 from elastic_model.losses import exit_weights
 from elastic_model.modeling_elasticbert import ElasticBertExitModel
@@ -108,6 +108,7 @@ def labels_of_training(options: LabelledOptions, task: Task, train: Examples) ->
     check_shape(train, problem_type)
     names = KINDS[problem_type].names(task, train, problem_type)
     config = AutoConfig.from_pretrained(options.model, local_files_only=True)
+    warn_of_other_texts(getattr(config, "text_pairs", None), train.pairs is not None)
     found = problem_type_of(config)
     if found is not None:
         remedy = options.remedy
@@ -122,7 +123,8 @@ def labels_of_training(options: LabelledOptions, task: Task, train: Examples) ->
                     f"the task has {', '.join(names)}; {remedy}, or rename its id2label"
                 )
             names = _names_of(config)
-    labels = Labels(problem_type, names, _metrics(options.metrics, task, problem_type, names))
+    metrics = _metrics(options.metrics, task, problem_type, names)
+    labels = Labels(problem_type, names, metrics, text_pairs=train.pairs is not None)
     if problem_type == "question_answering" and questions.has_unanswerable(train):
         return replace(labels, no_answer_threshold=0.0)
     return labels
@@ -133,9 +135,8 @@ def labels_of_model(options: TaskOptions, task: Task, config: Any) -> Labels:
     problem_type = problem_type_of(config)
     assert problem_type is not None  # `load_classifier` has seen to it
     names = _names_of(config)
-    return Labels(
-        problem_type, names, _metrics(options.metrics, task, problem_type, names), config.no_answer_threshold
-    )
+    metrics = _metrics(options.metrics, task, problem_type, names)
+    return Labels(problem_type, names, metrics, config.no_answer_threshold, config.text_pairs)
 
 
 def draw_rows(count: int, rows: int | None, seed: int) -> list[int]:
@@ -168,6 +169,7 @@ def encode_split(
 ) -> Encoded:
     """The examples of a split tokenised, their labels encoded and checked."""
     check_shape(examples, labels.problem_type)
+    warn_of_other_texts(labels.text_pairs, examples.pairs is not None)
     return kind_of(labels).encode(task, examples, split, labels, tokenizer, max_length)
 
 
@@ -239,6 +241,7 @@ def load_for_training(options: TrainOptions, labels: Labels) -> ElasticBertExitM
         label2id={name: number for number, name in enumerate(labels.names)},
         problem_type=labels.problem_type if sequences else None,  # transformers knows it of sequences alone
         no_answer_threshold=labels.no_answer_threshold,
+        text_pairs=labels.text_pairs,
         dtype=torch.float32,
         **settings,
     )
