@@ -54,8 +54,8 @@ class ElasticSession:
         self, model: Path, tokenizer: Path, points: OperatingPoints | None = None, threads: int | None = None
     ):
         self.file = model
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads must be at least 1 (None: what there are), got {threads}")
+        if threads is not None:  # None: what there are
+            _check_count("threads", threads)
         self.threads = threads or available_cores()
         self._arguments = (model, tokenizer, points, self.threads)
         self._lock = threading.Lock()
@@ -149,8 +149,7 @@ class ElasticSession:
         point = None if budget is None else self.point(budget)
         if max_layer is not None:
             self._checked_layer(max_layer)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        _check_count("batch_size", batch_size)
         answers = self._answers(self._many(texts), point, max_layer, batch_size, cost, progress)
         return answers if isinstance(texts, Iterator) else list(answers)
 
@@ -349,8 +348,7 @@ class ElasticSession:
         **given: Any,
     ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """Places and outputs batch by batch, rows of like length together; given: what `run` takes."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        _check_count("batch_size", batch_size)
         sizes = np.array([len(one.ids) for one in encodings], int)
         order = np.argsort(sizes, kind="stable")
         start, tokens = 0, BATCH_TOKENS * self.threads
@@ -444,8 +442,16 @@ def _shown(text: Any) -> str:
     return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
+def _check_count(name: str, value: Any) -> None:
+    """ValueError for anything but a whole number from 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
 def _pad(encodings: Sequence[Any]) -> dict[str, np.ndarray]:
-    """The tokenizer's encodings as int64 arrays (batch, longest), zeros at padding."""
+    """The tokenizer's encodings as int64 arrays (batch, longest), zeros at padding; ValueError where there are none."""
+    if not len(encodings):
+        raise ValueError("encodings is empty: a batch has at least one row")
     longest = max(len(encoding.ids) for encoding in encodings)
     feed = {
         name: np.zeros((len(encodings), longest), np.int64)

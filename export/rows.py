@@ -36,6 +36,8 @@ def _rows(file: Path, limit: int | None) -> list[Row]:
 def _lines(file: Path, text: str, pair: str | None) -> list[Text]:
     with opened_text(shipped(file), newline="\n") as content:
         lines = [line.rstrip("\r\n") for line in content]
+    if len(lines) == 1 and "\r" in lines[0]:
+        raise ValueError(f"{file}: its lines end in CR alone, which would make it one text; save it with LF line ends")
     header = lines[0].split("\t") if lines else []
     if pair is not None or (len(header) > 1 and text in header):
         raise ValueError(f"{file}: a .txt is read as a text a line, this looks like a table; name it .tsv")

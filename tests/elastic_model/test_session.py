@@ -293,7 +293,9 @@ def test_threads_may_share_a_session(session):
         (lambda session: session(["a"], max_layer=5), r"from 1 to 4, got 5"),
         (lambda session: session(["a"], max_layer=0), r"from 1 to 4, got 0"),
         (lambda session: session(["a"], budget="quick"), r"the names are: full, usual, short, fast"),
-        (lambda session: session(["a"], batch_size=0), r"batch_size must be at least 1"),
+        (lambda session: session(["a"], batch_size=0), r"batch_size must be a whole number of at least 1, got 0"),
+        (lambda session: session(["a"], batch_size="3"), r"batch_size must be a whole number .* got '3'"),
+        (lambda session: session.run([]), r"encodings is empty"),
         (lambda session: session.run(session.tokenizer.encode_batch(["a"]), [float("nan")] * 4), r"4 finite numbers"),
         (lambda session: session.run(session.tokenizer.encode_batch(["a"]), [0.1]), r"4 finite numbers"),
         (lambda session: session.exit_logits(["a"], length_config=[0.5, 0.9, 0.5, 0.5]), r"must not rise"),
@@ -310,7 +312,11 @@ def test_threads_may_share_a_session(session):
         (lambda session: session(5), r"texts must be a string, .* got 5"),
         (
             lambda session: ElasticSession(session.file, session.file, threads=0),
-            r"threads must be at least 1 .* got 0",
+            r"threads must be a whole number of at least 1, got 0",
+        ),
+        (
+            lambda session: ElasticSession(session.file, session.file, threads="2"),
+            r"threads must be a whole number of at least 1, got '2'",
         ),
     ],
 )

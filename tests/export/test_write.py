@@ -321,6 +321,7 @@ def test_the_commands_end_to_end(tiny_checkpoint, tmp_path, run_export):
         ("rows.jsonl", b'{"text": 3}\n', "line 1: column 'text' has no text .its value: 3."),
         ("rows.conll", b"one B-x\n", "there is no column 'text'; columns: 1, 2"),  # each line was a text, with its tag
         ("rows", b"one\n", "expected a .txt, .tsv, .csv or .jsonl file"),
+        ("rows.txt", b"one\rtwo\r", "its lines end in CR alone"),
         ("rows.txt", b"text\tlabel\nx\ty\n", "a .txt is read as a text a line, this looks like a table"),
         ("rows.txt.bz2", b"not bz2", "not a readable text file"),
     ],
