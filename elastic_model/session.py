@@ -449,7 +449,7 @@ def _check_count(name: str, value: Any) -> None:
 
 
 def _pad(encodings: Sequence[Any]) -> dict[str, np.ndarray]:
-    """The tokenizer's encodings as int64 arrays (batch, longest), zeros at padding; ValueError where there are none."""
+    """The tokenizer's encodings, at least one, as int64 arrays (batch, longest), zeros at padding."""
     if not len(encodings):
         raise ValueError("encodings is empty: a batch has at least one row")
     longest = max(len(encoding.ids) for encoding in encodings)
